@@ -1,0 +1,82 @@
+"""Batch and TokenInfo: what flows from the data to the loss, with static shapes.
+
+Axis letters of the whole project: `B` batch, `T` tokens (query side), `S` keys, `H` query heads, `K` key/value heads,
+`D` head size, `E` value size, `M` model width, `F` hidden width, `V` vocabulary, `L` layers, `P` position axes, `C` rotated pairs.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+SHARED = -1  # a segment that every segment sees: anchor, common prompt, persistent tokens
+READER = -2  # a segment that sees every segment: a ranking query
+PADDING = 0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenInfo:
+    """What each token is. One record serves the query side and the key side of everything.
+
+    index: 0-based place inside its own segment, the unit of windows, sinks, chunks and distance regions.
+    order: visibility only (`order[key] <= order[query]`): the index for causal text, constant for bidirectional parts.
+    positions: what the rotation reads; may be fractional, skipped, grouped or synthetic.
+    segments: > 0 ordinary, 0 padding, -1 shared (seen by every segment), -2 reader (sees every segment).
+    roles: 0 ordinary; other values are declared by the spec that adds such tokens.
+    """
+
+    index: Int[Array, "B T"]
+    order: Int[Array, "B T"]
+    positions: Float[Array, "B T P"]
+    segments: Int[Array, "B T"]
+    roles: Int[Array, "B T"] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.index.shape
+
+    def take(self, columns: slice) -> "TokenInfo":
+        """The tokens of a static slice along T."""
+        return jax.tree.map(lambda leaf: leaf[:, columns], self)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One batch of rows. The data pipeline shifts targets; nobody else does.
+
+    tokens: -1 where the dense `embeds` replaces the embedding of a token.
+    targets: the token to predict AT t. loss_weights: its weight, 0 at a document's last token and on padding.
+    side: what an objective names (advantages, teacher logits, group ids).
+    """
+
+    tokens: Int[Array, "B T"]
+    info: TokenInfo
+    targets: Int[Array, "B T"] | None = None
+    loss_weights: Float[Array, "B T"] | None = None
+    embeds: Float[Array, "B T M"] | None = None
+    side: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.tokens.shape
+
+
+def causal_info(segments: Int[Array, "B T"], start: Int[Array, "B"] | None = None) -> TokenInfo:
+    """TokenInfo of ordinary causal text: index restarts in every run of one segment; order and positions are the index.
+
+    `start [B]` is the index of each row's first non-padding token (continuation of a prompt); default 0.
+    Padding (segment 0) may stand anywhere; its index is 0 and it is never visible. Works on NumPy and JAX arrays.
+    """
+    segments = jnp.asarray(segments, jnp.int32)
+    real = segments != PADDING
+    begins = jnp.concatenate([real[:, :1], real[:, 1:] & (segments[:, 1:] != segments[:, :-1])], axis=1)
+    column = jnp.arange(segments.shape[1], dtype=jnp.int32)[None]
+    first = jax.lax.cummax(jnp.where(begins, column, 0), axis=1)
+    index = jnp.where(real, column - first, 0)
+    if start is not None:
+        index = jnp.where(real, index + jnp.asarray(start, jnp.int32)[:, None], 0)
+    return TokenInfo(index=index, order=index, positions=index[..., None].astype(jnp.float32), segments=segments)

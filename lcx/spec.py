@@ -1,0 +1,129 @@
+"""Spec: the frozen, keyword-only record that is both the config and the identity of a part.
+
+A spec checks the type of every field against its annotation, then calls `validate()`. Both raise `SpecError`, whose message
+names the field, shows the offending value and says what would be accepted. `edit` and `edits` make changed copies by dotted
+path; every copy is checked again, so an impossible combination never exists.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import re
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any, Literal, Self, Union
+
+
+class SpecError(ValueError):
+    """A config is impossible. The message is one line for the person who wrote the config."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec:
+    """Base of every spec. Subclasses are `@dataclasses.dataclass(frozen=True, kw_only=True)`."""
+
+    def __post_init__(self):
+        for name, hint in _hints(type(self)).items():
+            value = getattr(self, name)
+            if not matches(value, hint):
+                self.fail(name, value, describe(hint))
+        self.validate()
+
+    def validate(self) -> None:
+        """Raises `SpecError` (through `fail` or `check`) if the values of this spec cannot work together."""
+
+    def fail(self, field: str, value: Any, accepted: str) -> typing.NoReturn:
+        """Raises the one-line error for `field`."""
+        raise SpecError(f"{type(self).__name__}.{field} = {_short(value)}: expected {accepted}")
+
+    def check(self, ok: bool, field: str, accepted: str) -> None:
+        """Raises the one-line error for `field` unless `ok`."""
+        if not ok:
+            self.fail(field, getattr(self, field), accepted)
+
+    @classmethod
+    def examples(cls) -> Iterable[Self]:
+        """Small instances for the contract tests; empty only for abstract kinds."""
+        return ()
+
+
+def edit(spec: Any, path: str, value: Any) -> Any:
+    """A copy of `spec` with the field at the dotted `path` (`model.pattern[0].mixer.heads`) replaced by `value`."""
+    return _edit(spec, tuple(re.findall(r"[^.\[\]]+", path)), value, path)
+
+
+def edits(spec: Any, changes: Iterable[tuple[str, Any]]) -> Any:
+    """`edit`, several times, in order."""
+    for path, value in changes:
+        spec = edit(spec, path, value)
+    return spec
+
+
+def fingerprint(spec: Any) -> str:
+    """Sixteen hex digits that identify the spec: equal specs give equal fingerprints in every process."""
+    return hashlib.sha256(repr(spec).encode()).hexdigest()[:16]
+
+
+def _edit(node: Any, keys: tuple[str, ...], value: Any, path: str) -> Any:
+    if not keys:
+        return value
+    key, rest = keys[0], keys[1:]
+    if isinstance(node, tuple):
+        if not key.isdigit() or int(key) >= len(node):
+            raise SpecError(f"{path}: no element [{key}]; the tuple has {len(node)} elements")
+        return (*node[: int(key)], _edit(node[int(key)], rest, value, path), *node[int(key) + 1 :])
+    if not dataclasses.is_dataclass(node):
+        raise SpecError(f"{path}: {_short(node)} has no fields, so no {key!r}")
+    names = [field.name for field in dataclasses.fields(node)]
+    if key not in names:
+        raise SpecError(f"{path}: {type(node).__name__} has no field {key!r}; it has {', '.join(names)}")
+    return dataclasses.replace(node, **{key: _edit(getattr(node, key), rest, value, path)})
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return {name: hint for name, hint in typing.get_type_hints(cls).items() if name in cls.__dataclass_fields__}
+
+
+def matches(value: Any, hint: Any) -> bool:
+    """Whether `value` has the annotated type: classes, unions, literals, tuples. An int is a float; a bool is not an int."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in arguments)
+    if origin in (Union, types.UnionType):
+        return any(matches(value, choice) for choice in arguments)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return all(matches(element, arguments[0]) for element in value)
+        return len(value) == len(arguments) and all(map(matches, value, arguments))
+    if hint is None or hint is type(None):
+        return value is None
+    if hint is float:
+        return isinstance(value, (float, int)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, origin or hint)
+
+
+def describe(hint: Any) -> str:
+    """The annotation in words, for error messages."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, arguments))
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(describe, arguments))
+    if origin is tuple:
+        return "a tuple of " + " and ".join(describe(choice) for choice in arguments if choice is not Ellipsis)
+    if hint is type(None):
+        return "None"
+    return getattr(hint, "__name__", str(hint))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."

@@ -1,0 +1,37 @@
+"""Installs lcx and pallas_kernels; `configs` and `experiments` run from the checkout."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="lcx",
+    version="0.1.0",
+    description="Long-context methods as composable parts of one sharded JAX model, trainer and evaluation suite",
+    packages=find_packages(include=["lcx", "lcx.*", "pallas_kernels", "pallas_kernels.*", "configs", "configs.*", "experiments"]),
+    package_data={"lcx": ["assets/**/*"]},
+    python_requires=">=3.11,<3.14",
+    install_requires=[
+        "absl-py>=2.1",
+        "fiddle>=0.3",
+        "flax>=0.12,<0.14",
+        "grain>=0.2.12",
+        "jax>=0.10,<0.13",
+        "jaxtyping>=0.3",
+        "libcst>=1.0",  # fiddle's absl flags import it
+        "matplotlib>=3.8",
+        "numpy>=2.0",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11.20",
+        "rich>=13",
+        "tensorboard>=2.16",
+        "tensorstore>=0.1.60",
+        "tokenizers>=0.20",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "cuda": ["jax[cuda12]>=0.10,<0.13"],
+        "hf": ["huggingface_hub>=0.25", "safetensors>=0.4"],
+        "eval": ["lm-eval>=0.4.5"],
+        "dev": ["beartype>=0.18", "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.8"],
+        "oracles": ["torch>=2.13,<2.15", "transformers>=5,<6"],
+    },
+)
