@@ -1,0 +1,57 @@
+"""attend: the one attention call. Everything longer (rings, caches, regions, prefixes) is a fold of it by `merge`."""
+
+import functools
+import logging
+from typing import Literal, get_args
+
+import jax
+from jaxtyping import Array, Float
+
+from lcx.attention.mask import Mask, tokens_of
+from lcx.batch import TokenInfo
+from pallas_kernels.tile_attention import reference, xla
+
+Backend = Literal["auto", "reference", "xla"]
+_FORMS = {"reference": reference.attention, "xla": xla.attention}
+
+
+def attend(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K E"],
+    q_info: TokenInfo,
+    k_info: TokenInfo,
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None = None,
+    backend: Backend = "auto",
+) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
+    """Attention of queries to keys: `(out f32, lse f32)`.
+
+    Query head h reads key head h // (H/K). `lse` is the natural log of the sum of exponentials, after scale and soft-cap.
+    Rows that see nothing give out = 0 and lse = -inf. Gradients accept a cotangent for `lse`. `auto` chooses a form in
+    `choose` and logs it once; a named backend is mandatory.
+
+    Raises ValueError if the heads do not divide or an array disagrees with its token info.
+    """
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"attend: {q.shape[2]} query heads are not a multiple of {k.shape[2]} key heads")
+    if q.shape[:2] != q_info.shape or k.shape[:2] != k_info.shape or v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"attend: q {q.shape}, k {k.shape}, v {v.shape} disagree with infos {q_info.shape}, {k_info.shape}")
+    form = _FORMS[choose(backend, q.shape, k.shape)]
+    return form(q, k, v, tokens_of(q_info), tokens_of(k_info), mask=mask, scale=scale, softcap=softcap)
+
+
+def choose(backend: Backend, q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> str:
+    """The form that runs: the named one, or for `auto` the tiled XLA form, whose memory is linear in length."""
+    if backend not in get_args(Backend):
+        raise ValueError(f"attend: backend = {backend!r}: expected one of {', '.join(get_args(Backend))}")
+    chosen = "xla" if backend == "auto" else backend
+    _log_once(backend, chosen, jax.default_backend())
+    return chosen
+
+
+@functools.cache
+def _log_once(asked: str, chosen: str, platform: str) -> None:
+    logging.getLogger("lcx").info("attention backend %s -> %s on %s", asked, chosen, platform)

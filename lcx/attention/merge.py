@@ -1,0 +1,20 @@
+"""Merging partial attention outputs: the associative fold that every split of the keys ends in."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Part = tuple[Float[Array, "*rows E"], Float[Array, "*rows"]]
+
+
+def merge(a: Part, b: Part) -> Part:
+    """`(out, lse)` of the union of two disjoint key sets. Identity is (0, -inf); value and gradient are safe there."""
+    (out_a, lse_a), (out_b, lse_b) = a, b
+    nothing = (lse_a == -jnp.inf) & (lse_b == -jnp.inf)
+    seen_a, seen_b = lse_a != -jnp.inf, lse_b != -jnp.inf
+    finite_a, finite_b = jnp.where(seen_a, lse_a, 0), jnp.where(seen_b, lse_b, 0)
+    peak = jnp.maximum(jnp.where(seen_a, finite_a, finite_b), jnp.where(seen_b, finite_b, finite_a))
+    weight_a = jnp.where(seen_a, jnp.exp(finite_a - peak), 0)
+    weight_b = jnp.where(seen_b, jnp.exp(finite_b - peak), 0)
+    total = jnp.where(nothing, 1, weight_a + weight_b)
+    out = (out_a * weight_a[..., None] + out_b * weight_b[..., None]) / total[..., None]
+    return out, jnp.where(nothing, -jnp.inf, peak + jnp.log(total))

@@ -1,0 +1,93 @@
+"""What a tile kernel knows of its tokens, and the tile statistics that decide empty, partial or full.
+
+A mask here is any hashable object with
+  `visible(q: Tokens, k: Tokens) -> bool[...]`   broadcast over query fields [..., q, 1] and key fields [..., 1, k];
+  `bounds(q: Tiles, k: Tiles) -> (may, must)`    may: some pair of the tile can be visible; must: every pair surely is.
+"""
+
+from typing import NamedTuple, Protocol
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+NEVER = jnp.iinfo(jnp.int32).max
+
+
+class Tokens(NamedTuple):
+    """index, order, segments, roles: int32 arrays of one shape [..., T] (lcx.batch.TokenInfo says what they mean)."""
+
+    index: Int[Array, "..."]
+    order: Int[Array, "..."]
+    segments: Int[Array, "..."]
+    roles: Int[Array, "..."]
+
+    def rows(self) -> "Tokens":
+        """As the query side of a broadcast: [..., T, 1]."""
+        return Tokens(*(field[..., :, None] for field in self))
+
+    def columns(self) -> "Tokens":
+        """As the key side of a broadcast: [..., 1, T]."""
+        return Tokens(*(field[..., None, :] for field in self))
+
+
+class Tiles(NamedTuple):
+    """Statistics of tiles of tokens, padding left out; every field [..., tiles]. Ranges of an empty tile are (NEVER, -NEVER)."""
+
+    index_low: Int[Array, "..."]
+    index_high: Int[Array, "..."]
+    order_low: Int[Array, "..."]
+    order_high: Int[Array, "..."]
+    role_low: Int[Array, "..."]
+    role_high: Int[Array, "..."]
+    segment_low: Int[Array, "..."]  # over ordinary segments (> 0)
+    segment_high: Int[Array, "..."]
+    ordinary: Bool[Array, "..."]  # has a token of an ordinary segment
+    shared: Bool[Array, "..."]  # has a token of segment -1
+    reader: Bool[Array, "..."]  # has a token of segment -2
+    padding: Bool[Array, "..."]  # has a token of segment 0
+
+    def rows(self) -> "Tiles":
+        return Tiles(*(field[..., :, None] for field in self))
+
+    def columns(self) -> "Tiles":
+        return Tiles(*(field[..., None, :] for field in self))
+
+
+class Mask(Protocol):
+    def __hash__(self) -> int: ...
+    def visible(self, q: Tokens, k: Tokens) -> Bool[Array, "..."]: ...
+    def bounds(self, q: Tiles, k: Tiles) -> tuple[Bool[Array, "..."], Bool[Array, "..."]]: ...
+
+
+def pad_tokens(tokens: Tokens, multiple: int) -> Tokens:
+    """Appends padding tokens (all fields 0) along the last axis up to a multiple."""
+    missing = -tokens.index.shape[-1] % multiple
+    widths = [(0, 0)] * (tokens.index.ndim - 1) + [(0, missing)]
+    return Tokens(*(jnp.pad(field, widths) for field in tokens))
+
+
+def tiles(tokens: Tokens, size: int) -> Tiles:
+    """Statistics of consecutive tiles of `size` tokens; the length must be a multiple of `size`."""
+    index, order, segments, roles = (field.reshape(*field.shape[:-1], -1, size) for field in tokens)
+    real, ordinary = segments != 0, segments > 0
+
+    def low(field, where):
+        return jnp.min(jnp.where(where, field, NEVER), axis=-1)
+
+    def high(field, where):
+        return jnp.max(jnp.where(where, field, -NEVER), axis=-1)
+
+    return Tiles(
+        index_low=low(index, real),
+        index_high=high(index, real),
+        order_low=low(order, real),
+        order_high=high(order, real),
+        role_low=low(roles, real),
+        role_high=high(roles, real),
+        segment_low=low(segments, ordinary),
+        segment_high=high(segments, ordinary),
+        ordinary=ordinary.any(axis=-1),
+        shared=(segments == -1).any(axis=-1),
+        reader=(segments == -2).any(axis=-1),
+        padding=(~real).any(axis=-1),
+    )
