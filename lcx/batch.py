@@ -1,7 +1,8 @@
 """Batch and TokenInfo: what flows from the data to the loss, with static shapes.
 
 Axis letters of the whole project: `B` batch, `T` tokens (query side), `S` keys, `H` query heads, `K` key/value heads,
-`D` head size, `E` value size, `M` model width, `F` hidden width, `V` vocabulary, `L` layers, `P` position axes, `C` rotated pairs.
+`D` head size, `E` value size, `M` model width, `F` hidden width, `V` vocabulary, `L` layers, `P` position axes, `C` rotated
+channel pairs.
 """
 
 import dataclasses

@@ -12,7 +12,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable
-from typing import Any, Literal, Self, Union
+from typing import Any, Literal, Union
 
 
 class SpecError(ValueError):
@@ -43,7 +43,7 @@ class Spec:
             self.fail(field, getattr(self, field), accepted)
 
     @classmethod
-    def examples(cls) -> Iterable[Self]:
+    def examples(cls) -> Iterable["Spec"]:
         """Small instances for the contract tests; empty only for abstract kinds."""
         return ()
 

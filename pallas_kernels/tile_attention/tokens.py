@@ -31,7 +31,7 @@ class Tokens(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Statistics of tiles of tokens, padding left out; every field [..., tiles]. Ranges of an empty tile are (NEVER, -NEVER)."""
+    """Statistics of tiles, padding left out; every field [..., tiles]. Ranges of an empty tile are (NEVER, -NEVER)."""
 
     index_low: Int[Array, "..."]
     index_high: Int[Array, "..."]

@@ -1,0 +1,63 @@
+"""Frequency rules: how fast each rotated channel turns. Computed on the host in float64, once per config and length."""
+
+import abc
+import dataclasses
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from lcx.spec import Spec
+
+Pairing = Literal["half", "interleaved"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Frequencies:
+    """What `rotate` needs. Channels beyond the 2C rotated ones pass through; `inv_freq` 0 leaves a rotated pair in place.
+
+    inv_freq: radians a position, float64. axis: the position axis that drives each pair. factor: multiplies cosine and sine,
+    on queries and on keys alike (Hugging Face's attention factor, so logits grow by its square). pairing: `half` pairs channel
+    c with c + C, `interleaved` pairs 2c with 2c + 1.
+    """
+
+    inv_freq: Float[np.ndarray, "C"]
+    axis: Int[np.ndarray, "C"]
+    factor: float = 1.0
+    pairing: Pairing = "half"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FrequencyRule(Spec, abc.ABC):
+    """Base of every frequency rule. Subclasses give `inverse_frequencies`, and `attention_factor` where it is not 1.
+
+    base: the rotary base. rotary: the share of the head's channels that is rotated. pairing: see `Frequencies`.
+    """
+
+    base: float = 10_000.0
+    rotary: float = 1.0
+    pairing: Pairing = "half"
+
+    def validate(self):
+        self.check(self.base > 1, "base", "greater than 1")
+        self.check(0 < self.rotary <= 1, "rotary", "a share in (0, 1]")
+
+    @abc.abstractmethod
+    def inverse_frequencies(self, rotary_dim: int, length: int) -> Float[np.ndarray, "C"]:
+        """Radians a position of each of the `rotary_dim / 2` pairs, float64; `length` is the total length in use."""
+
+    def attention_factor(self, length: int) -> float:
+        return 1.0
+
+    def frequencies(self, head_dim: int, length: int) -> Frequencies:
+        """The frequencies for heads of `head_dim` channels. Raises SpecError if the rotated channels are odd or none."""
+        rotary_dim = int(head_dim * self.rotary)
+        self.check(rotary_dim >= 2 and rotary_dim % 2 == 0, "rotary", f"an even number of channels of head_dim {head_dim}")
+        inv_freq = np.asarray(self.inverse_frequencies(rotary_dim, length), np.float64)
+        axis = np.zeros(len(inv_freq), np.int32)
+        return Frequencies(inv_freq=inv_freq, axis=axis, factor=self.attention_factor(length), pairing=self.pairing)
+
+
+def geometric(base: float, rotary_dim: int) -> Float[np.ndarray, "C"]:
+    """theta_c = base ** (-2c / rotary_dim): RoFormer (2021), section 3.2.2."""
+    return float(base) ** -(np.arange(0, rotary_dim, 2, dtype=np.float64) / rotary_dim)
