@@ -83,7 +83,8 @@ def _edit(node: Any, keys: tuple[str, ...], value: Any, path: str) -> Any:
 
 @functools.cache
 def _hints(cls: type) -> dict[str, Any]:
-    return {name: hint for name, hint in typing.get_type_hints(cls).items() if name in cls.__dataclass_fields__}
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def matches(value: Any, hint: Any) -> bool:

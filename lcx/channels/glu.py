@@ -1,0 +1,56 @@
+"""Gated linear unit: y = (act(x W_gate) * x W_up) W_down. SwiGLU with `silu`, GeGLU with `gelu` (Shazeer 2020)."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from lcx.channels.channel import Channel
+from lcx.mixers.mixer import Inherited, residual_gain, weight
+from lcx.parallel.rules import shard
+
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu": lambda x: jax.nn.gelu(x, approximate=False), "gelu_tanh": jax.nn.gelu}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GLU(Channel):
+    """hidden: the inner width."""
+
+    hidden: int
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    bias: bool = False
+
+    def validate(self):
+        self.check(self.hidden >= 1, "hidden", "at least 1")
+
+    def build(self, inherited, *, rngs):
+        return GLUModule(self, inherited, rngs)
+
+    @classmethod
+    def examples(cls):
+        return (cls(hidden=24), cls(hidden=16, activation="gelu", bias=True))
+
+
+class GLUModule(nnx.Module):
+    def __init__(self, spec: GLU, inherited: Inherited, rngs: nnx.Rngs):
+        self.spec, self.inherited = spec, inherited
+        M, F = inherited.width, spec.hidden
+        self.gate = weight(rngs, (M, F), ("width", "hidden"), fan_in=M, gain=inherited.gain)
+        self.up = weight(rngs, (M, F), ("width", "hidden"), fan_in=M, gain=inherited.gain)
+        self.down = weight(rngs, (F, M), ("hidden", "width"), fan_in=F, gain=residual_gain(inherited))
+        zeros = lambda size, axis: nnx.Param(jnp.zeros((size,)), axes=(axis,)) if spec.bias else None
+        self.gate_bias, self.up_bias, self.down_bias = zeros(F, "hidden"), zeros(F, "hidden"), zeros(M, "width")
+
+    def __call__(self, x: Float[Array, "B T M"], tokens: Int[Array, "B T"]):
+        gate, up = _affine(x, self.gate, self.gate_bias), _affine(x, self.up, self.up_bias)
+        inner = shard(_ACTIVATIONS[self.spec.activation](gate) * up, self.inherited.rules, "batch", "sequence", "hidden")
+        y = _affine(inner, self.down, self.down_bias)
+        return shard(y, self.inherited.rules, "batch", "sequence", None), {}
+
+
+def _affine(x, matrix, bias):
+    y = x @ matrix[...].astype(x.dtype)
+    return y if bias is None else y + bias[...].astype(x.dtype)

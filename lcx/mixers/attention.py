@@ -1,0 +1,122 @@
+"""Softmax attention as a token mixer: grouped queries, optional qk-norm, biases and soft-cap, any mask, rope and cache."""
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from lcx.attention.attend import Backend
+from lcx.attention.mask import Causal, Mask
+from lcx.attention.sharded import sharded_attend
+from lcx.batch import Batch
+from lcx.cache.dense import DenseCache, DenseState
+from lcx.mixers.mixer import Inherited, Mixer, MixerModule, residual_gain, weight
+from lcx.norms import RMSNorm
+from lcx.parallel.rules import shard
+from lcx.positions.frequencies import FrequencyRule, Frequencies
+from lcx.positions.rotate import rotate
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attention(Mixer):
+    """heads: query heads; kv_heads divides them. rope: `model` takes the model's rule, `none` is NoPE, a rule is its own.
+
+    bias: which projections have one. scale: of the logits, default 1 / sqrt(head_dim). qk_norm: over the channels of a head,
+    before the rotation. softcap: cap * tanh(logits / cap).
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mask: Mask = Causal()
+    rope: FrequencyRule | Literal["model", "none"] = "model"
+    qk_norm: RMSNorm | None = None
+    bias: Literal["none", "qkv", "all"] = "none"
+    scale: float | None = None
+    softcap: float | None = None
+    cache: DenseCache = DenseCache()
+    backend: Backend = "auto"
+
+    def validate(self):
+        for field in ("heads", "kv_heads", "head_dim"):
+            self.check(getattr(self, field) >= 1, field, "at least 1")
+        self.check(self.heads % self.kv_heads == 0, "heads", f"a multiple of kv_heads = {self.kv_heads}")
+        self.check(self.softcap is None or self.softcap > 0, "softcap", "a positive number or None")
+        self.check(self.scale is None or self.scale > 0, "scale", "a positive number or None")
+
+    def build(self, inherited, *, rngs):
+        return AttentionModule(self, inherited, rngs)
+
+    @classmethod
+    def examples(cls):
+        from lcx.attention.mask import Sink, Window
+
+        return (
+            cls(heads=4, kv_heads=2, head_dim=8),
+            cls(heads=2, kv_heads=2, head_dim=8, bias="all", qk_norm=RMSNorm(), softcap=5.0, cache=DenseCache(keys="raw")),
+            cls(heads=2, kv_heads=1, head_dim=8, rope="none", mask=Sink(size=1) | Window(size=5), bias="qkv"),
+        )
+
+
+class AttentionModule(MixerModule):
+    def __init__(self, spec: Attention, inherited: Inherited, rngs: nnx.Rngs):
+        self.spec, self.inherited = spec, inherited
+        M, H, K, D = inherited.width, spec.heads, spec.kv_heads, spec.head_dim
+        self.query = weight(rngs, (M, H, D), ("width", "heads", None), fan_in=M)
+        self.key = weight(rngs, (M, K, D), ("width", "kv_heads", None), fan_in=M)
+        self.value = weight(rngs, (M, K, D), ("width", "kv_heads", None), fan_in=M, gain=inherited.gain)
+        self.output = weight(rngs, (H, D, M), ("heads", None, "width"), fan_in=H * D, gain=residual_gain(inherited))
+        zeros = lambda shape, axes: nnx.Param(jnp.zeros(shape), axes=axes)
+        self.query_bias = zeros((H, D), ("heads", None)) if spec.bias != "none" else None
+        self.key_bias = zeros((K, D), ("kv_heads", None)) if spec.bias != "none" else None
+        self.value_bias = zeros((K, D), ("kv_heads", None)) if spec.bias != "none" else None
+        self.output_bias = zeros((M,), ("width",)) if spec.bias == "all" else None
+        self.query_norm = spec.qk_norm.build(D) if spec.qk_norm else None
+        self.key_norm = spec.qk_norm.build(D) if spec.qk_norm else None
+
+    def frequencies(self, length: int) -> Frequencies | None:
+        """The frequencies in force for rows of `length` tokens; None without rotation."""
+        rule = self.inherited.rope if self.spec.rope == "model" else self.spec.rope
+        return rule.frequencies(self.spec.head_dim, length) if isinstance(rule, FrequencyRule) else None
+
+    def __call__(self, x: Float[Array, "B T M"], batch: Batch, state: DenseState | None = None):
+        spec, rules, info = self.spec, self.inherited.rules, batch.info
+        q = self._project(x, self.query, self.query_bias, self.query_norm, "heads")
+        k = self._project(x, self.key, self.key_bias, self.key_norm, "kv_heads")
+        v = self._project(x, self.value, self.value_bias, None, "kv_heads")
+        frequencies = self.frequencies(x.shape[1] if state is None else state.k.shape[1])
+        if frequencies is not None:
+            q = rotate(q, info.positions, frequencies).astype(x.dtype)
+        options = {
+            "mask": spec.mask,
+            "scale": spec.scale or 1 / math.sqrt(spec.head_dim),
+            "softcap": spec.softcap,
+            "backend": spec.backend,
+        }
+        if state is None:
+            if frequencies is not None:
+                k = rotate(k, info.positions, frequencies).astype(x.dtype)
+            out, _ = sharded_attend(q, k, v, info, info, rules=rules, **options)
+        else:
+            state = spec.cache.append(state, k, v, info, frequencies)
+            out, _ = spec.cache.attend(state, q, info, frequencies=frequencies, **options)
+        y = jnp.einsum("bthd,hdm->btm", out.astype(x.dtype), self.output[...].astype(x.dtype))
+        if self.output_bias is not None:
+            y = y + self.output_bias[...].astype(x.dtype)
+        return shard(y, rules, "batch", "sequence", None), state, {}
+
+    def init_state(self, batch_size, length):
+        spec = self.spec
+        dtype = jnp.dtype(self.inherited.compute)
+        return spec.cache.init(batch_size, length, spec.kv_heads, spec.head_dim, spec.head_dim, dtype)
+
+    def _project(self, x, matrix, bias, norm, heads):
+        y = jnp.einsum("btm,mhd->bthd", x, matrix[...].astype(x.dtype))
+        if bias is not None:
+            y = y + bias[...].astype(x.dtype)
+        if norm is not None:
+            y = norm(y)
+        return shard(y, self.inherited.rules, "batch", "sequence", heads, None)

@@ -1,0 +1,67 @@
+"""The contract of a token mixer: `mixer(x[B,T,M], batch, state=None) -> (y, state, aux)`.
+
+Parallel form = chunked form = step form; packed equals separate; padding changes nothing; perturbing token t leaves every
+output before t unchanged. With a state, `batch` is the next chunk and padding tokens consume nothing of it.
+"""
+
+import abc
+import dataclasses
+import math
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from lcx.batch import Batch
+from lcx.parallel.rules import Rules
+from lcx.positions.frequencies import FrequencyRule
+from lcx.spec import Spec
+
+Compute = Literal["float32", "bfloat16"]
+Aux = dict[str, Float[Array, ""]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inherited:
+    """What a part takes over from its model. gain scales the initial weights that write to the residual stream."""
+
+    width: int
+    depth: int
+    rope: FrequencyRule | None
+    compute: Compute
+    rules: Rules
+    gain: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mixer(Spec, abc.ABC):
+    """Base of every token mixer. `sequential`: reads array neighbours, so the layout must keep their order."""
+
+    sequential: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def build(self, inherited: Inherited, *, rngs: nnx.Rngs) -> "MixerModule":
+        """The module with its parameters. Raises SpecError if the spec does not fit the model."""
+
+
+class MixerModule(nnx.Module):
+    """Base of every mixer with its parameters."""
+
+    def __call__(self, x: Float[Array, "B T M"], batch: Batch, state: Any = None) -> tuple[Array, Any, Aux]:
+        raise NotImplementedError(f"{type(self).__name__} must define __call__")
+
+    def init_state(self, batch_size: int, length: int) -> Any:
+        """The empty state for `length` tokens a row."""
+        raise NotImplementedError(f"{type(self).__name__} must define init_state")
+
+
+def weight(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], *, fan_in: int, gain: float = 1.0) -> nnx.Param:
+    """A float32 matrix, normal with standard deviation gain / sqrt(fan_in), with its logical axes."""
+    return nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) * (gain / math.sqrt(fan_in)), axes=axes)
+
+
+def residual_gain(inherited: Inherited) -> float:
+    """Gain of a matrix that writes to the residual stream: two writers a layer keep its variance near 1 (GPT-2, 2019)."""
+    return inherited.gain / math.sqrt(2 * inherited.depth)

@@ -1,0 +1,83 @@
+"""Short causal convolution: y_t = sum over k = 1..taps of W_k * x_{t-k}, one weight a channel, within a document.
+
+Supplies the previous-token features that plain attention needs thousands of steps to find (Mamba, 2023; H3, 2022). The
+current token is left out: the part is added to a residual stream that already carries it.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from lcx.batch import PADDING, Batch
+from lcx.mixers.mixer import Inherited, Mixer, MixerModule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShortConvolution(Mixer):
+    """taps: how many earlier tokens are read."""
+
+    taps: int = 4
+    sequential = True
+
+    def validate(self):
+        self.check(self.taps >= 1, "taps", "at least 1")
+
+    def build(self, inherited, *, rngs):
+        return ShortConvolutionModule(self, inherited, rngs)
+
+    @classmethod
+    def examples(cls):
+        return (cls(), cls(taps=1))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvolutionState:
+    """The last `taps` tokens of each row that were not padding; segment 0 where there are fewer."""
+
+    x: Float[Array, "B taps M"]
+    index: Int[Array, "B taps"]
+    segments: Int[Array, "B taps"]
+
+
+class ShortConvolutionModule(MixerModule):
+    def __init__(self, spec: ShortConvolution, inherited: Inherited, rngs: nnx.Rngs):
+        self.spec, self.inherited = spec, inherited
+        shape = (spec.taps, inherited.width)
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), shape) / jnp.sqrt(spec.taps), axes=(None, "width"))
+
+    def __call__(self, x: Float[Array, "B T M"], batch: Batch, state: ConvolutionState | None = None):
+        index, segments = batch.info.index, batch.info.segments
+        if state is None:
+            return self._convolve(x, index, segments), None, {}
+        x = jnp.concatenate([state.x.astype(x.dtype), x], axis=1)
+        index = jnp.concatenate([state.index, index], axis=1)
+        segments = jnp.concatenate([state.segments, segments], axis=1)
+        # Padding is moved to the front, so that the tokens before and after it are neighbours.
+        order = jnp.argsort(segments != PADDING, axis=1, stable=True)
+        take = lambda field: jnp.take_along_axis(field, order.reshape(order.shape + (1,) * (field.ndim - 2)), axis=1)
+        x, index, segments = take(x), take(index), take(segments)
+        y = self._convolve(x, index, segments)
+        back = jnp.argsort(order, axis=1)[:, self.spec.taps :]
+        taps = self.spec.taps
+        state = ConvolutionState(
+            x=x[:, -taps:].astype(state.x.dtype), index=index[:, -taps:], segments=segments[:, -taps:]
+        )
+        return jnp.take_along_axis(y, back[..., None], axis=1), state, {}
+
+    def init_state(self, batch_size, length):
+        empty = jnp.zeros((batch_size, self.spec.taps), jnp.int32)
+        x = jnp.zeros((*empty.shape, self.inherited.width), self.inherited.compute)
+        return ConvolutionState(x=x, index=empty, segments=empty)
+
+    def _convolve(self, x, index, segments):
+        """A tap counts where the token k places before in the array is the token k places before in the document."""
+        kernel, y = self.kernel[...].astype(x.dtype), jnp.zeros_like(x)
+        for k in range(1, self.spec.taps + 1):
+            before = lambda field, k=k: jnp.pad(field, ((0, 0), (k, 0)) + ((0, 0),) * (field.ndim - 2))[:, : field.shape[1]]
+            linked = (before(segments) == segments) & (segments != PADDING) & (before(index) == index - k)
+            y = y + jnp.where(linked[..., None], before(x), 0) * kernel[k - 1]
+        return y

@@ -1,0 +1,189 @@
+"""The decoder: token embedding, a repeating pattern of layers scanned over its periods, a final norm and a head.
+
+Parameters of each slot of the pattern are stacked [periods, ...], so compile time does not grow with depth. Every model of
+the project is called as this one is: `model(batch, state=None, upto=None) -> (hidden, state, aux)` and `model.logits(hidden)`.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from lcx.batch import Batch
+from lcx.mixers.mixer import Aux, Compute, Inherited, Mixer, weight
+from lcx.models.layer import Layer, join_aux
+from lcx.norms import Norm, RMSNorm
+from lcx.parallel.rules import Rules, ambient_mesh, shard
+from lcx.positions.frequencies import FrequencyRule
+from lcx.positions.rope import Rope
+from lcx.spec import Spec, SpecError
+
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoder(Spec):
+    """vocab: rows of the embedding, at least the tokenizer's size. pattern: one period of layers; depth is periods times it.
+
+    rope: the rule of every attention layer that says `rope="model"`; None is NoPE. embed_mixer: added to the embeddings.
+    head: `tied` to the embedding or `untied`. logit_softcap: cap * tanh(logits / cap). remat: what the backward pass keeps of
+    each period: all (`none`), nothing but its input (`full`), or matrix products too (`dots`). unroll: periods a scan step.
+    """
+
+    vocab: int
+    width: int
+    pattern: tuple[Layer, ...]
+    periods: int
+    rope: FrequencyRule | None = Rope()
+    embed_mixer: Mixer | None = None
+    embed_scale: float = 1.0
+    final_norm: Norm = RMSNorm()
+    head: Literal["tied", "untied"] = "tied"
+    logit_softcap: float | None = None
+    compute: Compute = "float32"
+    remat: Literal["none", "full", "dots"] = "none"
+    unroll: int = 1
+    rules: Rules = Rules()
+
+    def validate(self):
+        for field in ("vocab", "width", "periods", "unroll"):
+            self.check(getattr(self, field) >= 1, field, "at least 1")
+        self.check(len(self.pattern) >= 1, "pattern", "at least one layer")
+        self.check(self.logit_softcap is None or self.logit_softcap > 0, "logit_softcap", "a positive number or None")
+        self.check(self.periods % self.unroll == 0, "unroll", f"a divisor of periods = {self.periods}")
+
+    @property
+    def depth(self) -> int:
+        return self.periods * len(self.pattern)
+
+    def build(self, *, rngs: nnx.Rngs) -> "DecoderModel":
+        return DecoderModel(self, rngs)
+
+
+class DecoderModel(nnx.Module):
+    def __init__(self, spec: Decoder, rngs: nnx.Rngs):
+        self.spec = spec
+        inherited = Inherited(width=spec.width, depth=spec.depth, rope=spec.rope, compute=spec.compute, rules=spec.rules)
+        self.embedding = weight(rngs, (spec.vocab, spec.width), ("vocab", "width"), fan_in=spec.width)
+        self.embed_mixer = spec.embed_mixer.build(inherited, rngs=rngs) if spec.embed_mixer else None
+        self.slots = nnx.List([_stack(layer, inherited, spec.periods, rngs) for layer in spec.pattern])
+        self.final_norm = spec.final_norm.build(spec.width)
+        untied = spec.head == "untied"
+        self.head = weight(rngs, (spec.width, spec.vocab), ("width", "vocab"), fan_in=spec.width) if untied else None
+
+    def __call__(
+        self, batch: Batch, state: Any = None, *, upto: int | None = None
+    ) -> tuple[Float[Array, "B T M"], Any, Aux]:
+        """Hidden states after the final norm, ready for `logits`; with `upto`, the raw stream after that many layers.
+
+        Raises ValueError if `upto` is not a multiple of the pattern's length between 0 and the depth, or if `state` is given
+        with it (a state holds every layer).
+        """
+        periods = self._periods(upto, state)
+        x = self._embed(batch)
+        embed_state = None
+        if self.embed_mixer is not None:
+            y, embed_state, _ = self.embed_mixer(x, batch, None if state is None else state["embed"])
+            x = x + y
+        slots = tuple(self.slots) if periods == self.spec.periods else jax.tree.map(lambda p: p[:periods], tuple(self.slots))
+
+        def period(x, stacked):
+            blocks, states = stacked
+            given = states if states is not None else (None,) * len(blocks)
+            new, aux = [], []
+            for block, block_state in zip(blocks, given, strict=True):
+                x, block_state, block_aux = block(x, batch, block_state)
+                new.append(block_state)
+                aux.append(block_aux)
+            return x, (None if states is None else tuple(new), join_aux(*aux))
+
+        policy = REMAT[self.spec.remat]
+        body = period if policy is None else jax.checkpoint(period, prevent_cse=False, policy=policy)
+        given = None if state is None else state["layers"]
+        x, (layers, aux) = jax.lax.scan(body, x, (slots, given), length=periods, unroll=min(self.spec.unroll, max(periods, 1)))
+        aux = {key: value.sum() if key.endswith("_loss") else value.mean() for key, value in aux.items()}
+        if upto is None:
+            x = self.final_norm(x)
+        return x, None if state is None else {"embed": embed_state, "layers": layers}, aux
+
+    def logits(self, hidden: Float[Array, "*n M"]) -> Float[Array, "*n V"]:
+        """Float32 logits of hidden states; give them in chunks, never for a whole long row."""
+        compute = self.spec.compute
+        matrix = self.embedding[...].T if self.head is None else self.head[...]
+        logits = jnp.matmul(hidden.astype(compute), matrix.astype(compute), preferred_element_type=jnp.float32)
+        cap = self.spec.logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def init_state(self, batch_size: int, length: int) -> dict[str, Any]:
+        """The empty state of every mixer, for `length` tokens a row."""
+        stack = lambda leaf: jnp.broadcast_to(leaf, (self.spec.periods, *leaf.shape))
+        first = [jax.tree.map(lambda p: p[0], slot) for slot in self.slots]
+        layers = tuple(jax.tree.map(stack, slot.init_state(batch_size, length)) for slot in first)
+        embed = self.embed_mixer.init_state(batch_size, length) if self.embed_mixer is not None else None
+        return {"embed": embed, "layers": layers}
+
+    def _embed(self, batch: Batch) -> Float[Array, "B T M"]:
+        x = lookup(self.embedding[...], batch.tokens, self.spec.rules) * self.spec.embed_scale
+        if batch.embeds is not None:
+            x = jnp.where((batch.tokens < 0)[..., None], batch.embeds.astype(x.dtype), x)
+        return shard(x.astype(self.spec.compute), self.spec.rules, "batch", "sequence", None)
+
+    def _periods(self, upto: int | None, state: Any) -> int:
+        pattern = len(self.spec.pattern)
+        if upto is None:
+            return self.spec.periods
+        if state is not None:
+            raise ValueError("decoder: upto needs state=None, since a state holds every layer")
+        if upto % pattern or not 0 <= upto <= self.spec.depth:
+            raise ValueError(f"decoder: upto = {upto}: expected a multiple of {pattern} from 0 to {self.spec.depth}")
+        return upto // pattern
+
+
+def lookup(table: Float[Array, "V M"], tokens: Int[Array, "B T"], rules: Rules) -> Float[Array, "B T M"]:
+    """Rows of the embedding; negative tokens give zeros. On a mesh each device looks in its own share of the vocabulary."""
+
+    def local(table, tokens):
+        for axis in rules.vocab if ambient_mesh() is not None else ():
+            tokens = tokens - jax.lax.axis_index(axis) * table.shape[0]
+        found = (tokens >= 0) & (tokens < table.shape[0])
+        rows = jnp.where(found[..., None], jnp.take(table, jnp.where(found, tokens, 0), axis=0), 0)
+        return rows if ambient_mesh() is None else jax.lax.psum(rows, rules.vocab)
+
+    if ambient_mesh() is None:
+        return local(table, tokens)
+    ids, rows = rules.partition(("batch", "sequence")), rules.partition(("batch", "sequence", None))
+    return jax.shard_map(
+        local, in_specs=(rules.partition(("vocab", None)), ids), out_specs=rows, check_vma=False
+    )(table, tokens)
+
+
+def rebuild(model: DecoderModel, spec: Decoder) -> DecoderModel:
+    """The parameters of `model` under an edited spec: another rope, mask, cache, compute.
+
+    Raises SpecError if the edited model has other parameters.
+    """
+    graph, wanted = nnx.split(nnx.eval_shape(lambda: spec.build(rngs=nnx.Rngs(0))))
+    held = nnx.state(model)
+    shapes = lambda state: {path: leaf.shape for path, leaf in nnx.to_flat_state(state)}
+    if shapes(wanted) != shapes(held):
+        differing = sorted(map(str, set(shapes(wanted).items()) ^ set(shapes(held).items())))
+        raise SpecError(f"rebuild: the edited spec has other parameters, first {differing[0]}")
+    return nnx.merge(graph, held)
+
+
+def _stack(layer: Layer, inherited: Inherited, periods: int, rngs: nnx.Rngs):
+    """One slot of the pattern with its parameters stacked [periods, ...]."""
+
+    @nnx.split_rngs(splits=periods)
+    @nnx.vmap(axis_size=periods, transform_metadata={nnx.PARTITION_NAME: "layers", "axes": "layers"})
+    def build(rngs: nnx.Rngs):
+        return layer.build(inherited, rngs=rngs)
+
+    return build(rngs)

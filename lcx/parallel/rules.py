@@ -1,0 +1,61 @@
+"""Rules: which mesh axes shard each logical axis of parameters and activations.
+
+A logical axis that is absent from the rules, or None, is replicated. One mesh axis can shard only one axis of an array.
+"""
+
+import dataclasses
+
+import jax
+from jax.sharding import AbstractMesh, PartitionSpec
+from jaxtyping import Array
+
+from lcx.parallel.mesh import AXES
+from lcx.spec import Spec, SpecError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rules(Spec):
+    """batch, sequence: activations. width, heads, kv_heads, hidden, vocab, layers: parameters (and heads of activations)."""
+
+    batch: tuple[str, ...] = ("data", "fsdp")
+    sequence: tuple[str, ...] = ("context",)
+    width: tuple[str, ...] = ("fsdp",)
+    heads: tuple[str, ...] = ("tensor",)
+    kv_heads: tuple[str, ...] = ("tensor",)
+    hidden: tuple[str, ...] = ("tensor",)
+    vocab: tuple[str, ...] = ("tensor",)
+    layers: tuple[str, ...] = ()
+
+    def validate(self):
+        for field in dataclasses.fields(self):
+            axes = getattr(self, field.name)
+            self.check(set(axes) <= set(AXES) and len(set(axes)) == len(axes), field.name, f"distinct axes of {AXES}")
+        self.check(not set(self.batch) & set(self.sequence), "sequence", f"axes apart from those of batch, {self.batch}")
+
+    def partition(self, logical: tuple[str | None, ...]) -> PartitionSpec:
+        """The partition of an array with these logical axes. Raises SpecError on an unknown name or a collision."""
+        names = {field.name for field in dataclasses.fields(self)}
+        if unknown := [axis for axis in logical if axis is not None and axis not in names]:
+            raise SpecError(f"rules: no logical axis {unknown[0]!r}; there are {', '.join(sorted(names))}")
+        chosen = [() if axis is None else getattr(self, axis) for axis in logical]
+        flat = [axis for axes in chosen for axis in axes]
+        if len(set(flat)) != len(flat):
+            raise SpecError(f"rules: axes {logical} map to {chosen}: a mesh axis would shard two axes of one array")
+        return PartitionSpec(*(axes if axes else None for axes in chosen))
+
+    @classmethod
+    def examples(cls):
+        return (cls(), cls(width=("fsdp", "context")))
+
+
+def ambient_mesh() -> AbstractMesh | None:
+    """The mesh set by `jax.set_mesh` if it has more than one device, else None: the unsharded program."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def shard(x: Array, rules: Rules, *logical: str | None) -> Array:
+    """Constrains the sharding of an activation under the ambient mesh; without one, returns it unchanged."""
+    if ambient_mesh() is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, rules.partition(logical))

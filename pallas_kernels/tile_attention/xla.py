@@ -1,0 +1,1 @@
+from pallas_kernels.tile_attention.reference import attention
