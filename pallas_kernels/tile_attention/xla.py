@@ -1,1 +1,1 @@
-from pallas_kernels.tile_attention.reference import attention
+from pallas_kernels.tile_attention.reference import attention as attention
