@@ -1,0 +1,159 @@
+"""Checkpoints of a run, written asynchronously by Orbax.
+
+`RUN/checkpoints/STEP/` holds four items: `params`, `optimizer`, `data` (the iterator's state, json) and `meta` (json: layout
+version, step, steps of the run, identity). A step folder appears complete or not at all. Restoring always takes target
+shardings, so a checkpoint of eight devices restores on any mesh.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import Mesh
+
+from lcx.models.decoder import Decoder
+from lcx.parallel.mesh import MeshSpec
+from lcx.spec import Spec, SpecError
+from lcx.training.placement import parameter_shardings
+from lcx.training.step import TrainState, abstract_model, bind
+
+LAYOUT = 1  # of the items above; a checkpoint of another layout is refused
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpointing(Spec):
+    """every: steps between checkpoints; None: only at the end, and when the run is told to stop. keep: how many of the
+    newest stay; None: all. keep_every: steps that are multiples of it stay for good.
+    """
+
+    every: int | None = None
+    keep: int | None = 3
+    keep_every: int | None = None
+
+    def validate(self):
+        for field in ("every", "keep", "keep_every"):
+            self.check(getattr(self, field) is None or getattr(self, field) >= 1, field, "at least 1, or None")
+
+    def due(self, step: int) -> bool:
+        return self.every is not None and step % self.every == 0
+
+
+class Checkpoints:
+    """The checkpoints of the run that this process trains. A context: leaving it waits for the last one to be written."""
+
+    def __init__(self, run_dir: Path, spec: Checkpointing):
+        self._manager = _manager(run_dir, max_to_keep=spec.keep, keep_period=spec.keep_every, cleanup_tmp_directories=True)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._manager.close()
+
+    def latest(self) -> int | None:
+        """The newest complete step, after waiting for one that is being written."""
+        self._manager.wait_until_finished()
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, *, step: int, data: dict[str, Any], meta: dict[str, Any]) -> None:
+        """Copies the state to the host, then writes it in the background. A step that exists already is left alone."""
+        if step in self._manager.all_steps():
+            return
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            optimizer=ocp.args.StandardSave(state.optimizer),
+            data=ocp.args.JsonSave(data),
+            meta=ocp.args.JsonSave({"layout": LAYOUT, "step": step} | meta),
+        )
+        self._manager.save(step, args=items, force=True)
+
+    def restore(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """(state in the shapes and shardings of `target`, data state). Raises SpecError if the parameters are others."""
+        _compare(self._manager, step, target.params)
+        items = ocp.args.Composite(
+            params=ocp.args.StandardRestore(target.params),
+            optimizer=ocp.args.StandardRestore(target.optimizer),
+            data=ocp.args.JsonRestore(),
+        )
+        found = self._manager.restore(step, args=items)
+        count = jax.device_put(jax.numpy.asarray(step, jax.numpy.int32), target.step.sharding)
+        return TrainState(found["params"], found["optimizer"], count), found["data"]
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """What the checkpoint belongs to. Raises SpecError if its layout is not the one of this version."""
+        return _meta(self._manager, step)
+
+
+def folder(run_dir: Path | str) -> Path:
+    """Where a run keeps its checkpoints."""
+    return Path(run_dir).absolute() / "checkpoints"
+
+
+def latest(run_dir: Path | str) -> int | None:
+    """The newest complete step of a run, or None. Reads only."""
+    if not folder(run_dir).is_dir():
+        return None
+    with _manager(run_dir, create=False) as manager:
+        return manager.latest_step()
+
+
+def restore_params(run_dir: Path | str, target: Any, *, step: int | None = None) -> Any:
+    """Parameters of a run (its newest step by default) in the shapes and shardings of `target`, a pure dict of shapes.
+
+    Raises SpecError if there is no such step, its layout is unknown, or it holds other parameters.
+    """
+    newest = latest(run_dir)
+    if newest is None:
+        raise SpecError(f"{folder(run_dir)}: no checkpoint")
+    step = newest if step is None else step
+    with _manager(run_dir, create=False) as manager:
+        if step not in manager.all_steps():
+            raise SpecError(f"{folder(run_dir)}: no checkpoint of step {step}; there are {sorted(manager.all_steps())}")
+        _meta(manager, step)
+        _compare(manager, step, target)
+        return manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(target)))["params"]
+
+
+def load_model(run_dir: Path | str, spec: Decoder, *, step: int | None = None, mesh: Mesh | None = None) -> nnx.Module:
+    """The trained model of a run for evaluation, on `mesh` (default: one device), under `spec`.
+
+    The spec may be an edit of the one that was trained (another rope, mask, cache) as long as its parameters are the same.
+    """
+    mesh = MeshSpec().build(jax.local_devices()) if mesh is None else mesh
+    graph, state = abstract_model(spec)
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    target = jax.tree.map(place, nnx.to_pure_dict(state), parameter_shardings(state, spec.rules, mesh))
+    return bind(graph, state, restore_params(run_dir, target, step=step))
+
+
+def _manager(run_dir: Path | str, **options: Any) -> ocp.CheckpointManager:
+    arrays, json = ocp.StandardCheckpointHandler, ocp.JsonCheckpointHandler
+    handlers = {"params": arrays(), "optimizer": arrays(), "data": json(), "meta": json()}
+    return ocp.CheckpointManager(folder(run_dir), options=ocp.CheckpointManagerOptions(**options), item_handlers=handlers)
+
+
+def _meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    if meta.get("layout") != LAYOUT:
+        raise SpecError(
+            f"{manager.directory}/{step}: checkpoint layout {meta.get('layout')}; this version reads layout {LAYOUT}"
+        )
+    return meta
+
+
+def _compare(manager: ocp.CheckpointManager, step: int, target: Any) -> None:
+    """Raises SpecError, naming the first difference, unless the checkpoint holds the target's parameters."""
+    held = _shapes(manager.item_metadata(step)["params"].tree)
+    wanted = _shapes(target)
+    for name in sorted(held.keys() | wanted.keys()):
+        if held.get(name) != wanted.get(name):
+            found, asked = (side.get(name, "absent") for side in (held, wanted))
+            raise SpecError(f"{manager.directory}/{step}: parameter {name} is {found} in the checkpoint, {asked} in the model")
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: hasattr(node, "shape"))
+    return {"/".join(str(key.key) for key in path): tuple(leaf.shape) for path, leaf in leaves}

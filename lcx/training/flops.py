@@ -1,0 +1,118 @@
+"""FLOPs of a training step, counted from the mask that is really used, and the peaks they are compared with.
+
+Two conventions, always side by side. Masked: real (not padding) tokens and visible pairs. Full: every token and every pair of
+the square T x T, as most reports count, which at long context overstates what was needed. A multiplication and an
+addition are two operations; a backward pass is two forward passes; recomputation is not counted.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from flax import nnx
+
+from lcx.attention.count import document_pairs, visible_pairs
+from lcx.attention.mask import Mask
+from lcx.batch import PADDING, TokenInfo
+from lcx.mixers.attention import Attention
+from lcx.mixers.mixer import Mixer
+from lcx.mixers.short_convolution import ShortConvolution
+from lcx.models.decoder import Decoder
+from lcx.training.optimizer import groups
+
+# Dense bf16 peak of one JAX device, FLOP/s, by the start of its `device_kind` (data sheets). A tpu7x chip is two devices.
+PEAKS: Mapping[str, float] = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12 / 2,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a batch holds. pairs: visible pairs, all rows together, of each distinct mask of the model."""
+
+    tokens: int
+    pairs: Mapping[Mask, int]
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.tokens + other.tokens, {mask: self.pairs[mask] + other.pairs[mask] for mask in self.pairs})
+
+
+@dataclasses.dataclass(frozen=True)
+class Counter:
+    """FLOPs of one model. per_token: of the forward pass. per_pair: of the forward pass for one visible pair, by mask."""
+
+    per_token: int
+    per_pair: Mapping[Mask, int]
+
+    def masked(self, info: TokenInfo) -> Work:
+        """The real tokens and visible pairs of a batch (on the host)."""
+        real = int((np.asarray(info.segments) != PADDING).sum())
+        return Work(real, {mask: int(visible_pairs(mask, info, info).sum()) for mask in self.per_pair})
+
+    def full(self, rows: int, length: int) -> Work:
+        """All tokens and all pairs of rows of `length`."""
+        return Work(rows * length, dict.fromkeys(self.per_pair, rows * length * length))
+
+    def documents(self, rows: int, length: int) -> Work:
+        """Rows of one causal document each: what a plan uses before data exist."""
+        return Work(rows * length, {mask: rows * document_pairs(mask, length) for mask in self.per_pair})
+
+    def forward(self, work: Work) -> int:
+        """FLOPs of a forward pass."""
+        return work.tokens * self.per_token + sum(pairs * self.per_pair[mask] for mask, pairs in work.pairs.items())
+
+    def train(self, work: Work) -> int:
+        """FLOPs of a forward and a backward pass."""
+        return 3 * self.forward(work)
+
+
+def counter(spec: Decoder, state: nnx.State) -> Counter:
+    """The counter of a decoder; `state` may be abstract. Raises TypeError for a mixer whose FLOPs are not known here."""
+    names, sizes = groups(state), jax.tree.map(lambda leaf: math.prod(leaf.shape), nnx.to_pure_dict(state))
+    matrices = sum(
+        size for name, size in zip(jax.tree.leaves(names), jax.tree.leaves(sizes), strict=True) if name == "matrices"
+    )
+    head = spec.vocab * spec.width if spec.head == "tied" else 0
+    mixers = [(layer.mixer, spec.periods) for layer in spec.pattern]
+    mixers += [(spec.embed_mixer, 1)] if spec.embed_mixer else []
+    per_pair: dict[Mask, int] = {}
+    for mixer, times in mixers:
+        for mask, flops in pair_flops(mixer).items():
+            per_pair[mask] = per_pair.get(mask, 0) + times * flops
+    return Counter(2 * (matrices + head), per_pair)
+
+
+@functools.singledispatch
+def pair_flops(mixer: Mixer) -> dict[Mask, int]:
+    """FLOPs for one visible (query, key) pair, by mask, beside those of the mixer's matrices."""
+    raise TypeError(f"FLOPs of {type(mixer).__name__} are not known: register it with lcx.training.flops.pair_flops")
+
+
+@pair_flops.register
+def _(mixer: Attention) -> dict[Mask, int]:
+    return {mixer.mask: 2 * mixer.heads * (mixer.head_dim + mixer.head_dim)}
+
+
+@pair_flops.register
+def _(mixer: ShortConvolution) -> dict[Mask, int]:
+    return {}
+
+
+def peak(device_kind: str) -> float | None:
+    """Dense bf16 peak of one device in FLOP/s; None for a device that is not in the table (a CPU)."""
+    names = sorted((name for name in PEAKS if device_kind.startswith(name)), key=len)
+    return PEAKS[names[-1]] if names else None

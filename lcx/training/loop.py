@@ -1,0 +1,173 @@
+"""The training loop: resume, step, log, save, stop.
+
+A run lives in a folder: `metrics.jsonl`, `tensorboard/`, `checkpoints/`. Calling `train` again with the same folder goes on
+from the newest checkpoint, to the same parameters, bit for bit on a CPU, as a run that was never interrupted.
+"""
+
+import contextlib
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from flax import nnx
+from jax.experimental import multihost_utils
+
+from lcx.training.checkpoint import Checkpoints, restore_params
+from lcx.training.experiment import Experiment
+from lcx.training.flops import counter
+from lcx.training.metrics import Meter, Pending
+from lcx.training.placement import host_rows, place_batch
+from lcx.training.step import TrainState, TrainStep
+from lcx.training.writers import JsonLines, Record, TensorBoard, Writer, terminal
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """model: with the last parameters. step: updates made. metrics: the last record. status: `completed`, or `terminated` by
+    SIGTERM after saving.
+    """
+
+    model: nnx.Module
+    step: int
+    metrics: Record
+    status: Literal["completed", "terminated"]
+
+    @property
+    def exit_status(self) -> int:
+        """0 if the run is complete; 143 (128 + SIGTERM) if it was told to stop and wants to be started again."""
+        return 0 if self.status == "completed" else 128 + signal.SIGTERM
+
+
+def train(experiment: Experiment, run_dir: Path | str, *, devices: Sequence[jax.Device] | None = None) -> TrainResult:
+    """Trains, or goes on training, in `run_dir`, on `devices` (default: all, as many as the mesh needs).
+
+    Raises SpecError if the config does not fit the devices or the checkpoint; TrainingDiverged at a non-finite loss, gradient
+    or parameter; ValueError if a batch has no loss weight or the data end early.
+    """
+    run_dir = Path(run_dir).absolute()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    mesh = experiment.mesh.build(devices)
+    host, hosts = host_rows(experiment.data.batch_size, experiment.model.rules, mesh)
+    batches = iter(experiment.data.dataset(host=host, hosts=hosts))
+    step = TrainStep(
+        model=experiment.model,
+        objective=experiment.objective,
+        optimizer=experiment.optimizer,
+        mesh=mesh,
+        steps=experiment.steps,
+        accumulation=experiment.accumulation,
+        seed=experiment.seed,
+    )
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(_Stop())
+        checkpoints = stack.enter_context(Checkpoints(run_dir, experiment.checkpoint))
+        state, start = _begin(experiment, step, checkpoints, batches)
+        run = _Run(experiment, step, checkpoints, batches, hosts, run_dir)
+        return run.go(state, start, stop, stack)
+
+
+class _Run:
+    """One process's part of a run, from a state on."""
+
+    def __init__(self, experiment, step: TrainStep, checkpoints: Checkpoints, batches: Iterator, hosts: int, run_dir: Path):
+        self.experiment, self.step, self.checkpoints = experiment, step, checkpoints
+        self.batches, self.hosts, self.run_dir = batches, hosts, run_dir
+        self.counter = counter(experiment.model, step.abstract)
+
+    def go(self, state: TrainState, start: int, stop: "_Stop", stack: contextlib.ExitStack) -> TrainResult:
+        experiment, number, meter = self.experiment, start, None
+        for number in range(start + 1, experiment.steps + 1):
+            batch = self._next(number)
+            placed = place_batch(batch, experiment.model.rules, self.step.mesh, hosts=self.hosts)
+            if meter is None:
+                compiled, first = self._compile(placed)
+                meter = self._meter(start, first, stack)
+            state, results = compiled(state, placed)
+            work = self.counter.masked(batch.info), self.counter.full(*batch.shape)
+            meter.add(Pending(number, results, *work))
+            stopping = stop.requested(number)
+            if stopping or number == experiment.steps or experiment.checkpoint.due(number):
+                meter.collect()
+                self._save(state, number)
+            if stopping:
+                break
+        if meter is not None:
+            meter.finish()
+        status = "completed" if number >= experiment.steps else "terminated"
+        return TrainResult(self.step.model(state.params), number, {} if meter is None else meter.last, status)
+
+    def _next(self, number: int):
+        try:
+            return next(self.batches)
+        except StopIteration:
+            raise ValueError(
+                f"step {number} of {self.experiment.steps}: the data have ended; repeat them or train fewer steps"
+            ) from None
+
+    def _compile(self, batch) -> tuple[Any, Record]:
+        begin = time.perf_counter()
+        compiled = self.step.compile(batch)
+        return compiled, {"compile_seconds": time.perf_counter() - begin}
+
+    def _meter(self, start: int, first: Record, stack: contextlib.ExitStack) -> Meter:
+        writers: list[Writer] = []
+        if jax.process_index() == 0:
+            writers = [
+                JsonLines(self.run_dir / "metrics.jsonl", step=start),
+                TensorBoard(self.run_dir / "tensorboard", step=start),
+                terminal(step=start, steps=self.experiment.steps),
+            ]
+        for writer in writers:
+            stack.callback(writer.close)
+        return Meter(
+            log_every=self.experiment.log_every,
+            report=self.experiment.objective.report,
+            counter=self.counter,
+            devices=self.step.mesh.devices.flatten().tolist(),
+            hosts=self.hosts,
+            writers=writers,
+            last_good=self.checkpoints.latest,
+            first=first,
+        )
+
+    def _save(self, state: TrainState, number: int) -> None:
+        meta = {"steps": self.experiment.steps, "identity": self.experiment.identity()}
+        self.checkpoints.save(state, step=number, data=self.batches.get_state(), meta=meta)
+
+
+def _begin(experiment: Experiment, step: TrainStep, checkpoints: Checkpoints, batches: Iterator) -> tuple[TrainState, int]:
+    """The state to go on from and the updates it has behind it; the data are set to the batch that follows."""
+    found = checkpoints.latest()
+    if found is not None:
+        experiment.check_continues(checkpoints.meta(found))
+        state, data = checkpoints.restore(found, step.abstract_state())
+        batches.set_state(data)
+        return state, found
+    if experiment.init_from is not None:
+        return step.start(restore_params(experiment.init_from, step.abstract_state().params)), 0
+    return step.init(), 0
+
+
+class _Stop:
+    """Whether SIGTERM has asked the run to stop. With many processes all agree on the step; otherwise it is the next one."""
+
+    def __enter__(self) -> "_Stop":
+        self._asked = threading.Event()
+        self._main = threading.current_thread() is threading.main_thread() and jax.process_count() == 1
+        if self._main:
+            self._before = signal.signal(signal.SIGTERM, lambda *_: self._asked.set())
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._main:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def requested(self, step: int) -> bool:
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._asked.is_set()

@@ -1,0 +1,167 @@
+"""The training step: a pure function of plain dictionaries, compiled ahead of time for a mesh.
+
+Gradients are sums over micro-batches, divided once by the weight summed over devices and accumulation steps. Parameters and
+optimizer state are created and kept sharded by the model's rules.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from lcx.batch import Batch
+from lcx.models.decoder import Decoder
+from lcx.objectives.objective import Objective
+from lcx.spec import SpecError
+from lcx.training.optimizer import Optimizer
+from lcx.training.placement import parameter_shardings, replicated
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """params: pure dict of float32 arrays. optimizer: optax state. step: updates made, i32[]."""
+
+    params: Any
+    optimizer: Any
+    step: Any
+
+
+class TrainStep:
+    """A model, its objective and its optimizer on a mesh. `state, results = step.compile(batch)(state, batch)`.
+
+    results: `sums` (the objective's, with `total_sum`, over the whole batch) and `values` (gradient_norm before clipping,
+    parameter_norm after the update, learning_rate), all f32[].
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Decoder,
+        objective: Objective,
+        optimizer: Optimizer,
+        mesh: Mesh,
+        steps: int,
+        accumulation: int = 1,
+        seed: int = 0,
+    ):
+        self.spec, self.objective, self.mesh = model, objective, mesh
+        self.accumulation, self.seed = accumulation, seed
+        self.graph, self.abstract = abstract_model(model)
+        self.optimizer = optimizer.build(self.abstract, steps)
+        self.learning_rate = optimizer.learning_rate.build(steps)
+        self.shardings = self._state_shardings()
+
+    def init(self) -> TrainState:
+        """The state before the first update, created in its shards; the same numbers on every mesh."""
+        with jax.set_mesh(self.mesh):
+            params = jax.jit(self._build, out_shardings=self.shardings.params)()
+            return self.start(params)
+
+    def start(self, params: Any) -> TrainState:
+        """The state before the first update from given parameters (fine-tuning)."""
+        with jax.set_mesh(self.mesh):
+            optimizer = jax.jit(self.optimizer.init, out_shardings=self.shardings.optimizer)(params)
+            return TrainState(params, optimizer, jax.device_put(jnp.zeros((), jnp.int32), self.shardings.step))
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state: what a checkpoint is restored to and a plan is compiled with."""
+        params = nnx.to_pure_dict(self.abstract)
+        shapes = TrainState(params, jax.eval_shape(self.optimizer.init, params), jax.ShapeDtypeStruct((), jnp.int32))
+        place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return jax.tree.map(place, shapes, self.shardings)
+
+    def compile(self, batch: Batch) -> jax.stages.Compiled:
+        """The step compiled for batches like `batch` (arrays on the mesh, or shapes with shardings). Donates the state."""
+        shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+        with jax.set_mesh(self.mesh):
+            step = jax.jit(self._step, donate_argnums=0, out_shardings=(self.shardings, replicated(self.mesh)))
+            return step.lower(self.abstract_state(), jax.tree.map(shape, batch)).compile()
+
+    def model(self, params: Any) -> nnx.Module:
+        """The module with these parameters."""
+        return bind(self.graph, self.abstract, params)
+
+    def totals(self, params: Any, batch: Batch, key: Any) -> tuple[Any, dict[str, Any]]:
+        """(gradient of the total, sums) over the micro-batches of `batch`; neither is divided by the weight."""
+        loss = jax.value_and_grad(self._total, has_aux=True)
+        if self.accumulation == 1:
+            (_, sums), gradient = loss(params, batch, key)
+            return gradient, sums
+
+        def body(carry, micro):
+            rows, number = micro
+            (_, sums), gradient = loss(params, rows, jax.random.fold_in(key, number))
+            return jax.tree.map(jnp.add, carry, (self._sharded(gradient), sums)), None
+
+        micro = jax.tree.map(functools.partial(_split, parts=self.accumulation), batch)
+        first = jax.tree.map(lambda leaf: leaf[0], micro)
+        (_, sums), gradient = jax.eval_shape(loss, params, first, key)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (gradient, sums))
+        carry = (self._sharded(zeros[0]), zeros[1])
+        return jax.lax.scan(body, carry, (micro, jnp.arange(self.accumulation)))[0]
+
+    def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        key = jax.random.fold_in(jax.random.key(self.seed), state.step)
+        gradient, sums = self.totals(state.params, batch, key)
+        gradient = jax.tree.map(lambda leaf: leaf / sums["weight"], gradient)
+        updates, optimizer = self.optimizer.update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        values = {
+            "gradient_norm": optax.global_norm(gradient),
+            "parameter_norm": optax.global_norm(params),
+            "learning_rate": jnp.asarray(self.learning_rate(state.step), jnp.float32),
+        }
+        return TrainState(params, optimizer, state.step + 1), {"sums": sums, "values": values}
+
+    def _total(self, params, batch, key):
+        total, weight, sums = self.objective.loss(self.model(params), batch, key)
+        return total, sums | {"weight": weight, "total_sum": total}
+
+    def _build(self):
+        return nnx.to_pure_dict(nnx.state(self.spec.build(rngs=nnx.Rngs(self.seed))))
+
+    def _sharded(self, params):
+        return jax.lax.with_sharding_constraint(params, self.shardings.params)
+
+    def _state_shardings(self) -> TrainState:
+        params = nnx.to_pure_dict(self.abstract)
+        sharded, whole = parameter_shardings(self.abstract, self.spec.rules, self.mesh), replicated(self.mesh)
+        optimizer = optax.tree_utils.tree_map_params(
+            self.optimizer,
+            lambda _, sharding: sharding,
+            jax.eval_shape(self.optimizer.init, params),
+            sharded,
+            transform_non_params=lambda _: whole,
+        )
+        return TrainState(sharded, optimizer, whole)
+
+
+def abstract_model(spec: Decoder) -> tuple[nnx.GraphDef, nnx.State]:
+    """Graph and shapes of a model, without its arrays. Raises SpecError if it holds anything that is not a parameter."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: spec.build(rngs=nnx.Rngs(0))))
+    for path, leaf in nnx.to_flat_state(state):
+        if not isinstance(leaf, nnx.Param):
+            raise SpecError(
+                f"model: {'/'.join(map(str, path))} is {type(leaf).__name__}, not a parameter; nothing would train it"
+            )
+    return graph, state
+
+
+def bind(graph: nnx.GraphDef, abstract: nnx.State, params: Any) -> nnx.Module:
+    """The module of `graph` with the arrays of a pure dict."""
+    state = jax.tree.map(lambda leaf: leaf, abstract)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)
+
+
+def _split(leaf: jax.Array, *, parts: int) -> jax.Array:
+    """[B, ...] -> [parts, B/parts, ...]: every part takes rows of every device, so no row moves."""
+    if leaf.shape[0] % parts:
+        raise ValueError(f"accumulation: {leaf.shape[0]} rows do not divide into {parts} micro-batches")
+    return jnp.moveaxis(leaf.reshape(leaf.shape[0] // parts, parts, *leaf.shape[1:]), 1, 0)
