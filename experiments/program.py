@@ -32,6 +32,7 @@ from lcx.config_text import parse
 from lcx.spec import Spec, SpecError
 
 Kind = TypeVar("Kind", bound=Spec)
+Define = Callable[[flags.FlagValues], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +66,15 @@ class Arguments:
         return self.flags.dry_run
 
 
-def launch(main: Callable[[Arguments], None], define: Callable[[flags.FlagValues], None] | None = None) -> None:
+Main = Callable[[Arguments], int | None]
+
+
+def launch(main: Main, define: Define | None = None) -> None:
     """Runs a program to its exit status. `define` adds its own flags; the docstring of its module is its help."""
     sys.exit(run(main, sys.argv[1:], define))
 
 
-def run(main: Callable[[Arguments], None], argv: list[str], define: Callable[[flags.FlagValues], None] | None = None) -> int:
+def run(main: Main, argv: list[str], define: Define | None = None) -> int:
     """`main` over the parsed command line; its exit status. Only `SpecError` and flag errors become one line."""
     name = Path(inspect.getfile(main)).stem
     logging.basicConfig(format="%(message)s")
@@ -79,15 +83,14 @@ def run(main: Callable[[Arguments], None], argv: list[str], define: Callable[[fl
         arguments = Arguments(_parse(name, argv, define))
         if arguments.flags.help:
             print(_help(inspect.getmodule(main).__doc__ or "", arguments.flags))
-        else:
-            main(arguments)
+            return 0
+        return main(arguments) or 0
     except (SpecError, flags.Error) as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
 
 
-def _parse(name: str, argv: list[str], define: Callable[[flags.FlagValues], None] | None) -> flags.FlagValues:
+def _parse(name: str, argv: list[str], define: Define | None) -> flags.FlagValues:
     own = flags.FlagValues()
     config = ConfigFlag(name="config", parser=flags.ArgumentParser(), serializer=None, help_string="config, fiddler or set")
     flags.DEFINE_flag(config, flag_values=own)
