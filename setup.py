@@ -6,7 +6,7 @@ setup(
     name="lcx",
     version="0.1.0",
     description="Long-context methods as composable parts of one sharded JAX model, trainer and evaluation suite",
-    packages=find_packages(include=["lcx", "lcx.*", "pallas_kernels", "pallas_kernels.*", "configs", "configs.*", "experiments"]),
+    packages=find_packages(include=["lcx*", "pallas_kernels*", "configs*", "experiments*"]),
     package_data={"lcx": ["assets/**/*"]},
     python_requires=">=3.11,<3.14",
     install_requires=[

@@ -10,15 +10,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
+
+from lcx.record import record
+
+AnyArray = Array | np.ndarray  # batches start on the host
 
 SHARED = -1  # a segment that every segment sees: anchor, common prompt, persistent tokens
 READER = -2  # a segment that sees every segment: a ranking query
 PADDING = 0
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record
 class TokenInfo:
     """What each token is. One record serves the query side and the key side of everything.
 
@@ -29,11 +33,11 @@ class TokenInfo:
     roles: 0 ordinary; other values are declared by the spec that adds such tokens.
     """
 
-    index: Int[Array, "B T"]
-    order: Int[Array, "B T"]
-    positions: Float[Array, "B T P"]
-    segments: Int[Array, "B T"]
-    roles: Int[Array, "B T"] | None = None
+    index: Int[AnyArray, "B T"]
+    order: Int[AnyArray, "B T"]
+    positions: Float[AnyArray, "B T P"]
+    segments: Int[AnyArray, "B T"]
+    roles: Int[AnyArray, "B T"] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -44,8 +48,7 @@ class TokenInfo:
         return jax.tree.map(lambda leaf: leaf[:, columns], self)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record
 class Batch:
     """One batch of rows. The data pipeline shifts targets; nobody else does.
 
@@ -54,11 +57,11 @@ class Batch:
     side: what an objective names (advantages, teacher logits, group ids).
     """
 
-    tokens: Int[Array, "B T"]
+    tokens: Int[AnyArray, "B T"]
     info: TokenInfo
-    targets: Int[Array, "B T"] | None = None
-    loss_weights: Float[Array, "B T"] | None = None
-    embeds: Float[Array, "B T M"] | None = None
+    targets: Int[AnyArray, "B T"] | None = None
+    loss_weights: Float[AnyArray, "B T"] | None = None
+    embeds: Float[AnyArray, "B T M"] | None = None
     side: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -66,7 +69,7 @@ class Batch:
         return self.tokens.shape
 
 
-def causal_info(segments: Int[Array, "B T"], start: Int[Array, "B"] | None = None) -> TokenInfo:
+def causal_info(segments: Int[AnyArray, "B T"], start: Int[AnyArray, "B"] | None = None) -> TokenInfo:
     """TokenInfo of ordinary causal text: index restarts in every run of one segment; order and positions are the index.
 
     `start [B]` is the index of each row's first non-padding token (continuation of a prompt); default 0.

@@ -17,11 +17,11 @@ from lcx.attention.mask import Mask
 from lcx.batch import PADDING, TokenInfo
 from lcx.positions.frequencies import Frequencies
 from lcx.positions.rotate import rotate
+from lcx.record import record
 from lcx.spec import Spec
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record
 class DenseState:
     """k, v: the slots. info: the TokenInfo each slot was written with (segment 0: empty). used: slots filled a row."""
 
@@ -38,7 +38,9 @@ class DenseCache(Spec):
 
     keys: Literal["rotated", "raw"] = "rotated"
 
-    def init(self, batch_size: int, length: int, kv_heads: int, head_dim: int, value_dim: int, dtype, axes: int = 1) -> DenseState:
+    def init(
+        self, batch_size: int, length: int, kv_heads: int, head_dim: int, value_dim: int, dtype, axes: int = 1
+    ) -> DenseState:
         """An empty cache of `length` slots a row, for tokens with `axes` position axes."""
         empty = jnp.zeros((batch_size, length), jnp.int32)
         info = TokenInfo(

@@ -16,7 +16,7 @@ from lcx.cache.dense import DenseCache, DenseState
 from lcx.mixers.mixer import Inherited, Mixer, MixerModule, residual_gain, weight
 from lcx.norms import RMSNorm
 from lcx.parallel.rules import shard
-from lcx.positions.frequencies import FrequencyRule, Frequencies
+from lcx.positions.frequencies import Frequencies, FrequencyRule
 from lcx.positions.rotate import rotate
 
 

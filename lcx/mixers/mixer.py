@@ -57,7 +57,9 @@ class MixerModule(nnx.Module):
         raise NotImplementedError(f"{type(self).__name__} must define init_state")
 
 
-def weight(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], *, fan_in: int, gain: float = 1.0) -> nnx.Param:
+def weight(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], *, fan_in: int, gain: float = 1.0
+) -> nnx.Param:
     """A float32 matrix, normal with standard deviation gain / sqrt(fan_in), with its logical axes."""
     return nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) * (gain / math.sqrt(fan_in)), axes=axes)
 

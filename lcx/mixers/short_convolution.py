@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from lcx.batch import PADDING, Batch
 from lcx.mixers.mixer import Inherited, Mixer, MixerModule
+from lcx.record import record
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,8 +34,7 @@ class ShortConvolution(Mixer):
         return (cls(), cls(taps=1))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@record
 class ConvolutionState:
     """The last `taps` tokens of each row that were not padding; segment 0 where there are fewer."""
 
@@ -63,9 +63,7 @@ class ShortConvolutionModule(MixerModule):
         y = self._convolve(x, index, segments)
         back = jnp.argsort(order, axis=1)[:, self.spec.taps :]
         taps = self.spec.taps
-        state = ConvolutionState(
-            x=x[:, -taps:].astype(state.x.dtype), index=index[:, -taps:], segments=segments[:, -taps:]
-        )
+        state = ConvolutionState(x=x[:, -taps:].astype(state.x.dtype), index=index[:, -taps:], segments=segments[:, -taps:])
         return jnp.take_along_axis(y, back[..., None], axis=1), state, {}
 
     def init_state(self, batch_size, length):

@@ -78,9 +78,7 @@ class DecoderModel(nnx.Module):
         untied = spec.head == "untied"
         self.head = weight(rngs, (spec.width, spec.vocab), ("width", "vocab"), fan_in=spec.width) if untied else None
 
-    def __call__(
-        self, batch: Batch, state: Any = None, *, upto: int | None = None
-    ) -> tuple[Float[Array, "B T M"], Any, Aux]:
+    def __call__(self, batch: Batch, state: Any = None, *, upto: int | None = None) -> tuple[Float[Array, "B T M"], Any, Aux]:
         """Hidden states after the final norm, ready for `logits`; with `upto`, the raw stream after that many layers.
 
         Raises ValueError if `upto` is not a multiple of the pattern's length between 0 and the depth, or if `state` is given
@@ -159,9 +157,9 @@ def lookup(table: Float[Array, "V M"], tokens: Int[Array, "B T"], rules: Rules) 
     if ambient_mesh() is None:
         return local(table, tokens)
     ids, rows = rules.partition(("batch", "sequence")), rules.partition(("batch", "sequence", None))
-    return jax.shard_map(
-        local, in_specs=(rules.partition(("vocab", None)), ids), out_specs=rows, check_vma=False
-    )(table, tokens)
+    return jax.shard_map(local, in_specs=(rules.partition(("vocab", None)), ids), out_specs=rows, check_vma=False)(
+        table, tokens
+    )
 
 
 def rebuild(model: DecoderModel, spec: Decoder) -> DecoderModel:

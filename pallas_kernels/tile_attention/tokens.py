@@ -5,7 +5,7 @@ A mask here is any hashable object with
   `bounds(q: Tiles, k: Tiles) -> (may, must)`    may: some pair of the tile can be visible; must: every pair surely is.
 """
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
@@ -53,6 +53,7 @@ class Tiles(NamedTuple):
         return Tiles(*(field[..., None, :] for field in self))
 
 
+@runtime_checkable
 class Mask(Protocol):
     def __hash__(self) -> int: ...
     def visible(self, q: Tokens, k: Tokens) -> Bool[Array, "..."]: ...

@@ -1,0 +1,60 @@
+"""A sharded decoder equals the unsharded one in hidden states, loss gradient and logits, on every pairing of axes."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lcx.attention.mask import Sink, Window
+from lcx.batch import Batch, causal_info
+from lcx.channels.glu import GLU
+from lcx.mixers.attention import Attention
+from lcx.mixers.short_convolution import ShortConvolution
+from lcx.models.decoder import Decoder
+from lcx.models.layer import Layer
+from lcx.parallel.mesh import AXES, MeshSpec
+
+MESHES = [MeshSpec(**{a: 2, b: 4 if b == "context" else 2}) for a, b in itertools.combinations(AXES, 2)]
+
+
+def decoder() -> Decoder:
+    layers = (
+        Layer(mixer=Attention(heads=4, kv_heads=2, head_dim=8), channel=GLU(hidden=32)),
+        Layer(mixer=Attention(heads=2, kv_heads=2, head_dim=8, mask=Sink(size=1) | Window(size=4)), channel=GLU(hidden=16)),
+    )
+    return Decoder(vocab=64, width=16, pattern=layers, periods=2, embed_mixer=ShortConvolution(taps=2))
+
+
+def batch() -> Batch:
+    rng = np.random.default_rng(0)
+    segments = np.asarray([[1] * 9 + [2] * 7, [1] * 16, [0] * 3 + [1] * 13, [1] * 2 + [2] * 3 + [3] * 8 + [0] * 3])
+    return Batch(tokens=jnp.asarray(rng.integers(0, 64, (4, 16)), jnp.int32), info=causal_info(segments))
+
+
+def outputs(model, batch):
+    def scalar(state, graph):
+        hidden, _, _ = nnx.merge(graph, state)(batch)
+        logits = nnx.merge(graph, state).logits(hidden)
+        return jnp.where(batch.info.segments[..., None] > 0, jnp.sin(logits), 0).sum(), logits
+
+    graph, state = nnx.split(model)
+    (value, logits), gradient = jax.jit(jax.value_and_grad(scalar, has_aux=True), static_argnums=1)(state, graph)
+    return value, logits, nnx.to_pure_dict(gradient)
+
+
+@pytest.fixture(scope="module")
+def unsharded():
+    return outputs(decoder().build(rngs=nnx.Rngs(0)), batch())
+
+
+@pytest.mark.parametrize("spec", MESHES, ids=lambda spec: "-".join(a for a in AXES if getattr(spec, a) > 1))
+def test_sharded_equals_unsharded(spec, unsharded):
+    with jax.set_mesh(spec.build()):
+        sharded = outputs(decoder().build(rngs=nnx.Rngs(0)), batch())
+    real = np.asarray(batch().info.segments > 0)
+    np.testing.assert_allclose(sharded[1][real], unsharded[1][real], atol=1e-5)
+    for got, wanted in zip(jax.tree.leaves(sharded[2]), jax.tree.leaves(unsharded[2]), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-5 * max(1.0, np.abs(wanted).max()))

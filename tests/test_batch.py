@@ -1,0 +1,17 @@
+"""causal_info against indices counted by hand."""
+
+import numpy as np
+
+from lcx.batch import causal_info
+
+
+def test_index_restarts_in_every_document():
+    info = causal_info(np.asarray([[0, 0, 1, 1, 1, 2, 2, 0], [3, 4, 4, 4, 4, 4, 4, 4]]))
+    assert info.index.tolist() == [[0, 0, 0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 4, 5, 6]]
+    assert np.array_equal(info.order, info.index)
+    assert np.array_equal(info.positions[..., 0], info.index)
+
+
+def test_start_continues_a_prompt():
+    info = causal_info(np.asarray([[0, 1, 1], [1, 1, 0]]), start=np.asarray([7, 2]))
+    assert info.index.tolist() == [[0, 7, 8], [2, 3, 0]]
