@@ -29,7 +29,9 @@ def test_needles_are_answered_by_their_text(spec, length):
             sources = list(re.finditer(rb"Key %s is(?= \d{4}\. )" % key, text))
             assert len(sources) == 2
             assert text[sources[0].end() : sources[0].end() + stop - start] == text[start:stop]
-            assert abs(sources[0].start() / (length - 100) - depth) < 0.5
+            room = length - 17 * (spec.needles + spec.queries)
+            before = len(re.findall(rb"Key [a-z]{3} is \d{4}\. ", text[: sources[0].start()]))
+            assert sources[0].start() - 17 * before == int(depth * (room + 1))
 
 
 def test_depth_places_the_needle():
