@@ -5,7 +5,7 @@
     python -m experiments.plan --config=config:recipes.quick_text.quick --topology=v5e:1x1         and bytes, for that TPU slice
     python -m experiments.plan --support                                                           what combines with what
 
-`--topology` runs the real TPU compiler on any machine; it needs the `tpu` extra. The mesh of the config must use the whole slice.
+`--topology` runs the real TPU compiler on any machine; it needs the `tpu` extra. The config's mesh uses the whole slice.
 """
 
 import jax
@@ -37,7 +37,8 @@ def main(arguments: Arguments) -> None:
     if asked.topology:
         devices = topology_devices(asked.topology)
         if experiment.mesh.size != len(devices):
-            raise SpecError(f"mesh = {experiment.mesh.size} devices: expected the {len(devices)} of --topology={asked.topology}")
+            expected = f"the {len(devices)} of --topology={asked.topology}"
+            raise SpecError(f"mesh = {experiment.mesh.size} devices: expected {expected}")
     elif asked.compile:
         devices = jax.devices()
         validate(experiment, len(devices))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from lcx.batch import Batch
 from lcx.models.decoder import Decoder
@@ -35,6 +35,8 @@ class TrainState:
 class TrainStep:
     """A model, its objective and its optimizer on a mesh. `state, results = step.compile(batch)(state, batch)`.
 
+    On an abstract mesh, of devices that are not there, only `abstract_state` can be asked.
+
     results: `sums` (the objective's, with `total_sum`, over the whole batch) and `values` (gradient_norm before clipping,
     parameter_norm after the update, learning_rate), all f32[].
     """
@@ -45,7 +47,7 @@ class TrainStep:
         model: Decoder,
         objective: Objective,
         optimizer: Optimizer,
-        mesh: Mesh,
+        mesh: Mesh | AbstractMesh,
         steps: int,
         accumulation: int = 1,
         seed: int = 0,
