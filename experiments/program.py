@@ -1,0 +1,208 @@
+"""What every program shares: a config from the command line, one clear line for what is wrong with it, an exit status.
+
+    --config=config:ablations.rope_extension.quickstart   a function under `configs`, with arguments: name(width=64)
+    --config=config_file:runs/a/config.json               a config that a run wrote
+    --config=set:model.rope.factor=8.0                    any field, by its path: a literal, a word, or another part:
+    --config='set:model.rope=YaRN(factor=4.0, original_length=128)'
+    --config=fiddler:ablations.rope_extension.longer(2)   a function under `configs` that edits the config
+
+They apply from left to right and the parts are built once, at the end. Exit status: 0 success, 2 a config or command line that
+cannot work, told in one line before anything is compiled; any other failure keeps its traceback.
+"""
+
+import ast
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import logging
+import pkgutil
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from absl import flags
+from fiddle import absl_flags
+
+import configs
+from lcx.config import ONLY_PARTS, assign, build, expand, loads, suggestion
+from lcx.config_text import parse
+from lcx.spec import Spec, SpecError
+
+Kind = TypeVar("Kind", bound=Spec)
+Define = Callable[[flags.FlagValues], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """A parsed command line. run_dir: as given, else the folder of the config file, else runs/<config name>."""
+
+    flags: flags.FlagValues
+
+    def spec(self, kind: type[Kind]) -> Kind:
+        """The config, built: from --config, or from the run folder if that is all there is. Raises SpecError."""
+        directives = self.flags["config"]
+        stored = self.run_dir / "config.json"
+        if not directives.present and self.flags.run_dir and stored.is_file():
+            spec = build(loads(stored.read_text()))
+        elif not directives.present:
+            raise SpecError("--config is missing: expected --config=config:<name>, or --run_dir of an earlier run")
+        else:
+            spec = build(directives.value)
+        if not isinstance(spec, kind):
+            raise SpecError(f"--config gives a {type(spec).__name__}: this program takes a {kind.__name__}")
+        return spec
+
+    @property
+    def run_dir(self) -> Path:
+        if self.flags.run_dir:
+            return Path(self.flags.run_dir)
+        return self.flags["config"].folder or Path("runs")
+
+    @property
+    def dry_run(self) -> bool:
+        return self.flags.dry_run
+
+
+Main = Callable[[Arguments], int | None]
+
+
+def launch(main: Main, define: Define | None = None) -> None:
+    """Runs a program to its exit status. `define` adds its own flags; the docstring of its module is its help."""
+    sys.exit(run(main, sys.argv[1:], define))
+
+
+def run(main: Main, argv: list[str], define: Define | None = None) -> int:
+    """`main` over the parsed command line; its exit status. Only `SpecError` and flag errors become one line."""
+    name = Path(inspect.getfile(main)).stem
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("lcx").setLevel(logging.INFO)
+    try:
+        arguments = Arguments(_parse(name, argv, define))
+        if arguments.flags.help:
+            print(_help(inspect.getmodule(main).__doc__ or "", arguments.flags))
+            return 0
+        return main(arguments) or 0
+    except (SpecError, flags.Error) as error:
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _parse(name: str, argv: list[str], define: Define | None) -> flags.FlagValues:
+    own = flags.FlagValues()
+    config = ConfigFlag(name="config", parser=flags.ArgumentParser(), serializer=None, help_string="config, fiddler or set")
+    flags.DEFINE_flag(config, flag_values=own)
+    flags.DEFINE_string("run_dir", None, "folder of the run; default runs/<config name>", flag_values=own)
+    flags.DEFINE_bool("dry_run", False, "print the resolved config and its figures, and stop", flag_values=own)
+    flags.DEFINE_bool("help", False, "print this", flag_values=own)
+    if define is not None:
+        define(own)
+    extra = own([name, *argv])[1:]
+    if extra:
+        raise SpecError(f"{extra[0]!r} is no flag: expected --name=value")
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS([name])  # libraries read their own flags, at their defaults
+    return own
+
+
+def _help(doc: str, own: flags.FlagValues) -> str:
+    lines = [f"  --{name}: {own[name].help} (default {own[name].default})" for name in own]
+    return "\n".join([doc.strip(), "", "Flags:", *lines, "", "Configs:", *(f"  {name}" for name in config_names())])
+
+
+class ConfigFlag(absl_flags.FiddleFlag):
+    """Fiddle's config flag over `configs`. Defaults are written out, `set:` reaches them and takes parts; errors are one line."""
+
+    def __init__(self, **options):
+        super().__init__(default=None, default_module=configs, allow_imports=True, pyref_policy=ONLY_PARTS, **options)
+        self.folder: Path | None = None
+
+    def parse(self, arguments):
+        """Checks one directive and hands it to Fiddle, `set:` as the fiddler that does the same with parts."""
+        command, _, expression = arguments.partition(":")
+        if command in ("config", "config_file"):
+            if self.folder is not None:
+                raise SpecError(f"--config={arguments} is a second base config: expected one, then set: and fiddler:")
+            self.folder = _config_folder(expression) if command == "config" else _file_folder(expression)
+            directives = [arguments, "fiddler:lcx.config.expand"]
+        elif self.folder is None:
+            raise SpecError(f"--config={arguments} comes first: expected --config=config:<name> or config_file:<path> before it")
+        elif command == "fiddler":
+            _check_call(expression, skip=1)
+            directives = [arguments, "fiddler:lcx.config.expand"]
+        elif command == "set" and "=" in expression:
+            path, _, text = expression.partition("=")
+            directives = [f"fiddler:experiments.program.set_field({path!r}, {text!r})"]
+        else:
+            raise SpecError(f"--config={arguments}: expected config:<name>, config_file:<path>, set:<path>=<value>, fiddler:<name>")
+        super().parse(directives)
+
+
+def set_field(tree: Any, path: str, text: str) -> Any:
+    """What `--config=set:path=text` does."""
+    try:
+        return assign(tree, path, parse(text))
+    except SpecError as error:
+        raise SpecError(f"--config=set:{path}={text}: {error}") from None
+
+
+def config_names() -> list[str]:
+    """Dotted names of every public function under `configs`."""
+    names = []
+    for module in pkgutil.walk_packages(configs.__path__, "configs."):
+        members = vars(importlib.import_module(module.name))
+        names += [f"{module.name}.{name}" for name, value in members.items() if _is_config(name, value, module.name)]
+    return sorted(name.removeprefix("configs.") for name in names)
+
+
+def _is_config(name: str, value: Any, module: str) -> bool:
+    return not name.startswith("_") and callable(value) and getattr(value, "__module__", None) == module
+
+
+def _config_folder(expression: str) -> Path:
+    return Path("runs") / _check_call(expression, skip=0)
+
+
+def _file_folder(path: str) -> Path:
+    if not Path(path).is_file():
+        raise SpecError(f"--config=config_file:{path}: there is no such file")
+    loads(Path(path).read_text())
+    return Path(path).parent
+
+
+def _check_call(expression: str, skip: int) -> str:
+    """The name in `name` or `name(literals)`, after checking that it exists under `configs` and takes these arguments."""
+    match = re.fullmatch(r"([A-Za-z_][\w.]*)(\(.*\))?", expression)
+    if match is None:
+        raise SpecError(f"{expression!r} is no config: expected a name, or name(argument=value)")
+    name, call = match[1], match[2] or "()"
+    function = _resolve(name)
+    try:
+        node = ast.parse(f"f{call}", mode="eval").body
+        args = [ast.literal_eval(arg) for arg in node.args]
+        kwargs = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
+    except (SyntaxError, ValueError, AttributeError):
+        raise SpecError(f"{expression!r}: expected literals in the parentheses") from None
+    signature = inspect.signature(getattr(function, "func", function))
+    try:
+        signature.bind(*[None] * skip, *args, **kwargs)
+    except TypeError as error:
+        raise SpecError(f"{expression!r}: {error}; it takes {signature}") from None
+    return name
+
+
+def _resolve(name: str) -> Callable:
+    """The function with this dotted name under `configs`, its modules imported on the way."""
+    found: Any = configs
+    for part in name.split("."):
+        if hasattr(found, "__path__") and importlib.util.find_spec(f"{found.__name__}.{part}"):
+            found = importlib.import_module(f"{found.__name__}.{part}")
+        else:
+            found = getattr(found, part, None)
+    last = name.rpartition(".")[2]
+    if not callable(found) or not _is_config(last, found, f"configs.{name}".rpartition(".")[0]):
+        near = suggestion(name, config_names()) or f" There are {', '.join(config_names())}"
+        raise SpecError(f"configs has no function {name!r}.{near}")
+    return found

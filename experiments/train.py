@@ -1,0 +1,35 @@
+"""Trains an experiment in a run folder, or goes on where the folder stands.
+
+    python -m experiments.train --config=config:recipes.quick_text.quick --run_dir=runs/quick
+    python -m experiments.train --run_dir=runs/quick        # repeats or continues the run from its folder alone
+
+Prints one JSON object at the end. Exit status: 0 complete, 2 refused, 143 stopped by SIGTERM after saving a checkpoint.
+"""
+
+import json
+
+import jax
+
+from experiments.program import Arguments, launch
+from lcx.plan import report
+from lcx.support import validate
+from lcx.training.experiment import Experiment
+from lcx.training.loop import train
+from lcx.training.run_folder import open_run
+
+
+def main(arguments: Arguments) -> int:
+    experiment = arguments.spec(Experiment)
+    validate(experiment)
+    if arguments.dry_run:
+        print(report(experiment))
+        return 0
+    validate(experiment, jax.device_count())
+    run_dir = open_run(arguments.run_dir, experiment)
+    result = train(experiment, run_dir)
+    print(json.dumps({"run_dir": str(run_dir), "status": result.status, **result.metrics}))
+    return result.exit_status
+
+
+if __name__ == "__main__":
+    launch(main)

@@ -1,0 +1,145 @@
+"""Specs as Fiddle configs: the tree that a command line edits before any spec exists.
+
+A config tree is `fiddle.Config` nodes over spec classes, tuples and plain values. `expand` writes out every default, so that
+every field of every part has a dotted path (`model.pattern[0].mixer.heads`); `assign` changes one field; `build` makes the
+specs and names the path of whatever is refused; `dumps` and `loads` keep a tree as JSON that repeats the run alone.
+Everything a person can get wrong raises `SpecError`, one line.
+"""
+
+import dataclasses
+import difflib
+import re
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+import fiddle
+from fiddle.experimental import serialization
+
+from lcx.spec import Spec, SpecError, describe
+
+Tree = Any  # fiddle.Config over a Spec class, tuple of trees, or a plain value
+
+
+def of_spec(spec: Any) -> Tree:
+    """The tree of a finished spec: every field is set."""
+    if isinstance(spec, Spec):
+        values = {field.name: of_spec(getattr(spec, field.name)) for field in dataclasses.fields(spec)}
+        return fiddle.Config(type(spec), **values)
+    return tuple(map(of_spec, spec)) if isinstance(spec, tuple) else spec
+
+
+def expand(tree: Tree) -> Tree:
+    """A copy in which every default is written out and no node is shared between two places.
+
+    Raises TypeError where a config calls something that is no spec: such a function lacks `@auto_config`.
+    """
+    if isinstance(tree, Spec):
+        return of_spec(tree)
+    if isinstance(tree, tuple):
+        return tuple(map(expand, tree))
+    if not isinstance(tree, fiddle.Buildable):
+        return tree
+    cls = fiddle.get_callable(tree)
+    if not is_spec_class(cls):
+        raise TypeError(f"a config calls {cls.__module__}.{cls.__qualname__}, which is no spec: decorate it with @auto_config")
+    given = fiddle.ordered_arguments(tree)
+    values = {}
+    for field in dataclasses.fields(cls):
+        if field.name in given:
+            values[field.name] = expand(given[field.name])
+        elif field.default is not dataclasses.MISSING:
+            values[field.name] = expand(field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            values[field.name] = expand(field.default_factory())
+    return fiddle.Config(cls, **values)
+
+
+def assign(tree: Tree, path: str, value: Any) -> Tree:
+    """The tree with the field at `path` set to `value`, a plain value or a tree."""
+    if not re.fullmatch(r"\w+(\.\w+|\[\d+\])*", path):
+        raise SpecError(f"{path!r} is no path to a field: expected names and places, such as model.pattern[0].mixer.heads")
+    return _assign(tree, tuple(re.findall(r"\w+", path)), value, "")
+
+
+def build(tree: Tree, path: str = "") -> Any:
+    """The specs of a tree. Raises SpecError with the path of the refused part in front."""
+    if isinstance(tree, tuple):
+        return tuple(build(element, f"{path}[{i}]") for i, element in enumerate(tree))
+    if not isinstance(tree, fiddle.Buildable):
+        return tree
+    cls, given = fiddle.get_callable(tree), fiddle.ordered_arguments(tree)
+    values = {name: build(value, f"{path}.{name}" if path else name) for name, value in given.items()}
+    try:
+        for field in dataclasses.fields(cls):
+            if field.name not in values and field.default is field.default_factory is dataclasses.MISSING:
+                raise SpecError(f"{cls.__name__}.{field.name} is missing: expected {accepted(cls, field.name)}")
+        return cls(**values)
+    except SpecError as error:
+        raise SpecError(f"{path}: {error}" if path else str(error)) from None
+
+
+def dumps(spec: Spec) -> str:
+    """JSON from which `loads` gives the same tree, every default written out."""
+    return serialization.dump_json(of_spec(spec), pyref_policy=ONLY_PARTS, indent=1) + "\n"
+
+
+def loads(text: str) -> Tree:
+    """The tree of `dumps`. Raises SpecError if the text is none, or names a part that this version does not have."""
+    try:
+        return serialization.load_json(text, pyref_policy=ONLY_PARTS)
+    except (ValueError, KeyError, AttributeError, ImportError, TypeError) as error:
+        raise SpecError(f"not a config of this version: {type(error).__name__}: {error}") from error
+    except (serialization.DeserializationError, serialization.PyrefPolicyError) as error:
+        raise SpecError(f"not a config of this version: {error}") from error
+
+
+class _OnlyParts(serialization.PyrefPolicy):
+    """A stored config names specs of lcx and containers, nothing else: reading one runs no other code."""
+
+    def allows_import(self, module, symbol):
+        return module.partition(".")[0] in ("lcx", "fiddle", "builtins")
+
+    def allows_value(self, value):
+        return is_spec_class(value) or value in (tuple, dict, list) or value.__module__.startswith("fiddle.")
+
+
+ONLY_PARTS = _OnlyParts()
+
+
+def is_spec_class(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, Spec)
+
+
+def accepted(cls: type[Spec], field: str) -> str:
+    """What a field takes, in words."""
+    return describe(typing.get_type_hints(cls)[field])
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """' Did you mean x?' for the nearest known names, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    return f" Did you mean {' or '.join(close)}?" if close else ""
+
+
+def _assign(node: Tree, keys: tuple[str, ...], value: Any, above: str) -> Tree:
+    if not keys:
+        return value
+    key, rest = keys[0], keys[1:]
+    if isinstance(node, tuple):
+        if not key.isdigit() or int(key) >= len(node):
+            raise SpecError(f"{above} has no element [{key}]: it has {len(node)}")
+        place = int(key)
+        return (*node[:place], _assign(node[place], rest, value, f"{above}[{place}]"), *node[place + 1 :])
+    if not isinstance(node, fiddle.Buildable):
+        raise SpecError(f"{above} = {node!r} has no fields, so no {key!r}")
+    cls = fiddle.get_callable(node)
+    names = [field.name for field in dataclasses.fields(cls)]
+    where = f"{above}: {cls.__name__}" if above else cls.__name__
+    if key not in names:
+        raise SpecError(f"{where} has no field {key!r}.{suggestion(key, names)} It has {', '.join(names)}")
+    given = fiddle.ordered_arguments(node)
+    if rest and key not in given:
+        raise SpecError(f"{where}.{key} is not set yet: expected {accepted(cls, key)}")
+    given[key] = _assign(given.get(key), rest, value, f"{above}.{key}" if above else key)
+    return fiddle.Config(cls, **given)

@@ -1,0 +1,155 @@
+"""What a config will cost, before it runs: parameters, bytes, FLOPs, wavelengths; and what the compiler says of its step.
+
+Nothing here makes an array: `report` traces, `compiled` compiles for the given devices, real ones or a described topology.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
+
+from lcx.batch import Batch, TokenInfo
+from lcx.config_text import render
+from lcx.mixers.attention import Attention
+from lcx.models.decoder import Decoder
+from lcx.parallel.mesh import AXES
+from lcx.positions.frequencies import FrequencyRule
+from lcx.spec import fingerprint
+from lcx.support import sizes
+from lcx.training.experiment import Experiment
+from lcx.training.flops import counter
+from lcx.training.optimizer import groups
+from lcx.training.placement import batch_shardings
+from lcx.training.step import TrainStep, abstract_model, bind
+
+
+def report(experiment: Experiment) -> str:
+    """The resolved config, every field, and its figures."""
+    lines = [f"{name:<46} {shown(value)}" for name, value in figures(experiment).items()]
+    return "\n".join([render(experiment, "config"), "", f"{'fingerprint':<46} {fingerprint(experiment)}", *lines])
+
+
+def shown(value: Any) -> str:
+    """A figure as text: thousands separated, floats to four digits."""
+    if isinstance(value, str):
+        return value
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def figures(experiment: Experiment) -> dict[str, Any]:
+    """Sizes, work and memory of a training run by name. Per-device bytes are those of the fullest device."""
+    model, data = experiment.model, experiment.data
+    _, state = abstract_model(model)
+    rows, length = data.batch_size, data.length
+    count = counter(model, state)
+    work, full = count.documents(rows, length), count.full(rows, length)
+    held = step_on(experiment, AbstractMesh(tuple(sizes(experiment.mesh).values()), AXES)).abstract_state()
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(held.params))
+    return {
+        "parameters": parameters,
+        "  of them embeddings": _embeddings(state),
+        "parameter bytes": _bytes(held.params),
+        "gradient bytes": _bytes(held.params),
+        "optimizer bytes": _bytes(held.optimizer),
+        "parameter, gradient, optimizer bytes a device": 2 * _device_bytes(held.params) + _device_bytes(held.optimizer),
+        "activation bytes kept for backward, all devices": activation_bytes(experiment),
+        "tokens a step": work.tokens,
+        "tokens of the run": work.tokens * experiment.steps,
+        "tokens a parameter": work.tokens * experiment.steps / parameters,
+        "training FLOPs a step, visible pairs only": count.train(work),
+        "training FLOPs a step, all pairs": count.train(full),
+        "training FLOPs a token, visible pairs only": count.train(work) / work.tokens,
+        "training FLOPs a token, all pairs": count.train(full) / work.tokens,
+        "training FLOPs of the run, visible pairs only": count.train(work) * experiment.steps,
+        **wavelengths(model, length),
+    }
+
+
+def wavelengths(model: Decoder, length: int) -> dict[str, str]:
+    """Of every rotating layer of the pattern: its wavelengths in tokens, and how many pairs turn once within a row."""
+    found = {}
+    for i, layer in enumerate(model.pattern):
+        rule = getattr(layer.mixer, "rope", None)
+        rule = model.rope if rule == "model" else rule
+        if not isinstance(layer.mixer, Attention) or not isinstance(rule, FrequencyRule):
+            continue
+        frequencies = rule.frequencies(layer.mixer.head_dim, length)
+        turning = frequencies.inv_freq[frequencies.inv_freq > 0]
+        waves = 2 * math.pi / turning
+        found[f"rope of pattern[{i}], {type(rule).__name__}"] = (
+            f"{len(turning)} pairs, wavelengths {waves.min():.4g} to {waves.max():.4g} tokens, "
+            f"{int(np.sum(waves <= length))} turn within {length}, attention factor {frequencies.factor:.4g}"
+        )
+    return found
+
+
+def activation_bytes(experiment: Experiment) -> int:
+    """Bytes of what the forward pass of one micro-batch keeps for the backward pass, by tracing, unsharded; XLA may keep less."""
+    graph, state = abstract_model(experiment.model)
+    params = nnx.to_pure_dict(state)
+    batch = abstract_batch(experiment.data.batch_size // experiment.accumulation, experiment.data.length)
+
+    def kept(params, batch):
+        key = jax.random.key(0)
+        return jax.vjp(lambda p: experiment.objective.loss(bind(graph, state, p), batch, key)[0], params)[1]
+
+    return max(0, _bytes(jax.eval_shape(kept, params, batch)) - _bytes(params))
+
+
+def abstract_batch(rows: int, length: int) -> Batch:
+    """Shapes of a text batch."""
+    ids, weights = (jax.ShapeDtypeStruct((rows, length), dtype) for dtype in (jnp.int32, jnp.float32))
+    positions = jax.ShapeDtypeStruct((rows, length, 1), jnp.float32)
+    info = TokenInfo(index=ids, order=ids, positions=positions, segments=ids)
+    return Batch(tokens=ids, info=info, targets=ids, loss_weights=weights)
+
+
+def step_on(experiment: Experiment, mesh: Mesh | AbstractMesh) -> TrainStep:
+    """The training step of an experiment on a mesh."""
+    return TrainStep(
+        model=experiment.model,
+        objective=experiment.objective,
+        optimizer=experiment.optimizer,
+        mesh=mesh,
+        steps=experiment.steps,
+        accumulation=experiment.accumulation,
+        seed=experiment.seed,
+    )
+
+
+def compiled(experiment: Experiment, devices: Sequence[jax.Device]) -> dict[str, Any]:
+    """Bytes a device of the compiled training step by kind, and the seconds it took. Raises SpecError for too few devices."""
+    mesh = experiment.mesh.build(devices)
+    batch = abstract_batch(experiment.data.batch_size, experiment.data.length)
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    batch = jax.tree.map(place, batch, batch_shardings(batch, experiment.model.rules, mesh))
+    begin = time.perf_counter()
+    memory = step_on(experiment, mesh).compile(batch).memory_analysis()
+    arguments, outputs, aliased = memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.alias_size_in_bytes
+    return {
+        "compiled for": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+        "compile seconds": time.perf_counter() - begin,
+        "argument bytes a device": arguments,
+        "temporary bytes a device": memory.temp_size_in_bytes,
+        "total bytes a device": arguments + outputs - aliased + memory.temp_size_in_bytes,
+    }
+
+
+def _embeddings(state: nnx.State) -> int:
+    named = zip(jax.tree.leaves(groups(state)), jax.tree.leaves(nnx.to_pure_dict(state)), strict=True)
+    return sum(leaf.size for group, leaf in named if group == "embeddings")
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype"))
+
+
+def _device_bytes(tree: Any) -> int:
+    shard = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return sum(map(shard, jax.tree.leaves(tree)))

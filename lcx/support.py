@@ -1,0 +1,137 @@
+"""What combines with what: the one validator of whole configs, as a table of rules.
+
+Specs check themselves; what depends on several of them is checked here, before devices are touched and anything is compiled.
+A rule yields one sentence for each place where a config breaks it: the field by its path, the value, what is accepted.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+from jax.sharding import AbstractMesh
+
+from lcx.attention.mask import Hide
+from lcx.config_text import fields
+from lcx.mixers.attention import Attention
+from lcx.parallel.mesh import AXES, MeshSpec
+from lcx.positions.frequencies import FrequencyRule
+from lcx.spec import Spec, SpecError
+from lcx.training.experiment import Experiment
+from lcx.training.placement import parameter_shardings
+from lcx.training.step import abstract_model
+
+EXACT_POSITIONS = 1 << 24  # beyond it float32 no longer holds every integer
+_PARAMETER_AXES = ("width", "heads", "kv_heads", "hidden", "vocab")
+
+Rule = Callable[[Experiment], Iterator[str]]
+
+
+def validate(experiment: Experiment, device_count: int | None = None) -> None:
+    """Raises SpecError with the first broken rule. Without `device_count`, what needs no device is checked."""
+    for sentence in broken(experiment):
+        raise SpecError(sentence)
+    if device_count is not None and experiment.mesh.size > device_count:
+        shape = " x ".join(f"{axis} {size}" for axis, size in sizes(experiment.mesh).items() if size > 1)
+        hint = "; on a CPU JAX_NUM_CPU_DEVICES sets how many there are" if device_count == 1 else ""
+        raise SpecError(f"mesh = {shape} = {experiment.mesh.size} devices: expected at most the {device_count} there are{hint}")
+    mesh = AbstractMesh(tuple(sizes(experiment.mesh).values()), AXES)
+    parameter_shardings(abstract_model(experiment.model)[1], experiment.model.rules, mesh)
+
+
+def broken(experiment: Experiment) -> Iterator[str]:
+    """Every sentence of every rule; nothing if the parts combine."""
+    for rule in RULES.values():
+        yield from rule(experiment)
+
+
+def sizes(mesh: MeshSpec) -> dict[str, int]:
+    return {axis: getattr(mesh, axis) for axis in AXES}
+
+
+def _parameters_divide(experiment: Experiment) -> Iterator[str]:
+    for path, value in fields(experiment.model, "model"):
+        axis = path.rpartition(".")[2]
+        if axis in _PARAMETER_AXES and isinstance(value, int):
+            yield from _divides(experiment, path, value, getattr(experiment.model.rules, axis))
+
+
+def _sequence_divides(experiment: Experiment) -> Iterator[str]:
+    yield from _divides(experiment, "data.length", experiment.data.length, experiment.model.rules.sequence)
+
+
+def _rows_divide(experiment: Experiment) -> Iterator[str]:
+    axes, parts = experiment.model.rules.batch, experiment.accumulation
+    yield from _divides(experiment, "data.batch_size", experiment.data.batch_size, axes, {"accumulation": parts})
+
+
+def _mesh_is_used(experiment: Experiment) -> Iterator[str]:
+    rules = experiment.model.rules
+    used = {axis for _, axes in fields(rules) if isinstance(axes, tuple) for axis in axes}
+    for axis, size in sizes(experiment.mesh).items():
+        if size > 1 and axis not in used:
+            yield f"mesh.{axis} = {size}: expected 1, since model.rules give the axis nothing to shard"
+
+
+def _vocabulary_holds_tokens(experiment: Experiment) -> Iterator[str]:
+    size = experiment.data.tokenizer.size
+    if experiment.model.vocab < size:
+        yield f"model.vocab = {experiment.model.vocab}: expected at least the {size} ids of data.tokenizer"
+
+
+def _positions_are_exact(experiment: Experiment) -> Iterator[str]:
+    if experiment.data.length > EXACT_POSITIONS:
+        yield f"data.length = {experiment.data.length}: expected at most 2^24 = {EXACT_POSITIONS}, where positions are exact"
+
+
+def _heads_rotate(experiment: Experiment) -> Iterator[str]:
+    for path, mixer in _attentions(experiment):
+        rule = experiment.model.rope if mixer.rope == "model" else mixer.rope
+        if isinstance(rule, FrequencyRule):
+            try:
+                rule.frequencies(mixer.head_dim, experiment.data.length)
+            except SpecError as error:
+                yield f"{path}.head_dim = {mixer.head_dim} does not fit its rope: {error}"
+
+
+def _roles_exist(experiment: Experiment) -> Iterator[str]:
+    for path, part in _parts(experiment.model, "model"):
+        if isinstance(part, Hide):
+            yield f"{path} = {part}: hides roles, but no part of this config gives its tokens one"
+
+
+RULES: Mapping[str, Rule] = {
+    "every sharded parameter axis is a multiple of the mesh axes that shard it": _parameters_divide,
+    "the row length is a multiple of the mesh axes that shard the sequence": _sequence_divides,
+    "the batch is a multiple of the mesh axes that shard it, times accumulation": _rows_divide,
+    "every mesh axis shards something": _mesh_is_used,
+    "the vocabulary holds every id of the tokenizer": _vocabulary_holds_tokens,
+    "positions are integers that float32 holds": _positions_are_exact,
+    "every head has channels that its rope can rotate": _heads_rotate,
+    "a mask hides only roles that tokens have": _roles_exist,
+}
+
+
+def _divides(
+    experiment: Experiment, path: str, value: int, axes: tuple[str, ...], times: Mapping[str, int] | None = None
+) -> Iterator[str]:
+    factors = {f"mesh.{axis}": getattr(experiment.mesh, axis) for axis in axes} | dict(times or {})
+    need = math.prod(factors.values())
+    if value % need:
+        shown = " * ".join(f"{name} {size}" for name, size in factors.items() if size > 1)
+        yield f"{path} = {value}: expected a multiple of {need} ({shown})"
+
+
+def _parts(value: object, path: str) -> Iterator[tuple[str, Spec]]:
+    """(path, spec) of every spec below a value, itself included."""
+    if isinstance(value, Spec):
+        yield path, value
+        for name in value.__dataclass_fields__:
+            yield from _parts(getattr(value, name), f"{path}.{name}")
+    elif isinstance(value, tuple):
+        for i, element in enumerate(value):
+            yield from _parts(element, f"{path}[{i}]")
+
+
+def _attentions(experiment: Experiment) -> Iterator[tuple[str, Attention]]:
+    for path, part in _parts(experiment.model, "model"):
+        if isinstance(part, Attention):
+            yield path, part
