@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from lcx.batch import Batch
 from lcx.models.decoder import Decoder
@@ -44,7 +44,7 @@ class TrainStep:
         model: Decoder,
         objective: Objective,
         optimizer: Optimizer,
-        mesh: Mesh,
+        mesh: Mesh | AbstractMesh,
         steps: int,
         accumulation: int = 1,
         seed: int = 0,
