@@ -27,7 +27,7 @@ from absl import flags
 from fiddle import absl_flags
 
 import configs
-from lcx.config import ONLY_PARTS, assign, build, expand, loads, suggestion
+from lcx.config import ONLY_PARTS, assign, build, loads, suggestion
 from lcx.config_text import parse
 from lcx.spec import Spec, SpecError
 
@@ -128,7 +128,9 @@ class ConfigFlag(absl_flags.FiddleFlag):
             self.folder = _config_folder(expression) if command == "config" else _file_folder(expression)
             directives = [arguments, "fiddler:lcx.config.expand"]
         elif self.folder is None:
-            raise SpecError(f"--config={arguments} comes first: expected --config=config:<name> or config_file:<path> before it")
+            raise SpecError(
+                f"--config={arguments} comes first: expected --config=config:<name> or config_file:<path> before it"
+            )
         elif command == "fiddler":
             _check_call(expression, skip=1)
             directives = [arguments, "fiddler:lcx.config.expand"]
@@ -136,7 +138,9 @@ class ConfigFlag(absl_flags.FiddleFlag):
             path, _, text = expression.partition("=")
             directives = [f"fiddler:experiments.program.set_field({path!r}, {text!r})"]
         else:
-            raise SpecError(f"--config={arguments}: expected config:<name>, config_file:<path>, set:<path>=<value>, fiddler:<name>")
+            raise SpecError(
+                f"--config={arguments}: expected config:<name>, config_file:<path>, set:<path>=<value>, fiddler:<name>"
+            )
         super().parse(directives)
 
 

@@ -1,8 +1,8 @@
 """The folder of a run: one config, and what is needed to repeat the run from the folder alone.
 
-    config.json    the whole config, defaults written out; `--config=config_file:<folder>/config.json` repeats the run
-    config.txt     the same for people, one field a line
-    starts.jsonl   one record a start: time, command, versions, commit, devices, seed
+config.json    the whole config, defaults written out; `--config=config_file:<folder>/config.json` repeats the run
+config.txt     the same for people, one field a line
+starts.jsonl   one record a start: time, command, versions, commit, devices, seed
 """
 
 import datetime
@@ -61,7 +61,7 @@ def environment(spec: Spec) -> dict[str, Any]:
     """What else decides the result of a run. `commit` is None outside a checkout; it ends in `+` where files were changed."""
     device = jax.devices()[0]
     return {
-        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
         "fingerprint": fingerprint(spec),
         "seed": getattr(spec, "seed", None),

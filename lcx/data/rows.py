@@ -1,0 +1,56 @@
+"""Rows: what a data set is made of before batching. One row is T tokens, their targets, weights and segments."""
+
+import abc
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from lcx.batch import Batch, TokenInfo
+from lcx.data.tokenizers import Tokenizer
+from lcx.spec import Spec
+
+
+class Row(NamedTuple):
+    """One row of T tokens. targets[t] is the token to predict at t; weights[t] is 0 where nothing is to be predicted."""
+
+    tokens: Int[np.ndarray, "T"]
+    targets: Int[np.ndarray, "T"]
+    weights: Float[np.ndarray, "T"]
+    segments: Int[np.ndarray, "T"]
+
+
+class RowSet(abc.ABC):
+    """Rows with random access: `rows[i]` is a pure function of i."""
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def __getitem__(self, i: int) -> Row: ...
+
+    def counts(self) -> dict[str, int]:
+        """What happened to the tokens of the source: kept, padded, dropped; documents split."""
+        return {}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rows(Spec, abc.ABC):
+    """Base of everything that gives rows: packed text, synthetic recall."""
+
+    @abc.abstractmethod
+    def rows(self, tokenizer: Tokenizer, length: int, seed: int) -> RowSet:
+        """The rows of `length` tokens."""
+
+
+def collate(rows: Sequence[Row]) -> Batch:
+    """A batch of NumPy arrays. Index, order and positions restart in every segment of a row."""
+    tokens, targets, weights, segments = (np.stack(field) for field in zip(*rows, strict=True))
+    index = np.zeros_like(segments)
+    starts = np.concatenate([np.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1)
+    column = np.arange(segments.shape[1], dtype=np.int32)
+    index = np.where(segments != 0, column - np.maximum.accumulate(np.where(starts, column, 0), axis=1), 0).astype(np.int32)
+    info = TokenInfo(index=index, order=index, positions=index[..., None].astype(np.float32), segments=segments)
+    return Batch(tokens=tokens, info=info, targets=targets, loss_weights=weights)

@@ -1,0 +1,143 @@
+"""Sources of text: named documents with random access, in an order that does not depend on the machine.
+
+`split` deals the documents by the hash of their name, so training and held-out text never share a document.
+"""
+
+import abc
+import dataclasses
+import glob
+import hashlib
+import json
+import os
+import sysconfig
+import tokenize
+from collections.abc import Callable
+from typing import Literal, SupportsIndex
+
+from lcx.spec import Spec
+
+LEFT_OUT = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test"}
+HELDOUT_SHARE = 20  # one document in so many
+
+
+class SourceError(ValueError):
+    """A source cannot be read. The message names the file, and the line where there is one."""
+
+
+class Documents:
+    """Named documents; `documents[i]` reads the text of one."""
+
+    def __init__(self, names: list[str], read: Callable[[str], str]):
+        self.names = names
+        self._read = read
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, i: SupportsIndex) -> str:
+        return self._read(self.names[i])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source(Spec, abc.ABC):
+    """Base of every source. split: `heldout` is about one document in 20, `train` the others."""
+
+    split: Literal["all", "train", "heldout"] = "all"
+
+    def documents(self) -> Documents:
+        """The documents of the split. Raises SourceError if something is missing, unreadable or empty."""
+        names, read = self.index()
+        if not names:
+            raise SourceError(f"{self}: there is no document")
+        kept = [name for name in names if self.split == "all" or (self.split == "heldout") == is_heldout(name)]
+        if not kept:
+            raise SourceError(f"{self}: none of its {len(names)} documents falls into split {self.split!r}")
+        return Documents(kept, read)
+
+    @abc.abstractmethod
+    def index(self) -> tuple[list[str], Callable[[str], str]]:
+        """All names in a fixed order, and how to read one."""
+
+
+def is_heldout(name: str) -> bool:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % HELDOUT_SHARE == 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StandardLibrary(Source):
+    """The running Python's own standard library: real text without a download.
+
+    One document a top-level package or module: its Python files in path order. Tests and installed packages are left out.
+    """
+
+    def index(self):
+        root = sysconfig.get_paths()["stdlib"]
+        files: dict[str, list[str]] = {}
+        for folder, folders, names in os.walk(root):
+            folders[:] = sorted(set(folders) - LEFT_OUT)
+            for name in sorted(names):
+                if name.endswith(".py") and not name.startswith("_sysconfigdata"):
+                    path = os.path.join(folder, name)
+                    files.setdefault(os.path.relpath(path, root).split(os.sep)[0].removesuffix(".py"), []).append(path)
+        return sorted(files), lambda name: "\n".join(map(_read_python, files[name]))
+
+    @classmethod
+    def examples(cls):
+        return (cls(), cls(split="heldout"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextFolder(Source):
+    """Every UTF-8 file under `path` whose relative path matches `pattern` is a document."""
+
+    path: str
+    pattern: str = "**/*.txt"
+
+    def index(self):
+        if not os.path.isdir(self.path):
+            raise SourceError(f"TextFolder.path = {self.path!r}: there is no such folder")
+        names = sorted(glob.glob(self.pattern, root_dir=self.path, recursive=True))
+        names = [name for name in names if os.path.isfile(os.path.join(self.path, name))]
+        if not names:
+            raise SourceError(f"TextFolder.pattern = {self.pattern!r}: no file matches it in {self.path!r}")
+        return names, lambda name: _read_text(os.path.join(self.path, name))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JsonLines(Source):
+    """Every line of the file `path` is a JSON object whose `field` is the text of a document."""
+
+    path: str
+    field: str = "text"
+
+    def index(self):
+        if not os.path.isfile(self.path):
+            raise SourceError(f"JsonLines.path = {self.path!r}: there is no such file")
+        texts: dict[str, str] = {}
+        for number, line in enumerate(_read_text(self.path).split("\n"), start=1):
+            if line.strip():
+                texts[f"line {number}"] = self._text(line, f"{self.path}, line {number}")
+        return list(texts), texts.__getitem__
+
+    def _text(self, line: str, place: str) -> str:
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise SourceError(f"{place}: not JSON: {error}") from None
+        if not isinstance(value, dict) or not isinstance(value.get(self.field), str):
+            found = ", ".join(value) if isinstance(value, dict) else type(value).__name__
+            raise SourceError(f"{place}: no text field {self.field!r}; it has {found}")
+        return value[self.field]
+
+
+def _read_text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path}: not UTF-8 at byte {error.start}") from None
+
+
+def _read_python(path: str) -> str:
+    with tokenize.open(path) as file:
+        return file.read()

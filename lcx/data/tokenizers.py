@@ -1,0 +1,102 @@
+"""Tokenizers: text to ids and back."""
+
+import abc
+import dataclasses
+import functools
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from lcx.spec import Spec
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tokenizer(Spec, abc.ABC):
+    """Base of every tokenizer. `size`: ids are 0 .. size - 1. `eos`: ends a document. `pad`: fills rows."""
+
+    @property
+    @abc.abstractmethod
+    def size(self) -> int: ...
+
+    @property
+    @abc.abstractmethod
+    def eos(self) -> int: ...
+
+    @property
+    @abc.abstractmethod
+    def pad(self) -> int: ...
+
+    @abc.abstractmethod
+    def encode(self, text: str) -> Int[np.ndarray, "T"]:
+        """Ids of the text, int32, without special tokens."""
+
+    @abc.abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids; special tokens give nothing."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes 0..255, then bos 256, eos 257, pad 258. Bytes that are not UTF-8 decode to the replacement character."""
+
+    bos = 256
+    eos = 257
+    pad = 258
+    size = 259
+
+    def encode(self, text):
+        return np.frombuffer(text.encode("utf-8", errors="surrogatepass"), np.uint8).astype(np.int32)
+
+    def decode(self, ids):
+        return bytes(int(i) for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
+
+    @classmethod
+    def examples(cls):
+        return (cls(),)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HFTokenizer(Tokenizer):
+    """A `tokenizer.json` of the `tokenizers` library. eos_token and pad_token must be in its vocabulary."""
+
+    path: str
+    eos_token: str
+    pad_token: str | None = None
+
+    def validate(self):
+        self.check(os.path.isfile(self.path), "path", "an existing tokenizer.json")
+        for field in ("eos_token", "pad_token"):
+            token = getattr(self, field)
+            known = token is None or self._loaded.token_to_id(token) is not None
+            self.check(known, field, f"a token of {self.path}")
+
+    @property
+    def _loaded(self):
+        return _load(self.path)
+
+    @property
+    def size(self) -> int:
+        return self._loaded.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def eos(self) -> int:
+        return self._loaded.token_to_id(self.eos_token)
+
+    @property
+    def pad(self) -> int:
+        return self._loaded.token_to_id(self.pad_token or self.eos_token)
+
+    def encode(self, text):
+        return np.asarray(self._loaded.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, ids):
+        return self._loaded.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+@functools.cache
+def _load(path: str):
+    from tokenizers import Tokenizer as Loaded
+
+    return Loaded.from_file(path)

@@ -1,0 +1,72 @@
+"""Sources read what they say, deal documents apart, and name file and line when they cannot."""
+
+import json
+
+import pytest
+
+from lcx.data.sources import JsonLines, SourceError, StandardLibrary, TextFolder
+from lcx.data.tokenizers import ByteTokenizer, HFTokenizer
+from lcx.spec import SpecError
+
+
+def test_standard_library_is_real_code_and_splits_apart():
+    everything, train, heldout = (StandardLibrary(split=split).documents() for split in ("all", "train", "heldout"))
+    assert set(train.names) | set(heldout.names) == set(everything.names)
+    assert not set(train.names) & set(heldout.names)
+    assert 4 <= len(heldout) < len(train) / 8
+    asyncio = everything[everything.names.index("asyncio")]
+    assert "class Task" in asyncio and "class Queue" in asyncio
+    assert not {"test", "site-packages", "__pycache__"} & set(everything.names)
+
+
+def test_text_folder(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "2.txt").write_text("two")
+    (tmp_path / "1.txt").write_bytes("eins\r\nä".encode())
+    documents = TextFolder(path=str(tmp_path)).documents()
+    assert documents.names == ["1.txt", "b/2.txt"]
+    assert documents[0] == "eins\r\nä"
+    with pytest.raises(SourceError, match=r"no file matches it"):
+        TextFolder(path=str(tmp_path), pattern="*.md").documents()
+    with pytest.raises(SourceError, match=r"TextFolder\.path = .*: there is no such folder"):
+        TextFolder(path=str(tmp_path / "none")).documents()
+    (tmp_path / "1.txt").write_bytes(b"ok\xff")
+    with pytest.raises(SourceError, match=r"1\.txt: not UTF-8 at byte 2"):
+        TextFolder(path=str(tmp_path)).documents()[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("{", "line 3: not JSON"), ("[1]", "line 3: no text field 'text'; it has list"), ('{"txt": "a"}', "it has txt")],
+)
+def test_json_lines(tmp_path, line, message):
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps({"text": "one\u2028"}, ensure_ascii=False) + "\n\n")
+    assert JsonLines(path=str(path)).documents()[0] == "one\u2028"
+    path.write_text(path.read_text() + line)
+    with pytest.raises(SourceError, match=message):
+        JsonLines(path=str(path)).documents()
+
+
+def test_byte_tokenizer_round_trip():
+    tokenizer, text = ByteTokenizer(), "naïve \U0001f600\n"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode([0x61, 257, 0xFF]) == "a\ufffd"
+
+
+def test_hf_tokenizer(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    loaded = Tokenizer(models.WordLevel({"<eos>": 0, "<unk>": 1, "hello": 2, "world": 3}, unk_token="<unk>"))
+    loaded.pre_tokenizer = pre_tokenizers.Whitespace()
+    loaded.add_special_tokens(["<eos>"])
+    path = str(tmp_path / "tokenizer.json")
+    loaded.save(path)
+    tokenizer = HFTokenizer(path=path, eos_token="<eos>")
+    assert (tokenizer.size, tokenizer.eos, tokenizer.pad) == (4, 0, 0)
+    assert tokenizer.encode("hello world").tolist() == [2, 3]
+    assert tokenizer.decode([2, 3, 0]) == "hello world"
+    with pytest.raises(SpecError, match=r"eos_token = '</s>'"):
+        HFTokenizer(path=path, eos_token="</s>")
+    with pytest.raises(SpecError, match=r"path = .*an existing tokenizer\.json"):
+        HFTokenizer(path=path + "x", eos_token="<eos>")
