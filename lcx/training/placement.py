@@ -3,14 +3,14 @@
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lcx.batch import Batch
 from lcx.parallel.rules import Rules
 from lcx.spec import SpecError
 
 
-def parameter_shardings(state: nnx.State, rules: Rules, mesh: Mesh) -> dict:
+def parameter_shardings(state: nnx.State, rules: Rules, mesh: Mesh | AbstractMesh) -> dict:
     """The sharding of every parameter, as a pure dict. Raises SpecError for one without axes or that does not divide."""
 
     def place(path, leaf):
@@ -32,7 +32,7 @@ def parameter_shardings(state: nnx.State, rules: Rules, mesh: Mesh) -> dict:
     return nnx.to_pure_dict(nnx.map_state(place, state))
 
 
-def batch_shardings(batch: Batch, rules: Rules, mesh: Mesh) -> Batch:
+def batch_shardings(batch: Batch, rules: Rules, mesh: Mesh | AbstractMesh) -> Batch:
     """The sharding of every array of a batch: rows over `batch`; the second axis, where it is the sequence, over `sequence`."""
     length = batch.shape[1]
 
@@ -73,6 +73,6 @@ def host_rows(batch_size: int, rules: Rules, mesh: Mesh) -> tuple[int, int]:
     return rows[0] // len(rows), batch_size // len(rows)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The sharding that keeps a whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
