@@ -80,7 +80,7 @@ class Checkpoints:
         )
         found = self._manager.restore(step, args=items)
         count = jax.device_put(jax.numpy.asarray(step, jax.numpy.int32), target.step.sharding)
-        return TrainState(found["params"], found["optimizer"], count), found["data"]
+        return TrainState(params=found["params"], optimizer=found["optimizer"], step=count), found["data"]
 
     def meta(self, step: int) -> dict[str, Any]:
         """What the checkpoint belongs to. Raises SpecError if its layout is not the one of this version."""

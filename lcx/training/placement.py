@@ -32,7 +32,7 @@ def parameter_shardings(state: nnx.State, rules: Rules, mesh: Mesh | AbstractMes
     return nnx.to_pure_dict(nnx.map_state(place, state))
 
 
-def batch_shardings(batch: Batch, rules: Rules, mesh: Mesh) -> Batch:
+def batch_shardings(batch: Batch, rules: Rules, mesh: Mesh | AbstractMesh) -> Batch:
     """The sharding of every array of a batch: rows over `batch`; the second axis, where it is the sequence, over `sequence`."""
     length = batch.shape[1]
 

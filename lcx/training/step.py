@@ -4,7 +4,6 @@ Gradients are sums over micro-batches, divided once by the weight summed over de
 optimizer state are created and kept sharded by the model's rules.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -17,13 +16,13 @@ from jax.sharding import AbstractMesh, Mesh
 from lcx.batch import Batch
 from lcx.models.decoder import Decoder
 from lcx.objectives.objective import Objective
+from lcx.record import record
 from lcx.spec import SpecError
 from lcx.training.optimizer import Optimizer
 from lcx.training.placement import parameter_shardings, replicated
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@record
 class TrainState:
     """params: pure dict of float32 arrays. optimizer: optax state. step: updates made, i32[]."""
 
@@ -69,12 +68,14 @@ class TrainStep:
         """The state before the first update from given parameters (fine-tuning)."""
         with jax.set_mesh(self.mesh):
             optimizer = jax.jit(self.optimizer.init, out_shardings=self.shardings.optimizer)(params)
-            return TrainState(params, optimizer, jax.device_put(jnp.zeros((), jnp.int32), self.shardings.step))
+            step = jax.device_put(jnp.zeros((), jnp.int32), self.shardings.step)
+            return TrainState(params=params, optimizer=optimizer, step=step)
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state: what a checkpoint is restored to and a plan is compiled with."""
         params = nnx.to_pure_dict(self.abstract)
-        shapes = TrainState(params, jax.eval_shape(self.optimizer.init, params), jax.ShapeDtypeStruct((), jnp.int32))
+        optimizer, step = jax.eval_shape(self.optimizer.init, params), jax.ShapeDtypeStruct((), jnp.int32)
+        shapes = TrainState(params=params, optimizer=optimizer, step=step)
         place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         return jax.tree.map(place, shapes, self.shardings)
 
@@ -115,11 +116,11 @@ class TrainStep:
         updates, optimizer = self.optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         values = {
-            "gradient_norm": optax.global_norm(gradient),
-            "parameter_norm": optax.global_norm(params),
+            "gradient_norm": optax.tree.norm(gradient),
+            "parameter_norm": optax.tree.norm(params),
             "learning_rate": jnp.asarray(self.learning_rate(state.step), jnp.float32),
         }
-        return TrainState(params, optimizer, state.step + 1), {"sums": sums, "values": values}
+        return TrainState(params=params, optimizer=optimizer, step=state.step + 1), {"sums": sums, "values": values}
 
     def _total(self, params, batch, key):
         total, weight, sums = self.objective.loss(self.model(params), batch, key)
@@ -141,7 +142,7 @@ class TrainStep:
             sharded,
             transform_non_params=lambda _: whole,
         )
-        return TrainState(sharded, optimizer, whole)
+        return TrainState(params=sharded, optimizer=optimizer, step=whole)
 
 
 def abstract_model(spec: Decoder) -> tuple[nnx.GraphDef, nnx.State]:

@@ -4,12 +4,12 @@ All of them take part in a resume: what an earlier process wrote past the restor
 step stands once in the end.
 """
 
+import abc
 import json
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -20,15 +20,17 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 Record = dict[str, float | int | str]
 
 
-class Writer(Protocol):
+class Writer(abc.ABC):
     """Takes records, one a log step, and is closed at the end."""
 
+    @abc.abstractmethod
     def write(self, record: Record) -> None: ...
 
+    @abc.abstractmethod
     def close(self) -> None: ...
 
 
-class JsonLines:
+class JsonLines(Writer):
     """`metrics.jsonl`, one object a line, flushed at once. Lines after `step` (of a run that was cut off) are removed."""
 
     def __init__(self, path: Path, *, step: int):
@@ -52,7 +54,7 @@ def read_records(path: Path) -> list[Record]:
     return [json.loads(line) for line in lines]
 
 
-class TensorBoard:
+class TensorBoard(Writer):
     """One event file a process; scalars `train/NAME`. Events of earlier processes after `step` are superseded."""
 
     def __init__(self, folder: Path, *, step: int):
@@ -71,7 +73,7 @@ class TensorBoard:
         self._events.close()
 
 
-class Bar:
+class Bar(Writer):
     """A progress bar with the time left, for terminals."""
 
     def __init__(self, *, step: int, steps: int):
@@ -93,7 +95,7 @@ class Bar:
         self._progress.stop()
 
 
-class Lines:
+class Lines(Writer):
     """One plain line a record, on standard error."""
 
     def __init__(self, *, steps: int):

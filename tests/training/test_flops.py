@@ -1,0 +1,118 @@
+"""FLOPs against the matrix products of the traced program, and against pairs counted by hand."""
+
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lcx.attention.mask import Causal, Sink, Window
+from lcx.batch import Batch, causal_info
+from lcx.channels.glu import GLU
+from lcx.mixers.attention import Attention
+from lcx.mixers.mixer import Mixer
+from lcx.models.decoder import Decoder
+from lcx.models.layer import Layer
+from lcx.spec import edit
+from lcx.training.flops import PEAKS, counter, pair_flops, peak
+from lcx.training.step import abstract_model
+
+
+def layer(mask, heads=4):
+    mixer = Attention(heads=heads, kv_heads=2, head_dim=4, mask=mask, backend="reference")
+    return Layer(mixer=mixer, channel=GLU(hidden=16))
+
+
+MODEL = Decoder(vocab=32, width=8, pattern=(layer(Causal()), layer(Window(size=3), heads=2)), periods=3)
+
+
+def products(jaxpr) -> int:
+    """Operations of every dot_general of a jaxpr, two for a multiplication and an addition; loop bodies count each time."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval
+            total += 2 * equation.outvars[0].aval.size * int(np.prod([left.shape[axis] for axis in contracted]))
+        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        inner = [getattr(value, "jaxpr", value) for value in equation.params.values()]
+        total += times * sum(products(value) for value in inner if hasattr(value, "eqns"))
+    return total
+
+
+@pytest.mark.parametrize("head", ["tied", "untied"])
+def test_full_count_is_every_matrix_product_of_the_forward_pass(head):
+    spec = edit(MODEL, "head", head)
+    graph, state = abstract_model(spec)
+    segments = jnp.ones((2, 24), jnp.int32)
+    batch = Batch(tokens=segments, info=causal_info(segments))
+
+    def forward(state):
+        model = nnx.merge(graph, state)
+        return model.logits(model(batch)[0])
+
+    count = counter(spec, state)
+    assert count.forward(count.full(2, 24)) == products(jax.make_jaxpr(forward)(state).jaxpr)
+    assert count.train(count.full(2, 24)) == 3 * count.forward(count.full(2, 24))
+
+
+def test_masked_count_is_of_real_tokens_and_visible_pairs():
+    """Documents of 5 and 4 tokens and 3 of padding: causal 15 + 10 pairs; window of 3: 1 + 2 + 3 + 3 + 3 and 1 + 2 + 3 + 3."""
+    count = counter(MODEL, abstract_model(MODEL)[1])
+    info = causal_info(np.asarray([[0] * 2 + [1] * 5 + [2] * 4 + [0]], np.int32))
+    work = count.masked(info)
+    assert work.tokens == 9
+    assert dict(work.pairs) == {Causal(): 25, Window(size=3): 21}
+    matrices = 6 * 3 * 8 * 16 + 3 * 8 * 4 * (4 + 2 + 2 + 4) + 3 * 8 * 4 * (2 + 2 + 2 + 2) + 32 * 8
+    scores = 3 * (25 * 4 + 21 * 2) * 4 * 2
+    assert count.forward(work) == 2 * (9 * matrices + scores)
+
+
+def test_documents_are_counted_before_data_exist():
+    count = counter(MODEL, abstract_model(MODEL)[1])
+    info = causal_info(np.ones((3, 10), np.int32))
+    assert count.documents(3, 10) == count.masked(info)
+
+
+def test_layers_of_one_mask_are_counted_together():
+    spec = edit(MODEL, "pattern", (layer(Causal()), layer(Causal()), layer(Sink(size=1))))
+    assert dict(counter(spec, abstract_model(spec)[1]).per_pair) == {Causal(): 2 * 3 * 4 * 16, Sink(size=1): 3 * 4 * 16}
+
+
+def test_every_mixer_has_a_count():
+    """A mixer without one would make the reported utilisation wrong."""
+
+    def kinds(kind):
+        for sub in kind.__subclasses__():
+            yield sub
+            yield from kinds(sub)
+
+    for kind in kinds(Mixer):
+        for mixer in kind.examples():
+            assert all(flops > 0 for flops in pair_flops(mixer).values())
+
+
+def test_unknown_mixers_and_devices_are_not_guessed():
+    with pytest.raises(TypeError, match="FLOPs of Mock are not known"):
+        pair_flops(mock.Mock(spec=Mixer))
+    assert peak("cpu") is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "flops"),
+    [
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("TPU7x", 1153.5e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+    ],
+)
+def test_peaks_of_device_kinds(kind, flops):
+    assert peak(kind) == flops
+    assert any(kind.startswith(name) for name in PEAKS)
