@@ -139,7 +139,7 @@ def test_dry_run_shows_what_was_set_and_what_it_costs(capsys):
     assert run(train.main, [*argv, "--dry_run"]) == 0
     out = capsys.readouterr().out
     assert "\n    rope = YaRN\n      base = 500000.0\n" in out
-    assert "parameters                                     460,928\n" in out
+    assert f"{'parameters':<48} 460,928\n" in out
     assert "attention factor 1.139" in out
 
 
