@@ -1,6 +1,6 @@
 """A byte model trained on the running Python's own standard library, in about a minute on two CPU cores.
 
-    python -m experiments.train --config=config:recipes.quick_text.quick
+python -m experiments.train --config=config:recipes.quick_text.quick
 """
 
 from fiddle.experimental.auto_config import auto_config
