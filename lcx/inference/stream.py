@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int, Key
 
 from lcx.data.tokenizers import Tokenizer
 from lcx.inference.generate import feed
@@ -36,7 +37,7 @@ def stream(
         last, state, seen = feed(model, tokens[:, part], segments[:, part], state, seen, last)
     key = jax.random.key(seed)
     for n in range(max_new):
-        token = int(_choose(model, last, key, n, sampling)[0])
+        token = int(_choose(model, last, key, jnp.int32(n), sampling)[0])
         if token in stop:
             return
         yield token
@@ -59,5 +60,7 @@ def text_of(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
 
 
 @functools.partial(jax.jit, static_argnames="sampling")
-def _choose(model: DecoderModel, last: jax.Array, key: jax.Array, n: int, sampling: Sampling) -> jax.Array:
+def _choose(
+    model: DecoderModel, last: Float[Array, "B M"], key: Key[Array, ""], n: Int[Array, ""], sampling: Sampling
+) -> Int[Array, "B"]:
     return sampling.choose(model.logits(last), jax.random.fold_in(key, n)[None])
