@@ -44,7 +44,7 @@ def main(arguments: Arguments) -> None:
         validate(experiment, len(devices))
     print(report(experiment))
     if devices is not None:
-        print("\n".join(f"{name:<46} {shown(value)}" for name, value in compiled(experiment, devices).items()))
+        print("\n".join(f"{name:<48} {shown(value)}" for name, value in compiled(experiment, devices).items()))
 
 
 if __name__ == "__main__":

@@ -30,9 +30,12 @@ from fiddle import absl_flags
 import configs
 from lcx.config import ONLY_PARTS, assign, build, loads, suggestion
 from lcx.config_text import parse
+from lcx.data.recall import TaskDoesNotFit
+from lcx.data.sources import SourceError
 from lcx.spec import Spec, SpecError, describe, matches
 from lcx.training.run_folder import read_config
 
+REFUSALS = (SpecError, SourceError, TaskDoesNotFit, flags.Error)  # faults of the command line, the config or the data it names
 Kind = TypeVar("Kind", bound=Spec)
 Define = Callable[[flags.FlagValues], None]
 
@@ -78,7 +81,7 @@ def launch(main: Main, define: Define | None = None) -> None:
 
 
 def run(main: Main, argv: list[str], define: Define | None = None) -> int:
-    """`main` over the parsed command line; its exit status. Only `SpecError` and flag errors become one line."""
+    """`main` over the parsed command line; its exit status. Only `REFUSALS` become one line."""
     name = Path(inspect.getfile(main)).stem
     try:
         arguments = Arguments(_parse(name, argv, define))
@@ -86,7 +89,7 @@ def run(main: Main, argv: list[str], define: Define | None = None) -> int:
             print(_help(inspect.getmodule(main).__doc__ or "", arguments.flags))
             return 0
         return main(arguments) or 0
-    except (SpecError, flags.Error) as error:
+    except REFUSALS as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
-from lcx.batch import Batch, TokenInfo
+from lcx.batch import Batch, causal_info
 from lcx.config_text import render
 from lcx.mixers.attention import Attention
 from lcx.models.decoder import Decoder
@@ -31,8 +31,8 @@ from lcx.training.step import TrainStep, abstract_model, bind
 
 def report(experiment: Experiment) -> str:
     """The resolved config, every field, and its figures."""
-    lines = [f"{name:<46} {shown(value)}" for name, value in figures(experiment).items()]
-    return "\n".join([render(experiment, "config"), "", f"{'fingerprint':<46} {fingerprint(experiment)}", *lines])
+    lines = [f"{name:<48} {shown(value)}" for name, value in figures(experiment).items()]
+    return "\n".join([render(experiment, "config"), "", f"{'fingerprint':<48} {fingerprint(experiment)}", *lines])
 
 
 def shown(value: Any) -> str:
@@ -104,10 +104,12 @@ def activation_bytes(experiment: Experiment) -> int:
 
 def abstract_batch(rows: int, length: int) -> Batch:
     """Shapes of a text batch."""
-    ids, weights = (jax.ShapeDtypeStruct((rows, length), dtype) for dtype in (jnp.int32, jnp.float32))
-    positions = jax.ShapeDtypeStruct((rows, length, 1), jnp.float32)
-    info = TokenInfo(index=ids, order=ids, positions=positions, segments=ids)
-    return Batch(tokens=ids, info=info, targets=ids, loss_weights=weights)
+
+    def zeros():
+        ids = jnp.zeros((rows, length), jnp.int32)
+        return Batch(tokens=ids, info=causal_info(ids), targets=ids, loss_weights=ids.astype(jnp.float32))
+
+    return jax.eval_shape(zeros)
 
 
 def step_on(experiment: Experiment, mesh: Mesh | AbstractMesh) -> TrainStep:

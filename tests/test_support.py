@@ -10,6 +10,8 @@ import pytest
 from flax import nnx
 
 from lcx.batch import Batch, causal_info
+from lcx.data.recall import Needles
+from lcx.data.sources import TextFolder
 from lcx.mixers.short_convolution import ShortConvolution
 from lcx.parallel.mesh import MeshSpec
 from lcx.parts import parts
@@ -49,6 +51,10 @@ LAYER = "model.pattern[0]"
         ),
         ([("model.vocab", 258)], "model.vocab = 258: expected at least the 259 ids of data.tokenizer"),
         ([("data.length", 2**24 + 1)], "data.length = 16777217: expected at most 2^24"),
+        (
+            [("data.length", 16), ("data.mixture[0].rows", Needles())],
+            "data.mixture[0].rows does not fit data.length: Needles: length = 16: expected at least 38 tokens",
+        ),
         ([(f"{LAYER}.mixer.head_dim", 5)], "model.pattern[0].mixer.head_dim = 5 does not fit its rope: Rope.rotary"),
     ],
 )
@@ -76,7 +82,8 @@ def test_each_rule_is_broken_by_something_and_the_base_breaks_none():
             (f"{LAYER}.mixer.mask", kinds()["mask"].variants["Hide"]),
         ],
     )
-    assert [name for name, rule in RULES.items() if not list(rule(wrong))] == []
+    short = edits(base(), [("data.length", 16), ("data.mixture[0].rows", Needles())])
+    assert [name for name, rule in RULES.items() if not [*rule(wrong), *rule(short)]] == []
     assert list(broken(base())) == []
 
 
@@ -86,6 +93,13 @@ def test_devices_are_counted_only_when_they_are_known():
     validate(experiment, 4)
     with pytest.raises(SpecError, match="mesh = data 4 = 4 devices: expected at most the 3 there are"):
         validate(experiment, 3)
+
+
+def test_data_that_are_not_there_are_refused_before_the_run_starts():
+    experiment = edit(base(), "data.mixture[0].rows.source", TextFolder(path="nowhere"))
+    validate(experiment)
+    with pytest.raises(SpecError, match=r"data.mixture\[0\].rows.source: TextFolder.path = 'nowhere': there is no such folder"):
+        validate(experiment, 1)
 
 
 def test_a_rule_of_parameters_catches_what_no_field_names():

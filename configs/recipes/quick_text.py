@@ -1,6 +1,7 @@
 """A byte model trained on the running Python's own standard library, in about a minute on two CPU cores.
 
-python -m experiments.train --config=config:recipes.quick_text.quick
+    python -m experiments.train --config=config:recipes.quick_text.quick --run_dir=runs/quick
+    python -m experiments.evaluate --config='config:recipes.quick_text.evaluate(model="runs/quick")'
 """
 
 from fiddle.experimental.auto_config import auto_config
@@ -9,6 +10,8 @@ from configs.models import byte
 from lcx.data.packing import PackedText
 from lcx.data.pipeline import Pipeline, Weighted
 from lcx.data.sources import StandardLibrary
+from lcx.evaluation.evaluation import Evaluation
+from lcx.evaluation.tasks.perplexity import Perplexity
 from lcx.training.checkpoint import Checkpointing
 from lcx.training.experiment import Experiment
 from lcx.training.optimizer import AdamW
@@ -29,4 +32,14 @@ def quick(width: int = 128, length: int = 256, steps: int = 200) -> Experiment:
         steps=steps,
         checkpoint=Checkpointing(every=100),
         log_every=20,
+    )
+
+
+@auto_config
+def evaluate(model: str = "runs/recipes.quick_text.quick") -> Evaluation:
+    """Held-out source code at the trained length, at twice and at four times it."""
+    return Evaluation(
+        model=model,
+        tasks=(Perplexity(source=StandardLibrary(split="heldout")),),
+        lengths=(256, 512, 1024),
     )

@@ -54,7 +54,7 @@ def generate(
     last = jnp.zeros((rows, model.spec.width), model.spec.compute)
     for start in range(0, longest, chunk):
         part = slice(start, start + chunk)
-        last, state, seen = _prefill(model, tokens[:, part], segments[:, part], state, seen, last)
+        last, state, seen = feed(model, tokens[:, part], segments[:, part], state, seen, last)
     keys = jax.vmap(jax.random.key)(jnp.asarray([*seeds, *[0] * (rows - len(prompts))], jnp.uint32))
     stops = jnp.asarray(sorted(set(stop)), jnp.int32)
     ids, logprobs, count, stopped = map(
@@ -67,7 +67,7 @@ def generate(
 
 
 @jax.jit
-def _prefill(
+def feed(
     model: DecoderModel,
     tokens: Int[Array, "B T"],
     segments: Int[Array, "B T"],

@@ -84,6 +84,10 @@ WRONG = {
         sets("model.pattern[0].mixer.mask=Hide(query_role=0, key_role=1)"),
         "model.pattern[0].mixer.mask = Hide(query_role=0, key_role=1): hides roles",
     ),
+    "data that are not there": (
+        sets("data.mixture[0].rows.source=TextFolder(path='nowhere')"),
+        "data.mixture[0].rows.source: TextFolder.path = 'nowhere': there is no such folder",
+    ),
     "misspelt flag": ([QUICK, "--dry_rum"], "Unknown command line flag 'dry_rum'. Did you mean: dry_run"),
     "extra argument": ([QUICK, "quickly"], "'quickly' is no flag"),
     "wrong value of a flag": ([QUICK, "--dry_run=maybe"], "--dry_run=maybe"),
@@ -139,7 +143,7 @@ def test_dry_run_shows_what_was_set_and_what_it_costs(capsys):
     assert run(train.main, [*argv, "--dry_run"]) == 0
     out = capsys.readouterr().out
     assert "\n    rope = YaRN\n      base = 500000.0\n" in out
-    assert "parameters                                     460,928\n" in out
+    assert f"{'parameters':<48} 460,928\n" in out
     assert "attention factor 1.139" in out
 
 

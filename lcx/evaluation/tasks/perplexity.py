@@ -45,16 +45,16 @@ class Perplexity(Task):
         return self.row("nll", length, inside.mean(axis=1), tokens, bucket=bucket)
 
     def _windows(self, model: LocalModel, length: int) -> list[list[int]]:
-        """Raises ValueError if the source has fewer windows of this length than are wanted."""
+        """Raises SpecError if the source has fewer windows of this length than are wanted."""
         if length < 2 * self.buckets:
-            raise ValueError(f"Perplexity.buckets = {self.buckets}: expected at most half of length = {length}")
+            self.fail("buckets", self.buckets, f"at most half of length = {length}")
         documents = self.source.documents()
         found = []
         for i in range(len(documents)):
             ids = np.asarray(model.encode(documents[i]))
             found += [ids[at : at + length] for at in range(0, len(ids) - length + 1, length)]
         if len(found) < self.windows:
-            raise ValueError(f"Perplexity.windows = {self.windows}: the source has {len(found)} of length {length}")
+            self.fail("windows", self.windows, f"at most what the source has, {len(found)} of length {length}")
         return [found[n * len(found) // self.windows].tolist() for n in range(self.windows)]
 
     @classmethod
