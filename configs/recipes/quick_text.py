@@ -1,7 +1,7 @@
 """A byte model trained on the running Python's own standard library, in about a minute on two CPU cores.
 
-    python -m experiments.train --config=config:recipes.quick_text.quick --run_dir=runs/quick
-    python -m experiments.evaluate --config='config:recipes.quick_text.evaluate(model="runs/quick")'
+python -m experiments.train --config=config:recipes.quick_text.quick --run_dir=runs/quick
+python -m experiments.evaluate --config='config:recipes.quick_text.evaluate(model="runs/quick")'
 """
 
 from fiddle.experimental.auto_config import auto_config
