@@ -48,9 +48,13 @@ class RecallExample(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recall(Rows, abc.ABC):
-    """Base of the generators. loss: on the answers alone or on every token."""
+    """Base of the generators. loss: on the answers alone or on every token; answer_weight: of an answer's token, others 1."""
 
     loss: Literal["answers", "all"] = "answers"
+    answer_weight: float = 1.0
+
+    def validate(self):
+        self.check(self.answer_weight > 0, "answer_weight", "a positive number")
 
     @abc.abstractmethod
     def example(
@@ -71,7 +75,8 @@ class Recall(Rows, abc.ABC):
 
     def generator(self, i: int, seed: int, split: str) -> np.random.Generator:
         """The random stream of example i."""
-        key = hashlib.sha256(f"{self!r}/{seed}/{split}/{i}".encode()).digest()[:16]
+        content = dataclasses.replace(self, loss="answers", answer_weight=1.0)
+        key = hashlib.sha256(f"{content!r}/{seed}/{split}/{i}".encode()).digest()[:16]
         return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "big")))
 
 
@@ -92,7 +97,7 @@ class RecallRows(RowSet):
         if self._spec.loss == "all":
             weights[: len(ids) - 1] = 1
         for start, stop in answers:
-            weights[start - 1 : stop - 1] = 1
+            weights[start - 1 : stop - 1] = self._spec.answer_weight
         return Row(tokens, targets, weights, segments)
 
 
@@ -107,6 +112,7 @@ class Needles(Recall):
     haystack: Source | None = None
 
     def validate(self):
+        super().validate()
         for field in ("needles", "key_letters", "value_digits"):
             self.check(getattr(self, field) >= 1, field, "at least 1")
         self.check(1 <= self.queries <= self.needles, "queries", f"from 1 to needles = {self.needles}")
@@ -152,6 +158,7 @@ class Records(Recall):
     value_digits: int = 1
 
     def validate(self):
+        super().validate()
         self.check(self.pairs is None or self.pairs >= 1, "pairs", "at least 1 or None")
         for field in ("key_letters", "value_digits"):
             self.check(getattr(self, field) >= 1, field, "at least 1")

@@ -1,18 +1,20 @@
 """Language modelling: sum over t of w_t * (logsumexp(z_t) - z_t[target_t]), the head applied in chunks of tokens.
 
-Shapes: hidden [B,T,M] becomes [n, B, shards, chunk, M]; logits exist for one chunk at a time, [B, shards, chunk, V], and are
-recomputed in the backward pass. `shards` is the number of devices along the sequence, so a chunk is made of tokens that
-each device already holds.
+Hidden states [B,T,M] become [n, rows, shards, B/rows, chunk, M]; logits exist for one chunk at a time and are recomputed in
+the backward pass. `rows` and `shards` count the devices along batch and sequence, so a chunk is made of tokens that each
+device already holds.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
 
 from lcx.batch import Batch
 from lcx.objectives.objective import Objective, Sums
@@ -50,19 +52,19 @@ class LanguageModeling(Objective):
 
     def _chunked(self, model: nnx.Module, hidden: Float[Array, "B T M"], batch: Batch) -> Sums:
         rules = model.spec.rules
-        cut = lambda leaf: _cut(leaf, self.chunk, rules)
+        rows, shards = _grid(rules)
+        cut = lambda leaf: _cut(leaf, self.chunk, rows, shards, rules)
         chunks = cut(hidden), cut(batch.targets), cut(batch.loss_weights.astype(jnp.float32))
+        logits = _local_logits(model, rows, shards, rules)
 
         @jax.checkpoint
         def body(sums, chunk):
-            return jax.tree.map(jnp.add, sums, self._sums(model, *chunk, rules)), None
+            return jax.tree.map(jnp.add, sums, self._sums(logits(chunk[0]), *chunk[1:])), None
 
         names = ("loss_sum", "weight", "correct") + (("z_sum",) if self.z_loss else ())
         return jax.lax.scan(body, {name: jnp.zeros((), jnp.float32) for name in names}, chunks)[0]
 
-    def _sums(self, model, hidden, targets, weights, rules) -> Sums:
-        """Sums over one chunk: hidden [B, shards, chunk, M], targets and weights [B, shards, chunk]."""
-        logits = shard(model.logits(hidden), rules, "batch", "sequence", None, "vocab")
+    def _sums(self, logits: Float[Array, "*n V"], targets: Int[Array, "*n"], weights: Float[Array, "*n"]) -> Sums:
         # A comparison, not a gather: it stays local when the vocabulary is sharded.
         chosen = jnp.arange(logits.shape[-1]) == targets[..., None]
         lse = jax.nn.logsumexp(logits, axis=-1)
@@ -82,17 +84,41 @@ class LanguageModeling(Objective):
         return (cls(), cls(chunk=3, z_loss=1e-3))
 
 
-def _cut(leaf: Array, chunk: int, rules: Rules) -> Array:
-    """[B, T, ...] -> [n, B, shards, chunk, ...], each shard padded with zeros (weight 0) to a multiple of the chunk."""
+def _grid(rules: Rules) -> tuple[int, int]:
+    """Over how many devices the ambient mesh spreads the rows, and over how many the sequence."""
     mesh = ambient_mesh()
-    shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in rules.sequence)
+    size = lambda axes: 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
+    return size(rules.batch), size(rules.sequence)
+
+
+def _cut(leaf: Array, chunk: int, rows: int, shards: int, rules: Rules) -> Array:
+    """[B, T, ...] -> [n, rows, shards, B/rows, chunk, ...], each shard padded with zeros (weight 0) to whole chunks."""
     B, T, *rest = leaf.shape
-    if T % shards:
-        raise ValueError(f"language modelling: length {T} is not a multiple of the {shards} devices along the sequence")
+    if B % rows or T % shards:
+        raise ValueError(f"language modelling: {B} rows of {T} tokens do not divide over {rows} x {shards} devices")
     local = T // shards
     chunk = min(chunk, local)
     n = -(-local // chunk)
-    leaf = leaf.reshape(B, shards, local, *rest)
-    leaf = jnp.pad(leaf, ((0, 0), (0, 0), (0, n * chunk - local)) + ((0, 0),) * len(rest))
-    leaf = jnp.moveaxis(leaf.reshape(B, shards, n, chunk, *rest), 2, 0)
-    return shard(leaf, rules, None, "batch", "sequence", *(None,) * (1 + len(rest)))
+    leaf = leaf.reshape(rows, B // rows, shards, local, *rest)
+    leaf = jnp.pad(leaf, ((0, 0),) * 3 + ((0, n * chunk - local),) + ((0, 0),) * len(rest))
+    leaf = leaf.reshape(rows, B // rows, shards, n, chunk, *rest)
+    leaf = jnp.moveaxis(leaf, (3, 0, 2), (0, 1, 2))
+    return shard(leaf, rules, None, "batch", "sequence", *(None,) * (2 + len(rest)))
+
+
+def _local_logits(model: nnx.Module, rows: int, shards: int, rules: Rules) -> Callable[[Array], Array]:
+    """Logits of a chunk [rows, shards, B, T, M] by a copy of the head for each device, so that the gradient of the head is
+    summed over the devices once after the last chunk, and not after each.
+    """
+    if rows * shards == 1:
+        return model.logits
+    free = PartitionSpec.UNCONSTRAINED
+    lead = rules.partition(("batch", "sequence"))
+
+    def copy(leaf):
+        spread = jnp.broadcast_to(leaf, (rows, shards, *leaf.shape))
+        return jax.lax.with_sharding_constraint(spread, PartitionSpec(*lead, *(free,) * leaf.ndim))
+
+    copies = jax.tree.map(copy, model)
+    each = jax.vmap(jax.vmap(lambda model, hidden: model.logits(hidden)))
+    return lambda hidden: shard(each(copies, hidden), rules, "batch", "sequence", None, None, "vocab")

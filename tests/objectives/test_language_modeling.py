@@ -1,14 +1,18 @@
 """Language modelling against a dense float64 cross-entropy: value, gradient, odd lengths, weights, chunks, memory."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from lcx.batch import Batch, causal_info
 from lcx.objectives.bench import head_memory
 from lcx.objectives.language_modeling import LanguageModeling
+from lcx.parallel.mesh import MeshSpec
 from lcx.parallel.rules import Rules
 
 B, T, M, V = 2, 13, 5, 11
@@ -154,6 +158,34 @@ def test_prompts_are_refused():
     batch = Batch(tokens=jnp.zeros_like(targets), info=causal_info(jnp.ones_like(targets)))
     with pytest.raises(ValueError, match="targets and loss_weights"):
         LanguageModeling().loss(Head(hidden, matrix), batch, jax.random.key(0))
+
+
+@pytest.mark.parametrize("axes", [{"data": 2, "context": 2}, {"fsdp": 2, "tensor": 2}])
+def test_devices_exchange_the_head_and_its_gradient_outside_the_loop_over_chunks(axes):
+    """On a mesh the value and gradient are those of one device, and no loop body talks about an array of the vocabulary."""
+    hidden, matrix, targets, weights = arrays(length=24)
+    vocab = 2 * V
+    matrix = np.concatenate([matrix, matrix - 1], axis=1)
+
+    def total(hidden, matrix):
+        return LanguageModeling(chunk=4).loss(Head(hidden, matrix), batch_of(targets, weights), jax.random.key(0))[0]
+
+    run = jax.value_and_grad(total, argnums=(0, 1))
+    wanted = run(hidden, matrix)
+    mesh = MeshSpec(**axes).build()
+    with jax.set_mesh(mesh):
+        place = lambda x, *logical: jax.device_put(x, NamedSharding(mesh, Rules().partition(logical)))
+        inputs = place(hidden, "batch", "sequence", None), place(matrix, None, "vocab")
+        compiled = jax.jit(run).lower(*inputs).compile()
+    for got, want in zip(jax.tree.leaves(compiled(*inputs)), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    computations = re.split(r"\n(?=\S)", compiled.as_text())
+    loops = [text for text in computations if not text.startswith("ENTRY")]
+    exchanges = re.compile(rf"\[[\d,]*\b({vocab}|{vocab // 2})\b[\d,]*\]\S* (all|reduce-scatter|collective)\S*\(")
+    assert any("while" in text for text in computations)
+    assert not any(exchanges.search(text) for text in loops)
+    if "data" in axes:
+        assert any(exchanges.search(text) for text in computations)
 
 
 def test_memory_at_32k_tokens_and_128k_words_is_one_chunk_of_logits():
