@@ -10,7 +10,7 @@ from fiddle.experimental.auto_config import auto_config
 from configs.models import byte
 from lcx.attention.mask import Or, Sink, Window
 from lcx.channels.glu import GLU
-from lcx.config import assign, build, dumps, expand, loads
+from lcx.config import assign, build, dumps, expand, loads, of_spec
 from lcx.config_text import fields, first_difference, parse, render
 from lcx.mixers.attention import Attention
 from lcx.models.decoder import Decoder
@@ -154,6 +154,14 @@ def test_render_shows_every_field_under_the_path_that_sets_it():
 def test_the_first_difference_is_found(path, text, difference):
     assert first_difference(byte.toy(), changed(path, text)) == difference
     assert first_difference(byte.toy(), byte.toy()) is None
+
+
+@pytest.mark.parametrize("cls", parts(), ids=lambda cls: cls.__name__)
+def test_every_part_can_be_written_on_a_command_line_and_stored(cls):
+    for example in cls.examples():
+        assert build(parse(repr(example))) == example
+        assert build(loads(dumps(example))) == example
+        assert build(of_spec(example)) == example
 
 
 def test_parts_are_found_by_walking():

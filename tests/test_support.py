@@ -53,7 +53,7 @@ LAYER = "model.pattern[0]"
         ([("data.length", 2**24 + 1)], "data.length = 16777217: expected at most 2^24"),
         (
             [("data.length", 16), ("data.mixture[0].rows", Needles())],
-            "data.mixture[0].rows does not fit data.length: Needles: length = 16: expected at least 38 tokens",
+            "data.mixture[0].rows does not fit data.length: Needles: length = 16: expected at least",
         ),
         ([(f"{LAYER}.mixer.head_dim", 5)], "model.pattern[0].mixer.head_dim = 5 does not fit its rope: Rope.rotary"),
     ],
@@ -156,7 +156,7 @@ def totals(experiment, batch):
     return jax.device_get((sums, gradient))
 
 
-COMBINED = [pytest.param(seed, marks=pytest.mark.slow if seed >= 3 else ()) for seed in range(30)]
+COMBINED = [pytest.param(seed, marks=pytest.mark.slow if seed >= 2 else ()) for seed in range(30)]
 
 
 @pytest.mark.parametrize("seed", COMBINED)

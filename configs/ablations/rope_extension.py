@@ -27,7 +27,10 @@ SCALES = (1, 2, 4, 8)
 
 
 def base(steps: int = 600) -> Experiment:
-    """A 0.46 M parameter byte decoder on rows of 128 tokens: half source code, half recall, whose few answer bytes weigh ten times."""
+    """A 0.46 M parameter byte decoder on rows of 128 tokens: half source code, half recall.
+
+    The few answer bytes of recall weigh ten times, so that each half matters.
+    """
     return Experiment(
         model=byte.toy(width=128, layers=2),
         data=Pipeline(

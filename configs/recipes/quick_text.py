@@ -1,7 +1,11 @@
-"""A byte model trained on the running Python's own standard library, in about a minute on two CPU cores.
+"""A byte model trained on the running Python's own standard library, in one to two minutes on two CPU cores.
 
-python -m experiments.train --config=config:recipes.quick_text.quick --run_dir=runs/quick
-python -m experiments.evaluate --config='config:recipes.quick_text.evaluate(model="runs/quick")'
+    python -m experiments.train --config=config:recipes.quick_text.quick --run_dir=runs/quick
+    python -m experiments.evaluate --config='config:recipes.quick_text.evaluate(model="runs/quick")'
+
+Measured on two shared cores, 0.82 M tokens: 93 s, 14,000 tokens/s while training, loss 1.54 nats a byte over the last 20
+steps. Windows of 256 bytes: 1.47 on the training documents, 2.61 on the held-out ones, of which most bytes are the codec
+tables of `encodings`, unlike anything in training.
 """
 
 from fiddle.experimental.auto_config import auto_config

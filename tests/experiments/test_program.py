@@ -10,7 +10,7 @@ import jaxtyping
 import pytest
 
 from configs.recipes import quick_text
-from experiments import train
+from experiments import ablate, train
 from experiments.program import config_names, run
 from lcx.spec import edit
 from lcx.training.run_folder import open_run
@@ -48,6 +48,12 @@ WRONG = {
     "another file": (["--config=config_file:pyproject.toml"], "pyproject.toml: not a config of this version"),
     "missing run": (["--run_dir=nowhere"], "nowhere: no config.json"),
     "misspelt fiddler": ([QUICK, "--config=fiddler:longer"], "configs has no function 'longer'"),
+    "wrong argument of a fiddler": ([QUICK, "--config=fiddler:edits.windowed('a')"], "size = 'a': expected int"),
+    "missing argument of a fiddler": ([QUICK, "--config=fiddler:edits.windowed"], "missing a required argument: 'size'"),
+    "impossible value from a fiddler": (
+        [QUICK, "--config=fiddler:edits.windowed(0)"],
+        "Window.size = 0: expected at least 1",
+    ),
     "misspelt field": (sets("stepz=3"), "Experiment has no field 'stepz'. Did you mean steps?"),
     "misspelt deep field": (sets("model.pattern[0].mixer.haeds=3"), "Attention has no field 'haeds'. Did you mean heads"),
     "no value": (sets("steps"), "expected config:, config_file:, set:<path>=<value>"),
@@ -145,6 +151,20 @@ def test_dry_run_shows_what_was_set_and_what_it_costs(capsys):
     assert "\n    rope = YaRN\n      base = 500000.0\n" in out
     assert f"{'parameters':<48} 460,928\n" in out
     assert "attention factor 1.139" in out
+
+
+def test_directives_apply_from_left_to_right(capsys):
+    """A fiddler swaps a part in every layer; what it put there is a part like any other."""
+    argv = [QUICK, "--config=set:model.pattern[0].mixer.mask=Sink(size=2)", "--config=fiddler:edits.windowed(64)"]
+    assert run(train.main, [*argv, "--config=set:model.pattern[0].mixer.mask.size=96", "--dry_run"]) == 0
+    assert "mask = Window\n          size = 96\n" in capsys.readouterr().out
+
+
+def test_an_ablation_names_the_edit_that_is_wrong(capsys):
+    argv = ["--config=config:ablations.rope_extension.quickstart", "--config=set:variants[0].edits=(('model.rop', None),)"]
+    assert run(ablate.main, argv) == 2
+    err = capsys.readouterr().err
+    assert "model.rop: Decoder has no field 'rop'" in err and err.count("\n") == 1
 
 
 def test_help_lists_flags_and_configs(capsys):

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from lcx.inference.language_model import LocalModel
 from lcx.spec import Spec
 
 Row = dict[str, Any]  # task, metric, length, value, count, low, high, and whatever else tells rows apart (depth, bucket)
+Values = Sequence[float] | np.ndarray
 RESAMPLES = 1000
 
 
@@ -21,10 +23,10 @@ class Task(Spec, abc.ABC):
     seed: int = 0
 
     @abc.abstractmethod
-    def measure(self, model: LocalModel, length: int) -> list[Row]:
+    def measure(self, model: Measured, length: int) -> list[Row]:
         """The rows at one length. Raises an error, never truncates, where the task does not fit the length or the window."""
 
-    def row(self, metric: str, length: int, values: np.ndarray, weights: np.ndarray | None = None, **more: Any) -> Row:
+    def row(self, metric: str, length: int, values: Values, weights: Values | None = None, **more: Any) -> Row:
         """The mean of `values` (one an example, weighted) with its bootstrap 95 % interval over examples."""
         values = np.asarray(values, np.float64)
         weights = np.ones_like(values) if weights is None else np.asarray(weights, np.float64)
