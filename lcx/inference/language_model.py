@@ -6,7 +6,7 @@ a result never depends on what else is in the list.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +89,18 @@ class LanguageModel(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
     def count(self, text: str) -> int: ...
     def run(self, requests: Sequence[Request]) -> list[Result]: ...
+
+
+@runtime_checkable
+class TokenModel(Protocol):
+    """What tasks that measure in tokens need: rows of ids in, numbers out. `LocalModel` says what each call means."""
+
+    tokenizer: Tokenizer
+    window: int
+
+    def encode(self, text: str) -> list[int]: ...
+    def logprobs(self, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list["Scored"]: ...
+    def generate(self, prompts: Sequence[Sequence[int]], max_new: int) -> list[Generated]: ...
 
 
 class Scored(NamedTuple):

@@ -23,12 +23,15 @@ class Uniform:
 
 
 class Copier(Uniform):
-    """Knows what followed the last four bytes when they stood before, and is sure of it; unsure (2 nats) elsewhere."""
+    """Knows what followed the last `tail` bytes when they stood before, and is sure of it; unsure (2 nats) elsewhere."""
+
+    def __init__(self, tail=4):
+        self.tail = tail
 
     def _next(self, ids):
-        tail, found = tuple(ids[-4:]), None
-        for i in range(4, len(ids)):
-            if tuple(ids[i - 4 : i]) == tail:
+        tail, found = tuple(ids[-self.tail :]), None
+        for i in range(self.tail, len(ids)):
+            if tuple(ids[i - self.tail : i]) == tail:
                 found = ids[i]
                 break
         return found

@@ -12,7 +12,7 @@ import numpy as np
 
 from lcx.data.sources import Source
 from lcx.evaluation.tasks.task import Task
-from lcx.inference.language_model import LocalModel
+from lcx.inference.language_model import TokenModel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Perplexity(Task):
         tokens = np.full(len(inside), inside.shape[1])
         return self.row("nll", length, inside.mean(axis=1), tokens, bucket=bucket)
 
-    def _windows(self, model: LocalModel, length: int) -> list[list[int]]:
+    def _windows(self, model: TokenModel, length: int) -> list[list[int]]:
         """Raises SpecError if the source has fewer windows of this length than are wanted."""
         if length < 2 * self.buckets:
             self.fail("buckets", self.buckets, f"at most half of length = {length}")

@@ -13,7 +13,7 @@ import numpy as np
 from lcx.data.recall import Needles, Recall, RecallExample, Records
 from lcx.evaluation.scorers import exact_match, forced_exact, forced_nll, forced_token_accuracy
 from lcx.evaluation.tasks.task import Task
-from lcx.inference.language_model import LocalModel
+from lcx.inference.language_model import TokenModel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Retrieval(Task):
             )
         return rows
 
-    def _forced(self, model: LocalModel, examples: list[RecallExample], length: int, more: dict):
+    def _forced(self, model: TokenModel, examples: list[RecallExample], length: int, more: dict):
         first = [min(start for start, _ in example.answers) for example in examples]
         scored = model.logprobs([example.ids.tolist() for example in examples], first)
         exact, accuracy, losses = [], [], []
@@ -59,7 +59,7 @@ class Retrieval(Task):
         named = {"exact": exact, "token_accuracy": accuracy, "nll": losses}
         return [self.row(metric, length, values, counts, mode=self.mode, **more) for metric, values in named.items()]
 
-    def _greedy(self, model: LocalModel, examples: list[RecallExample], length: int, more: dict):
+    def _greedy(self, model: TokenModel, examples: list[RecallExample], length: int, more: dict):
         prompts, answers = [], []
         for example in examples:
             start, stop = example.answers[0]

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from lcx.inference.language_model import LocalModel
+from lcx.inference.language_model import TokenModel
 from lcx.spec import Spec
 
 Row = dict[str, Any]  # task, metric, length, value, count, low, high, and whatever else tells rows apart (depth, bucket)
-Values = Sequence[float] | np.ndarray
+Values = Sequence | np.ndarray
 RESAMPLES = 1000
 
 
@@ -23,7 +23,7 @@ class Task(Spec, abc.ABC):
     seed: int = 0
 
     @abc.abstractmethod
-    def measure(self, model: Measured, length: int) -> list[Row]:
+    def measure(self, model: TokenModel, length: int) -> list[Row]:
         """The rows at one length. Raises an error, never truncates, where the task does not fit the length or the window."""
 
     def row(self, metric: str, length: int, values: Values, weights: Values | None = None, **more: Any) -> Row:
