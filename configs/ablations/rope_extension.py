@@ -27,14 +27,14 @@ SCALES = (1, 2, 4, 8)
 
 
 def base(steps: int = 600) -> Experiment:
-    """A 0.46 M parameter byte decoder on rows of 128 tokens: half source code, half recall."""
+    """A 0.46 M parameter byte decoder on rows of 128 tokens: half source code, half recall, whose few answer bytes weigh ten times."""
     return Experiment(
         model=byte.toy(width=128, layers=2),
         data=Pipeline(
             mixture=(
                 Weighted(rows=PackedText(source=StandardLibrary(split="train")), weight=2.0),
-                Weighted(rows=Needles()),
-                Weighted(rows=Records()),
+                Weighted(rows=Needles(answer_weight=10.0)),
+                Weighted(rows=Records(answer_weight=10.0)),
             ),
             length=TRAINED,
             batch_size=32,
