@@ -19,6 +19,7 @@ from lcx.spec import SpecError
 from lcx.support import validate
 from lcx.training.checkpoint import load_model
 from lcx.training.experiment import Experiment
+from lcx.training.shipped import run_folder
 
 
 def define(values: flags.FlagValues) -> None:
@@ -43,7 +44,7 @@ def main(arguments: Arguments) -> None:
     prompt = sys.stdin.read() if asked.prompt is None else asked.prompt
     if not prompt:
         raise SpecError("--prompt is empty: expected some text to continue")
-    model = load_model(arguments.run_dir, experiment.model, step=asked.step)
+    model = load_model(run_folder(arguments.run_dir), experiment.model, step=asked.step)
     options = {"max_new": asked.max_new, "sampling": sampling, "seed": asked.seed, "stop": (tokenizer.eos,)}
     print(prompt, end="", flush=True)
     for piece in text_of(stream(model, tokenizer.encode(prompt).tolist(), **options), tokenizer):

@@ -16,14 +16,15 @@ from lcx.spec import Spec, SpecError, edits
 from lcx.training.checkpoint import latest, load_model
 from lcx.training.experiment import Experiment
 from lcx.training.run_folder import read_config
+from lcx.training.shipped import run_folder
 
 _NUMBERS = ("value", "low", "high", "count")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation(Spec):
-    """model: a run folder. edits: of its experiment (`("model.rope", YaRN(...))`): the parameters under another spec. step:
-    the checkpoint, default the newest. tasks: each measured at every one of `lengths`.
+    """model: a run folder, or the name of a shipped model. edits: of its experiment (`("model.rope", YaRN(...))`): the
+    parameters under another spec. step: the checkpoint, default the newest. tasks: each measured at every one of `lengths`.
     """
 
     model: str
@@ -39,7 +40,7 @@ class Evaluation(Spec):
 
     def experiment(self) -> Experiment:
         """The experiment of the run folder, edited. Raises SpecError if the folder holds none, or an edit is impossible."""
-        trained = read_config(self.model)
+        trained = read_config(run_folder(self.model))
         if not isinstance(trained, Experiment):
             self.fail("model", self.model, f"the folder of a training run; its config is of type {type(trained).__name__}")
         return edits(trained, self.edits)
@@ -50,14 +51,15 @@ def evaluate(evaluation: Evaluation, run_dir: Path | str, say: Callable[[str], N
     run_dir = Path(run_dir)
     results = run_dir / "results.jsonl"
     experiment = evaluation.experiment()
-    step = latest(evaluation.model) if evaluation.step is None else evaluation.step
+    folder = run_folder(evaluation.model)
+    step = latest(folder) if evaluation.step is None else evaluation.step
     rows = read_rows(results)
     if other := {row["step"] for row in rows} - {step}:
         raise SpecError(f"{results} holds rows of step {other.pop()}, the model is at step {step}: give another --run_dir")
     done = {(row["task"], row["length"]) for row in rows}
     jobs = [(task, length) for task in evaluation.tasks for length in evaluation.lengths]
     jobs = [(task, length) for task, length in jobs if (task.name, length) not in done]
-    model = load_model(evaluation.model, experiment.model, step=step) if jobs else None
+    model = load_model(folder, experiment.model, step=step) if jobs else None
     for task, length in jobs:
         found = task.measure(LocalModel(model, experiment.data.tokenizer, window=length), length)
         append_rows(results, [{"model": evaluation.model, "step": step} | row for row in found])

@@ -117,3 +117,15 @@ def _pyplot():
     import matplotlib.pyplot as plt
 
     return plt
+
+
+def curve(path: Path | str, metrics: Path | str) -> None:
+    """The training loss of a `metrics.jsonl` over steps."""
+    plt = _pyplot()
+    rows = [row for row in read_rows(Path(metrics)) if "loss" in row]
+    figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
+    axis.plot([row["step"] for row in rows], [row["loss"] for row in rows], lw=1.5)
+    axis.set(xlabel="step", ylabel="loss (nats, weighted)", yscale="log")
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
