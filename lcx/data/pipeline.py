@@ -52,7 +52,7 @@ class Pipeline(Spec):
 
         Raises ValueError unless the hosts divide the batch.
         """
-        if self.batch_size % hosts or not 0 <= host < hosts:
+        if not 0 <= host < hosts or self.batch_size % hosts:
             raise ValueError(f"pipeline: host {host} of {hosts} cannot take its share of batch_size = {self.batch_size}")
         kinds = [MapDataset.source(rows).seed(self.seed + n).shuffle().repeat() for n, rows in enumerate(self.row_sets())]
         mixed = kinds[0] if len(kinds) == 1 else MapDataset.mix(kinds, [kind.weight for kind in self.mixture])
