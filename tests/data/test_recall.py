@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lcx.data.recall import Needles, Records, TaskDoesNotFit
+from lcx.data.rows import Joined, collate
 from lcx.data.sources import StandardLibrary
 from lcx.data.tokenizers import ByteTokenizer, HFTokenizer
 from lcx.spec import SpecError
@@ -133,3 +134,16 @@ def test_too_short_a_length_is_refused():
         Needles(key_letters=14)
     with pytest.raises(SpecError, match=r"queries = 2: expected from 1 to needles = 1"):
         Needles(queries=2)
+
+
+def test_joined_rows_are_short_documents_side_by_side():
+    short, joined = Records().rows(BYTES, 25, 5), Joined(rows_of=Records(), parts=4).rows(BYTES, 100, 5)
+    row = joined[3]
+    for n in range(4):
+        part, here = short[12 + n], slice(25 * n, 25 * n + 25)
+        assert np.array_equal(row.tokens[here], part.tokens) and np.array_equal(row.targets[here], part.targets)
+        assert np.array_equal(row.weights[here], part.weights)
+        assert np.array_equal(row.segments[here], part.segments * (n + 1))
+    assert collate([row]).info.index[0, 25:27].tolist() == [0, 1]
+    with pytest.raises(SpecError, match=r"Joined\.parts = 3: expected a divisor of length = 100"):
+        Joined(rows_of=Records(), parts=3).rows(BYTES, 100, 5)
