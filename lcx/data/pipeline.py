@@ -45,7 +45,11 @@ class Pipeline(Spec):
 
     def row_sets(self) -> list[RowSet]:
         """The rows of every kind, tokenised and planned."""
-        return [kind.rows.rows(self.tokenizer, self.length, self.seed + n) for n, kind in enumerate(self.mixture)]
+        sets = [kind.rows.rows(self.tokenizer, self.length, self.seed + n) for n, kind in enumerate(self.mixture)]
+        for n, rows in enumerate(sets):
+            if not len(rows):
+                self.fail(f"mixture[{n}].rows", self.mixture[n].rows, f"enough text for one row of length = {self.length}")
+        return sets
 
     def dataset(self, *, host: int = 0, hosts: int = 1) -> grain.IterDataset:
         """Endless batches (lcx.batch.Batch of NumPy arrays) of this host's rows.

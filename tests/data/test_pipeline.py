@@ -8,6 +8,7 @@ import pytest
 from lcx.data.packing import BestFit, PackedText
 from lcx.data.pipeline import Pipeline, Weighted
 from lcx.data.recall import Needles, Records
+from lcx.data.rows import Joined
 from lcx.data.sources import StandardLibrary, TextFolder
 from lcx.spec import SpecError, edit
 
@@ -95,3 +96,10 @@ def test_impossible_pipelines_are_refused(pipeline):
         Weighted(rows=Needles(), weight=0.0)
     with pytest.raises(SpecError, match=r"mixture"):
         Pipeline(mixture=(), length=8, batch_size=1)
+
+
+def test_text_that_fills_no_row_is_refused(pipeline):
+    text = pipeline.mixture[0].rows
+    short = Pipeline(mixture=(Weighted(rows=Joined(rows_of=text, parts=40)),), length=1600, batch_size=1)
+    with pytest.raises(SpecError, match=r"Pipeline\.mixture\[0\]\.rows = .*enough text for one row of length = 1600"):
+        short.dataset()
