@@ -71,8 +71,11 @@ class Recall(Rows, abc.ABC):
     ) -> RecallExample:
         """Example i, of at most `length` tokens; the first answer's source stands at `depth` (0 the start), else anywhere."""
 
+    def check_fit(self, tokenizer, length):
+        self.example(tokenizer, length, 0, seed=0, split="train")
+
     def rows(self, tokenizer, length, seed):
-        self.example(tokenizer, length, 0, seed=seed, split="train")
+        self.check_fit(tokenizer, length)
         return RecallRows(self, tokenizer, length, seed)
 
     def generator(self, i: int, seed: int, split: str) -> np.random.Generator:

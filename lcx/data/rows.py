@@ -41,6 +41,9 @@ class RowSet(abc.ABC):
 class Rows(Spec, abc.ABC):
     """Base of everything that gives rows: packed text, synthetic recall."""
 
+    def check_fit(self, tokenizer: Tokenizer, length: int) -> None:
+        """Raises ValueError (SpecError, TaskDoesNotFit) if rows of `length` tokens cannot be made, before any is."""
+
     @abc.abstractmethod
     def rows(self, tokenizer: Tokenizer, length: int, seed: int) -> RowSet:
         """The rows of `length` tokens."""
@@ -56,8 +59,12 @@ class Joined(Rows):
     def validate(self):
         self.check(self.parts >= 1, "parts", "at least 1")
 
-    def rows(self, tokenizer, length, seed):
+    def check_fit(self, tokenizer, length):
         self.check(length % self.parts == 0, "parts", f"a divisor of length = {length}")
+        self.rows_of.check_fit(tokenizer, length // self.parts)
+
+    def rows(self, tokenizer, length, seed):
+        self.check_fit(tokenizer, length)
         return JoinedRows(self.rows_of.rows(tokenizer, length // self.parts, seed), self.parts)
 
 
