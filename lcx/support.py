@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh
 
 from lcx.attention.mask import Hide
 from lcx.config_text import fields
-from lcx.data.recall import Recall, TaskDoesNotFit
+from lcx.data.recall import TaskDoesNotFit
 from lcx.data.sources import Source, SourceError
 from lcx.mixers.attention import Attention
 from lcx.parallel.mesh import AXES, MeshSpec
@@ -104,14 +104,13 @@ def _heads_rotate(experiment: Experiment) -> Iterator[str]:
                 yield f"{path}.head_dim = {mixer.head_dim} does not fit its rope: {error}"
 
 
-def _recall_fits(experiment: Experiment) -> Iterator[str]:
+def _rows_fit(experiment: Experiment) -> Iterator[str]:
     data = experiment.data
     for i, kind in enumerate(data.mixture):
-        if isinstance(kind.rows, Recall):
-            try:
-                kind.rows.rows(data.tokenizer, data.length, data.seed)
-            except TaskDoesNotFit as error:
-                yield f"data.mixture[{i}].rows does not fit data.length: {error}"
+        try:
+            kind.rows.check_fit(data.tokenizer, data.length)
+        except (SpecError, TaskDoesNotFit) as error:
+            yield f"data.mixture[{i}].rows does not fit data.length: {error}"
 
 
 def _roles_exist(experiment: Experiment) -> Iterator[str]:
@@ -128,7 +127,7 @@ RULES: Mapping[str, Rule] = {
     "the vocabulary holds every id of the tokenizer": _vocabulary_holds_tokens,
     "positions are integers that float32 holds": _positions_are_exact,
     "every head has channels that its rope can rotate": _heads_rotate,
-    "a row is long enough for the recall sequences that fill it": _recall_fits,
+    "a row is long enough for the recall sequences that fill it": _rows_fit,
     "a mask hides only roles that tokens have": _roles_exist,
 }
 

@@ -11,6 +11,7 @@ from configs.models import byte
 from lcx.data.packing import PackedText
 from lcx.data.pipeline import Pipeline, Weighted
 from lcx.data.recall import Needles, Records
+from lcx.data.rows import Joined
 from lcx.data.sources import StandardLibrary
 from lcx.evaluation.evaluation import Evaluation
 from lcx.evaluation.tasks.perplexity import Perplexity
@@ -25,19 +26,19 @@ WINDOW = 512
 
 @auto_config
 def train(steps: int = 2400, batch_size: int = 8) -> Experiment:
-    """Source code, needles in noise and in source code, and records, in rows of the whole window."""
+    """Source code, needles in noise and in source code, and records; half of the recall in short documents, where the first
+    steps learn it."""
     return Experiment(
         model=byte.toy(width=128, layers=3),
         data=Pipeline(
             mixture=(
                 Weighted(rows=PackedText(source=StandardLibrary(split="train")), weight=2.0),
-                Weighted(rows=Needles(needles=8, queries=8, answer_weight=10.0), weight=2.0),
-                Weighted(
-                    rows=Needles(needles=4, queries=4, haystack=StandardLibrary(split="train"), answer_weight=10.0),
-                    weight=1.0,
-                ),
-                Weighted(rows=Needles(answer_weight=10.0), weight=1.0),
-                Weighted(rows=Records(pairs=40, answer_weight=10.0), weight=2.0),
+                Weighted(rows=Joined(rows_of=Needles(needles=2, queries=2, answer_weight=10.0), parts=4)),
+                Weighted(rows=Joined(rows_of=Records(answer_weight=10.0), parts=4)),
+                Weighted(rows=Needles(needles=8, queries=8, answer_weight=10.0)),
+                Weighted(rows=Needles(needles=4, queries=4, haystack=StandardLibrary(split="train"), answer_weight=10.0)),
+                Weighted(rows=Needles(answer_weight=10.0)),
+                Weighted(rows=Records(answer_weight=10.0)),
             ),
             length=WINDOW,
             batch_size=batch_size,
