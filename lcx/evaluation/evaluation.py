@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lcx.evaluation.report import append_rows, heatmap, read_rows, select, table, with_interval
+from lcx.evaluation.report import append_rows, caption, heatmap, read_rows, select, table, with_interval
 from lcx.evaluation.tasks.task import Row, Task
 from lcx.inference.language_model import LocalModel
 from lcx.spec import Spec, SpecError, edits
@@ -18,7 +18,7 @@ from lcx.training.experiment import Experiment
 from lcx.training.run_folder import read_config
 from lcx.training.shipped import run_folder
 
-_NUMBERS = ("value", "low", "high", "count")
+_NUMBERS = ("value", "low", "high", "count", "examples")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ def report(rows: list[Row], run_dir: Path) -> None:
     for task, metric in dict.fromkeys((row["task"], row["metric"]) for row in rows):
         found = select(rows, task=task, metric=metric)
         named = [row | {task: _name(row)} for row in found]
-        text += [f"### {task}, {metric}, by length in tokens\n", table(named, task, "length", with_interval), ""]
+        text += [f"### {task}, {metric}\n", f"{caption(found)}:\n", table(named, task, "length", with_interval), ""]
         if metric == "exact" and all("depth" in row for row in found):
             heatmap(run_dir / f"{task}.png", found, title=task)
     (run_dir / "table.md").write_text("\n".join(text))

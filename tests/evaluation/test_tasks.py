@@ -1,5 +1,7 @@
 """Tasks on stand-ins whose scores are known without running anything."""
 
+import re
+
 import numpy as np
 import pytest
 from models import Copier, Uniform
@@ -9,6 +11,7 @@ from lcx.data.sources import TextFolder
 from lcx.evaluation.report import select
 from lcx.evaluation.tasks.perplexity import Perplexity
 from lcx.evaluation.tasks.retrieval import Retrieval
+from lcx.inference.generate import Generated
 from lcx.spec import SpecError
 
 
@@ -51,6 +54,17 @@ def test_copier_finds_the_needle_and_uniform_does_not(mode):
     assert all(row["value"] == 0 for row in select(task.measure(Uniform(), 150), metric="exact"))
 
 
+def test_the_first_integer_counts_where_the_exact_answer_does_not():
+    class Wordy(Uniform):
+        def generate(self, prompts, max_new):
+            values = [re.search(r"Key \w+ is (\d+)", self.tokenizer.decode(prompt))[1] for prompt in prompts]
+            answers = [f"It is {value}." for value in values]
+            return [Generated(self.encode(answer), [0.0] * len(answer), "stop") for answer in answers]
+
+    rows = Retrieval(name="needle", generator=Needles(), examples_each=4, mode="greedy").measure(Wordy(), 150)
+    assert {row["metric"]: row["value"] for row in rows} == {"exact": 0, "first_integer": 1}
+
+
 def test_forced_scores_by_hand():
     """Records "ab:7 ": after the pair has stood once, the four bytes before a value tell it; the first value is unknown."""
     task = Retrieval(name="records", generator=Records(pairs=4), examples_each=5)
@@ -72,6 +86,8 @@ def test_tasks_refuse_what_does_not_fit():
         Retrieval(name="records", generator=Records(), depths=(0.5,))
     with pytest.raises(SpecError, match=r"depths = \(1\.5,\)"):
         Retrieval(name="needle", generator=Needles(), depths=(1.5,))
+    with pytest.raises(SpecError, match=r"depths = \(0.5, 0.5\): expected distinct numbers"):
+        Retrieval(name="needle", generator=Needles(), depths=(0.5, 0.5))
 
 
 def test_intervals_are_bootstrap_and_deterministic():
@@ -81,4 +97,15 @@ def test_intervals_are_bootstrap_and_deterministic():
     assert first == again and first["value"] == 0.5
     assert 0.38 < first["low"] < 0.43 and 0.57 < first["high"] < 0.62  # 0.5 -+ 1.96 * 0.05
     weighted = task.row("exact", 8, [0.0, 1.0], [3, 1])
-    assert weighted["value"] == 0.25 and weighted["count"] == 4
+    assert weighted["value"] == 0.25 and (weighted["count"], weighted["examples"]) == (4, 2)
+
+
+def test_a_broken_model_is_not_averaged_away():
+    class Broken(Uniform):
+        def logprobs(self, rows, starts):
+            scored = super().logprobs(rows, starts)
+            scored[1].logprobs[0] = np.nan
+            return scored
+
+    with pytest.raises(ValueError, match="needle at 150, nll: 1 of 4 examples are not finite"):
+        Retrieval(name="needle", generator=Needles(needles=2, queries=2), examples_each=4).measure(Broken(), 150)

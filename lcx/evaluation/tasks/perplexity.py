@@ -11,8 +11,7 @@ import itertools
 import numpy as np
 
 from lcx.data.sources import Source
-from lcx.evaluation.tasks.task import Task
-from lcx.inference.language_model import TokenModel
+from lcx.evaluation.tasks.task import NLL, Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,9 +27,26 @@ class Perplexity(Task):
         for field in ("windows", "buckets"):
             self.check(getattr(self, field) >= 1, field, "at least 1")
 
+    @property
+    def metrics(self):
+        return {"nll": NLL}
+
+    def inputs(self, tokenizer, length) -> list[list[int]]:
+        """The windows. Raises SpecError if the source has fewer of this length than are wanted."""
+        if length < 2 * self.buckets:
+            self.fail("buckets", self.buckets, f"at most half of length = {length}")
+        documents = self.source.documents()
+        found = []
+        for i in range(len(documents)):
+            ids = tokenizer.encode(documents[i])
+            found += [ids[at : at + length] for at in range(0, len(ids) - length + 1, length)]
+        if len(found) < self.windows:
+            self.fail("windows", self.windows, f"at most what the source has, {len(found)} of length {length}")
+        return [found[n * len(found) // self.windows].tolist() for n in range(self.windows)]
+
     def measure(self, model, length):
-        rows = self._windows(model, length)
-        losses = -np.stack([scored.logprobs for scored in model.logprobs(rows, [1] * len(rows))])
+        rows = self.inputs(model.tokenizer, length)
+        losses = -np.stack([scored.logprobs for scored in model.logprobs(rows, [1] * len(rows))]).astype(np.float64)
         positions = np.arange(1, length)
         measured = [self._row(length, losses, positions, 0, length, "all")]
         measured.append(self._row(length, losses, positions, length // 2, length, "last half"))
@@ -43,19 +59,6 @@ class Perplexity(Task):
         inside = losses[:, (positions >= low) & (positions < high)]
         tokens = np.full(len(inside), inside.shape[1])
         return self.row("nll", length, inside.mean(axis=1), tokens, bucket=bucket)
-
-    def _windows(self, model: TokenModel, length: int) -> list[list[int]]:
-        """Raises SpecError if the source has fewer windows of this length than are wanted."""
-        if length < 2 * self.buckets:
-            self.fail("buckets", self.buckets, f"at most half of length = {length}")
-        documents = self.source.documents()
-        found = []
-        for i in range(len(documents)):
-            ids = np.asarray(model.encode(documents[i]))
-            found += [ids[at : at + length] for at in range(0, len(ids) - length + 1, length)]
-        if len(found) < self.windows:
-            self.fail("windows", self.windows, f"at most what the source has, {len(found)} of length {length}")
-        return [found[n * len(found) // self.windows].tolist() for n in range(self.windows)]
 
     @classmethod
     def examples(cls):

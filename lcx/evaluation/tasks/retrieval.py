@@ -1,8 +1,9 @@
 """Recall over length and depth: passkey (one needle), multi-key (several), associative records.
 
 `teacher_forced` scores every answer of a sequence given what truly stands before it: exact (all its tokens are the model's
-first choice), token accuracy and nats a token. `greedy` generates the first answer and compares. The two exact matches agree
-for one answer, since a first wrong token is what counts; the forced form is far cheaper.
+first choice), token accuracy and nats a token. `greedy` generates the first answer and compares: exact, and the first integer
+of its text. The two exact matches agree for one answer, since a first wrong token is what counts; the forced form is far
+cheaper.
 """
 
 import dataclasses
@@ -11,14 +12,16 @@ from typing import Literal
 import numpy as np
 
 from lcx.data.recall import Needles, Recall, RecallExample, Records
-from lcx.evaluation.scorers import exact_match, forced_exact, forced_nll, forced_token_accuracy
-from lcx.evaluation.tasks.task import Task
+from lcx.evaluation.scorers import first_integer, forced_exact, forced_nll, forced_token_accuracy, prefix_match
+from lcx.evaluation.tasks.task import ANSWERS, NLL, TOKENS, Row, Task
 from lcx.inference.language_model import TokenModel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Retrieval(Task):
-    """generator: makes the sequences. examples: a length, or a length and depth where `depths` places the first answer."""
+    """generator: makes the sequences. examples_each: how many at a length, or at a length and depth where `depths` places the
+    first answer; then only that answer counts.
+    """
 
     generator: Recall
     examples_each: int = 32
@@ -27,47 +30,55 @@ class Retrieval(Task):
 
     def validate(self):
         self.check(self.examples_each >= 1, "examples_each", "at least 1")
-        self.check(all(0 <= depth <= 1 for depth in self.depths), "depths", "numbers from 0 (the start) to 1")
+        inside = all(0 <= depth <= 1 for depth in self.depths) and len(set(self.depths)) == len(self.depths)
+        self.check(inside, "depths", "distinct numbers from 0 (the start) to 1")
         placed = not self.depths or not isinstance(self.generator, Records)
         self.check(placed, "depths", "none: the answers of Records stand at every depth")
 
+    @property
+    def metrics(self):
+        if self.mode == "greedy":
+            return {"exact": ANSWERS, "first_integer": ANSWERS}
+        return {"exact": ANSWERS, "token_accuracy": TOKENS, "nll": NLL}
+
+    def inputs(self, tokenizer, length) -> dict[float | None, list[RecallExample]]:
+        """Examples by depth, which is None where it is free. Raises TaskDoesNotFit."""
+        make = lambda i, depth: self.generator.example(tokenizer, length, i, seed=self.seed, split="test", depth=depth)
+        return {depth: [make(i, depth) for i in range(self.examples_each)] for depth in self.depths or (None,)}
+
     def measure(self, model, length):
-        rows = []
-        for depth in self.depths or (None,):
-            options = {"seed": self.seed, "split": "test", "depth": depth}
-            examples = [self.generator.example(model.tokenizer, length, i, **options) for i in range(self.examples_each)]
-            more = {} if depth is None else {"depth": depth}
-            rows += (
-                self._greedy(model, examples, length, more)
-                if self.mode == "greedy"
-                else self._forced(model, examples, length, more)
-            )
+        rows, measure = [], self._greedy if self.mode == "greedy" else self._forced
+        for depth, examples in self.inputs(model.tokenizer, length).items():
+            more = {"mode": self.mode} | ({} if depth is None else {"depth": depth})
+            rows += measure(model, examples, length, more)
         return rows
 
-    def _forced(self, model: TokenModel, examples: list[RecallExample], length: int, more: dict):
+    def _forced(self, model: TokenModel, examples: list[RecallExample], length: int, more: dict) -> list[Row]:
         first = [min(start for start, _ in example.answers) for example in examples]
         scored = model.logprobs([example.ids.tolist() for example in examples], first)
-        exact, accuracy, losses = [], [], []
+        exact, accuracy, losses, counts = [], [], [], []
         for example, start, found in zip(examples, first, scored, strict=True):
-            # With depths, only the answer that was placed counts.
             answers = example.answers[:1] if self.depths else example.answers
             spans = [slice(a - start, b - start) for a, b in answers]
             exact.append(np.mean([forced_exact(found.greedy[span]) for span in spans]))
             accuracy.append(np.mean([forced_token_accuracy(found.greedy[span]) for span in spans]))
             losses.append(np.mean([forced_nll(found.logprobs[span]) for span in spans]))
-        counts = [1 if self.depths else len(example.answers) for example in examples]
+            counts.append(len(spans))
         named = {"exact": exact, "token_accuracy": accuracy, "nll": losses}
-        return [self.row(metric, length, values, counts, mode=self.mode, **more) for metric, values in named.items()]
+        return [self.row(metric, length, values, counts, **more) for metric, values in named.items()]
 
-    def _greedy(self, model: TokenModel, examples: list[RecallExample], length: int, more: dict):
+    def _greedy(self, model: TokenModel, examples: list[RecallExample], length: int, more: dict) -> list[Row]:
         prompts, answers = [], []
         for example in examples:
             start, stop = example.answers[0]
             prompts.append(example.ids[:start].tolist())
             answers.append(example.ids[start:stop].tolist())
-        made = model.generate(prompts, max(map(len, answers)))
-        exact = [exact_match(row.ids[: len(answer)], answer) for row, answer in zip(made, answers, strict=True)]
-        return [self.row("exact", length, exact, mode=self.mode, **more)]
+        made = [row.ids for row in model.generate(prompts, max(map(len, answers)))]
+        decode = model.tokenizer.decode
+        pairs = list(zip(made, answers, strict=True))
+        exact = [prefix_match(ids, answer) for ids, answer in pairs]
+        integer = [first_integer(decode(ids), decode(answer)) for ids, answer in pairs]
+        return [self.row("exact", length, exact, **more), self.row("first_integer", length, integer, **more)]
 
     @classmethod
     def examples(cls):
