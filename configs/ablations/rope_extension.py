@@ -11,7 +11,8 @@ from lcx.data.packing import PackedText
 from lcx.data.pipeline import Pipeline, Weighted
 from lcx.data.recall import Needles, Records
 from lcx.data.sources import StandardLibrary
-from lcx.evaluation.ablation import Ablation, Arm, Panel, Variant
+from lcx.evaluation.ablation import Ablation, Arm, Variant
+from lcx.evaluation.panels import Panel
 from lcx.evaluation.tasks.perplexity import Perplexity
 from lcx.evaluation.tasks.retrieval import Retrieval
 from lcx.positions.linear import LinearInterpolation
