@@ -128,7 +128,7 @@ def test_an_edit_reads_the_parameters_with_another_rope(trained, text, tmp_path)
         (['--config=set:edits=(("model.width", 64),)'], "in the checkpoint"),
         (["--config=set:step=2"], f"no checkpoint of step 2; there are [{STEPS}]"),
         (["--config=set:lengths=()"], "Evaluation.lengths = (): expected at least one length"),
-        (["--config=set:model=nowhere"], "run folder nowhere: no config.json"),
+        (["--config=set:model=nowhere"], "model 'nowhere': no such run folder, nor a shipped model"),
         (["--config=set:tasks[0].source.path=nowhere"], "TextFolder.path = 'nowhere': there is no such folder"),
         (["--config=set:tasks[0].windows=5000"], "Perplexity.windows = 5000: expected at most what the source has"),
     ],
