@@ -7,7 +7,7 @@ setup(
     version="0.1.0",
     description="Long-context methods as composable parts of one sharded JAX model, trainer and evaluation suite",
     packages=find_packages(include=["lcx*", "pallas_kernels*", "configs*", "experiments*"]),
-    package_data={"lcx": ["assets/**/*"]},
+    package_data={"lcx": ["assets/*/*"]},
     python_requires=">=3.11,<3.14",
     install_requires=[
         "absl-py>=2.1",

@@ -19,6 +19,7 @@ import logging
 import pkgutil
 import re
 import sys
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,8 +30,12 @@ from fiddle import absl_flags
 import configs
 from lcx.config import ONLY_PARTS, assign, build, loads, suggestion
 from lcx.config_text import parse
-from lcx.spec import Spec, SpecError
+from lcx.data.recall import TaskDoesNotFit
+from lcx.data.sources import SourceError
+from lcx.spec import Spec, SpecError, describe, matches
+from lcx.training.run_folder import read_config
 
+REFUSALS = (SpecError, SourceError, TaskDoesNotFit, flags.Error)  # faults of the command line, the config or the data it names
 Kind = TypeVar("Kind", bound=Spec)
 Define = Callable[[flags.FlagValues], None]
 
@@ -44,15 +49,14 @@ class Arguments:
     def spec(self, kind: type[Kind]) -> Kind:
         """The config, built: from --config, or from the run folder if that is all there is. Raises SpecError."""
         directives = self.flags["config"]
-        stored = self.run_dir / "config.json"
-        if not directives.present and self.flags.run_dir and stored.is_file():
-            spec = build(loads(stored.read_text()))
-        elif not directives.present:
-            raise SpecError("--config is missing: expected --config=config:<name>, or --run_dir of an earlier run")
-        else:
+        if directives.present:
             spec = build(directives.value)
+        elif self.flags.run_dir:
+            spec = read_config(self.run_dir)
+        else:
+            raise SpecError("--config is missing: expected --config=config:<name>, or --run_dir of an earlier run")
         if not isinstance(spec, kind):
-            raise SpecError(f"--config gives a {type(spec).__name__}: this program takes a {kind.__name__}")
+            raise SpecError(f"the config is of type {type(spec).__name__}: this program takes {kind.__name__}")
         return spec
 
     @property
@@ -71,21 +75,21 @@ Main = Callable[[Arguments], int | None]
 
 def launch(main: Main, define: Define | None = None) -> None:
     """Runs a program to its exit status. `define` adds its own flags; the docstring of its module is its help."""
+    logging.basicConfig(format="%(message)s", force=True)
+    logging.getLogger("lcx").setLevel(logging.INFO)
     sys.exit(run(main, sys.argv[1:], define))
 
 
 def run(main: Main, argv: list[str], define: Define | None = None) -> int:
-    """`main` over the parsed command line; its exit status. Only `SpecError` and flag errors become one line."""
+    """`main` over the parsed command line; its exit status. Only `REFUSALS` become one line."""
     name = Path(inspect.getfile(main)).stem
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("lcx").setLevel(logging.INFO)
     try:
         arguments = Arguments(_parse(name, argv, define))
         if arguments.flags.help:
             print(_help(inspect.getmodule(main).__doc__ or "", arguments.flags))
             return 0
         return main(arguments) or 0
-    except (SpecError, flags.Error) as error:
+    except REFUSALS as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
@@ -113,7 +117,7 @@ def _help(doc: str, own: flags.FlagValues) -> str:
 
 
 class ConfigFlag(absl_flags.FiddleFlag):
-    """Fiddle's config flag over `configs`. Defaults are written out, `set:` reaches them and takes parts; errors are one line."""
+    """Fiddle's config flag over `configs`: defaults are written out, `set:` reaches them and takes parts."""
 
     def __init__(self, **options):
         super().__init__(default=None, default_module=configs, allow_imports=True, pyref_policy=ONLY_PARTS, **options)
@@ -128,9 +132,7 @@ class ConfigFlag(absl_flags.FiddleFlag):
             self.folder = _config_folder(expression) if command == "config" else _file_folder(expression)
             directives = [arguments, "fiddler:lcx.config.expand"]
         elif self.folder is None:
-            raise SpecError(
-                f"--config={arguments} comes first: expected --config=config:<name> or config_file:<path> before it"
-            )
+            raise SpecError(f"--config={arguments} comes first: expected config:<name> or config_file:<path> before it")
         elif command == "fiddler":
             _check_call(expression, skip=1)
             directives = [arguments, "fiddler:lcx.config.expand"]
@@ -138,9 +140,7 @@ class ConfigFlag(absl_flags.FiddleFlag):
             path, _, text = expression.partition("=")
             directives = [f"fiddler:experiments.program.set_field({path!r}, {text!r})"]
         else:
-            raise SpecError(
-                f"--config={arguments}: expected config:<name>, config_file:<path>, set:<path>=<value>, fiddler:<name>"
-            )
+            raise SpecError(f"--config={arguments}: expected config:, config_file:, set:<path>=<value> or fiddler:")
         super().parse(directives)
 
 
@@ -172,7 +172,10 @@ def _config_folder(expression: str) -> Path:
 def _file_folder(path: str) -> Path:
     if not Path(path).is_file():
         raise SpecError(f"--config=config_file:{path}: there is no such file")
-    loads(Path(path).read_text())
+    try:
+        loads(Path(path).read_text())
+    except SpecError as error:
+        raise SpecError(f"--config=config_file:{path}: {error}") from None
     return Path(path).parent
 
 
@@ -189,11 +192,15 @@ def _check_call(expression: str, skip: int) -> str:
         kwargs = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
     except (SyntaxError, ValueError, AttributeError):
         raise SpecError(f"{expression!r}: expected literals in the parentheses") from None
-    signature = inspect.signature(getattr(function, "func", function))
+    function = getattr(function, "func", function)  # beneath auto_config
+    signature, hints = inspect.signature(function), typing.get_type_hints(function)
     try:
-        signature.bind(*[None] * skip, *args, **kwargs)
+        bound = signature.bind(*[None] * skip, *args, **kwargs).arguments
     except TypeError as error:
         raise SpecError(f"{expression!r}: {error}; it takes {signature}") from None
+    for argument, value in list(bound.items())[skip:]:
+        if not matches(value, hints.get(argument, Any)):
+            raise SpecError(f"{expression!r}: {argument} = {value!r}: expected {describe(hints[argument])}")
     return name
 
 
@@ -207,6 +214,5 @@ def _resolve(name: str) -> Callable:
             found = getattr(found, part, None)
     last = name.rpartition(".")[2]
     if not callable(found) or not _is_config(last, found, f"configs.{name}".rpartition(".")[0]):
-        near = suggestion(name, config_names()) or f" There are {', '.join(config_names())}"
-        raise SpecError(f"configs has no function {name!r}.{near}")
+        raise SpecError(f"configs has no function {name!r}.{suggestion(name, config_names()) or ' --help lists them.'}")
     return found

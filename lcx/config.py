@@ -71,6 +71,9 @@ def build(tree: Tree, path: str = "") -> Any:
     cls, given = fiddle.get_callable(tree), fiddle.ordered_arguments(tree)
     values = {name: build(value, f"{path}.{name}" if path else name) for name, value in given.items()}
     try:
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in given.keys() - set(known):
+            raise SpecError(f"{cls.__name__} has no field {name!r}.{suggestion(name, known)}")
         for field in dataclasses.fields(cls):
             if field.name not in values and field.default is field.default_factory is dataclasses.MISSING:
                 raise SpecError(f"{cls.__name__}.{field.name} is missing: expected {accepted(cls, field.name)}")

@@ -14,13 +14,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
-from lcx.batch import Batch, TokenInfo
+from lcx.batch import Batch, causal_info
 from lcx.config_text import render
 from lcx.mixers.attention import Attention
 from lcx.models.decoder import Decoder
 from lcx.parallel.mesh import AXES
 from lcx.positions.frequencies import FrequencyRule
-from lcx.spec import fingerprint
+from lcx.spec import SpecError, fingerprint
 from lcx.support import sizes
 from lcx.training.experiment import Experiment
 from lcx.training.flops import counter
@@ -31,8 +31,8 @@ from lcx.training.step import TrainStep, abstract_model, bind
 
 def report(experiment: Experiment) -> str:
     """The resolved config, every field, and its figures."""
-    lines = [f"{name:<46} {shown(value)}" for name, value in figures(experiment).items()]
-    return "\n".join([render(experiment, "config"), "", f"{'fingerprint':<46} {fingerprint(experiment)}", *lines])
+    lines = [f"{name:<48} {shown(value)}" for name, value in figures(experiment).items()]
+    return "\n".join([render(experiment, "config"), "", f"{'fingerprint':<48} {fingerprint(experiment)}", *lines])
 
 
 def shown(value: Any) -> str:
@@ -90,7 +90,7 @@ def wavelengths(model: Decoder, length: int) -> dict[str, str]:
 
 
 def activation_bytes(experiment: Experiment) -> int:
-    """Bytes of what the forward pass of one micro-batch keeps for the backward pass, by tracing, unsharded; XLA may keep less."""
+    """Bytes that the forward pass of a micro-batch keeps for its backward pass, by tracing, unsharded; XLA may keep less."""
     graph, state = abstract_model(experiment.model)
     params = nnx.to_pure_dict(state)
     batch = abstract_batch(experiment.data.batch_size // experiment.accumulation, experiment.data.length)
@@ -104,10 +104,12 @@ def activation_bytes(experiment: Experiment) -> int:
 
 def abstract_batch(rows: int, length: int) -> Batch:
     """Shapes of a text batch."""
-    ids, weights = (jax.ShapeDtypeStruct((rows, length), dtype) for dtype in (jnp.int32, jnp.float32))
-    positions = jax.ShapeDtypeStruct((rows, length, 1), jnp.float32)
-    info = TokenInfo(index=ids, order=ids, positions=positions, segments=ids)
-    return Batch(tokens=ids, info=info, targets=ids, loss_weights=weights)
+
+    def zeros():
+        ids = jnp.zeros((rows, length), jnp.int32)
+        return Batch(tokens=ids, info=causal_info(ids), targets=ids, loss_weights=ids.astype(jnp.float32))
+
+    return jax.eval_shape(zeros)
 
 
 def step_on(experiment: Experiment, mesh: Mesh | AbstractMesh) -> TrainStep:
@@ -124,13 +126,18 @@ def step_on(experiment: Experiment, mesh: Mesh | AbstractMesh) -> TrainStep:
 
 
 def compiled(experiment: Experiment, devices: Sequence[jax.Device]) -> dict[str, Any]:
-    """Bytes a device of the compiled training step by kind, and the seconds it took. Raises SpecError for too few devices."""
+    """Bytes a device of the compiled training step by kind, and the seconds it took. Raises SpecError if it does not fit."""
     mesh = experiment.mesh.build(devices)
     batch = abstract_batch(experiment.data.batch_size, experiment.data.length)
     place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     batch = jax.tree.map(place, batch, batch_shardings(batch, experiment.model.rules, mesh))
     begin = time.perf_counter()
-    memory = step_on(experiment, mesh).compile(batch).memory_analysis()
+    try:
+        memory = step_on(experiment, mesh).compile(batch).memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise SpecError(f"the training step does not fit its devices: {str(error).strip().splitlines()[0]}") from None
     arguments, outputs, aliased = memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.alias_size_in_bytes
     return {
         "compiled for": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",

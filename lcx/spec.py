@@ -8,6 +8,7 @@ path; every copy is checked again, so an impossible combination never exists.
 import dataclasses
 import functools
 import hashlib
+import operator
 import re
 import types
 import typing
@@ -28,6 +29,8 @@ class Spec:
             value = getattr(self, name)
             if not matches(value, hint):
                 self.fail(name, value, describe(hint))
+            if type(value) is int and not matches(value, _without_float(hint)):
+                object.__setattr__(self, name, float(value))  # equal specs then print and fingerprint alike
         self.validate()
 
     def validate(self) -> None:
@@ -85,6 +88,16 @@ def _edit(node: Any, keys: tuple[str, ...], value: Any, path: str) -> Any:
 def _hints(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+@functools.cache
+def _without_float(hint: Any) -> Any:
+    """The annotation with every `float` of a union replaced by what no value matches."""
+    if hint is float:
+        return Literal[()]
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return functools.reduce(operator.or_, map(_without_float, typing.get_args(hint)))
+    return hint
 
 
 def matches(value: Any, hint: Any) -> bool:

@@ -11,6 +11,8 @@ from jax.sharding import AbstractMesh
 
 from lcx.attention.mask import Hide
 from lcx.config_text import fields
+from lcx.data.recall import TaskDoesNotFit
+from lcx.data.sources import Source, SourceError
 from lcx.mixers.attention import Attention
 from lcx.parallel.mesh import AXES, MeshSpec
 from lcx.positions.frequencies import FrequencyRule
@@ -26,21 +28,31 @@ Rule = Callable[[Experiment], Iterator[str]]
 
 
 def validate(experiment: Experiment, device_count: int | None = None) -> None:
-    """Raises SpecError with the first broken rule. Without `device_count`, what needs no device is checked."""
+    """Raises SpecError with the first broken rule. With `device_count`, devices and data must be there too."""
     for sentence in broken(experiment):
         raise SpecError(sentence)
-    if device_count is not None and experiment.mesh.size > device_count:
-        shape = " x ".join(f"{axis} {size}" for axis, size in sizes(experiment.mesh).items() if size > 1)
-        hint = "; on a CPU JAX_NUM_CPU_DEVICES sets how many there are" if device_count == 1 else ""
-        raise SpecError(f"mesh = {shape} = {experiment.mesh.size} devices: expected at most the {device_count} there are{hint}")
+    _check_devices(experiment, device_count)
     mesh = AbstractMesh(tuple(sizes(experiment.mesh).values()), AXES)
     parameter_shardings(abstract_model(experiment.model)[1], experiment.model.rules, mesh)
+    for path, part in _parts(experiment.data, "data"):
+        if isinstance(part, Source) and device_count is not None:
+            try:
+                part.documents()
+            except SourceError as error:
+                raise SpecError(f"{path}: {error}") from None
 
 
 def broken(experiment: Experiment) -> Iterator[str]:
     """Every sentence of every rule; nothing if the parts combine."""
     for rule in RULES.values():
         yield from rule(experiment)
+
+
+def _check_devices(experiment: Experiment, count: int | None) -> None:
+    if count is not None and experiment.mesh.size > count:
+        shape = " x ".join(f"{axis} {size}" for axis, size in sizes(experiment.mesh).items() if size > 1)
+        hint = "; on a CPU JAX_NUM_CPU_DEVICES sets how many there are" if count == 1 else ""
+        raise SpecError(f"mesh = {shape} = {experiment.mesh.size} devices: expected at most the {count} there are{hint}")
 
 
 def sizes(mesh: MeshSpec) -> dict[str, int]:
@@ -92,6 +104,15 @@ def _heads_rotate(experiment: Experiment) -> Iterator[str]:
                 yield f"{path}.head_dim = {mixer.head_dim} does not fit its rope: {error}"
 
 
+def _rows_fit(experiment: Experiment) -> Iterator[str]:
+    data = experiment.data
+    for i, kind in enumerate(data.mixture):
+        try:
+            kind.rows.check_fit(data.tokenizer, data.length)
+        except (SpecError, TaskDoesNotFit) as error:
+            yield f"data.mixture[{i}].rows does not fit data.length: {error}"
+
+
 def _roles_exist(experiment: Experiment) -> Iterator[str]:
     for path, part in _parts(experiment.model, "model"):
         if isinstance(part, Hide):
@@ -106,6 +127,7 @@ RULES: Mapping[str, Rule] = {
     "the vocabulary holds every id of the tokenizer": _vocabulary_holds_tokens,
     "positions are integers that float32 holds": _positions_are_exact,
     "every head has channels that its rope can rotate": _heads_rotate,
+    "a row is long enough for the recall sequences that fill it": _rows_fit,
     "a mask hides only roles that tokens have": _roles_exist,
 }
 

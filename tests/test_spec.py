@@ -79,3 +79,4 @@ def test_misspelt_paths_are_refused(path, message):
 def test_fingerprint_follows_equality():
     assert fingerprint(Outer()) == fingerprint(Outer(parts=(Inner(), Inner(size=2))))
     assert fingerprint(Outer()) != fingerprint(edit(Outer(), "rate", 0.25))
+    assert Outer(rate=1) == Outer(rate=1.0) and fingerprint(Outer(rate=1)) == fingerprint(Outer(rate=1.0))

@@ -8,14 +8,15 @@ A term answers three questions: which pairs are visible; can or must a tile of p
 skip and may leave the mask out); and which key indices a query index sees, as intervals, so that FLOPs are counted exactly.
 """
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Iterable
 
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Bool
 
-from lcx.batch import TokenInfo
+from lcx.batch import AnyArray, TokenInfo
 from lcx.spec import Spec
 from pallas_kernels.tile_attention.tokens import Tiles, Tokens
 
@@ -24,16 +25,16 @@ Intervals = list[tuple[np.ndarray, np.ndarray]]  # half-open ranges [low, high) 
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Mask(Spec):
+class Mask(Spec, abc.ABC):
     """Base of every term. `visible` and `bounds` are the base rule and this term; subclasses give the term alone."""
 
-    def visible(self, q: Tokens, k: Tokens) -> Bool[Array, "..."]:
+    def visible(self, q: Tokens, k: Tokens) -> Bool[AnyArray, "..."]:
         """Visible pairs of broadcastable query fields [..., q, 1] and key fields [..., 1, k]."""
         same = (q.segments == k.segments) | (k.segments == -1) | (q.segments == -2)
         real = (q.segments != 0) & (k.segments != 0)
         return same & real & (k.order <= q.order) & self.term(q, k)
 
-    def bounds(self, q: Tiles, k: Tiles) -> tuple[Bool[Array, "..."], Bool[Array, "..."]]:
+    def bounds(self, q: Tiles, k: Tiles) -> tuple[Bool[AnyArray, "..."], Bool[AnyArray, "..."]]:
         """(may, must) of broadcastable query tiles [..., q, 1] and key tiles [..., 1, k]."""
         may_segment, must_segment = _segment_bounds(q, k)
         may, must = self.term_bounds(q, k)
@@ -41,15 +42,17 @@ class Mask(Spec):
         must = must & must_segment & (k.order_high <= q.order_low)
         return may, must
 
-    def term(self, q: Tokens, k: Tokens) -> Bool[Array, "..."]:
-        raise NotImplementedError(f"{type(self).__name__} must define term")
+    @abc.abstractmethod
+    def term(self, q: Tokens, k: Tokens) -> Bool[AnyArray, "..."]:
+        """Pairs that the term lets through."""
 
-    def term_bounds(self, q: Tiles, k: Tiles) -> tuple[Bool[Array, "..."], Bool[Array, "..."]]:
-        raise NotImplementedError(f"{type(self).__name__} must define term_bounds")
+    @abc.abstractmethod
+    def term_bounds(self, q: Tiles, k: Tiles) -> tuple[Bool[AnyArray, "..."], Bool[AnyArray, "..."]]:
+        """(may, must) of the term alone."""
 
+    @abc.abstractmethod
     def intervals(self, index: np.ndarray) -> Intervals | None:
         """Key indices seen by each query index under the term alone; None if it depends on more than indices."""
-        raise NotImplementedError(f"{type(self).__name__} must define intervals")
 
     def __and__(self, other: "Mask") -> "Mask":
         return And(terms=(self, other))
@@ -86,7 +89,7 @@ class _Sized(Mask):
 
     @classmethod
     def examples(cls):
-        return () if cls is _Sized else (cls(size=1), cls(size=5), cls(size=64))
+        return (cls(size=1), cls(size=5), cls(size=64))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

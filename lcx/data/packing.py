@@ -87,7 +87,10 @@ class BestFit(Packing):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackedText(Rows):
-    """Rows of packed documents of a source, the documents in an order drawn from the pipeline's seed."""
+    """Rows of packed documents of a source, the documents in an order drawn from the pipeline's seed.
+
+    Every epoch reads the same rows; the pipeline shuffles them anew.
+    """
 
     source: Source
     packing: Packing = ConcatAndSplit()

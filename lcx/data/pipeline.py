@@ -45,14 +45,18 @@ class Pipeline(Spec):
 
     def row_sets(self) -> list[RowSet]:
         """The rows of every kind, tokenised and planned."""
-        return [kind.rows.rows(self.tokenizer, self.length, self.seed + n) for n, kind in enumerate(self.mixture)]
+        sets = [kind.rows.rows(self.tokenizer, self.length, self.seed + n) for n, kind in enumerate(self.mixture)]
+        for n, rows in enumerate(sets):
+            if not len(rows):
+                self.fail(f"mixture[{n}].rows", self.mixture[n].rows, f"enough text for one row of length = {self.length}")
+        return sets
 
     def dataset(self, *, host: int = 0, hosts: int = 1) -> grain.IterDataset:
         """Endless batches (lcx.batch.Batch of NumPy arrays) of this host's rows.
 
         Raises ValueError unless the hosts divide the batch.
         """
-        if self.batch_size % hosts or not 0 <= host < hosts:
+        if not 0 <= host < hosts or self.batch_size % hosts:
             raise ValueError(f"pipeline: host {host} of {hosts} cannot take its share of batch_size = {self.batch_size}")
         kinds = [MapDataset.source(rows).seed(self.seed + n).shuffle().repeat() for n, rows in enumerate(self.row_sets())]
         mixed = kinds[0] if len(kinds) == 1 else MapDataset.mix(kinds, [kind.weight for kind in self.mixture])

@@ -5,7 +5,8 @@ needle; multi-key recall with several). `Records`: "ab:7 " pairs, then every pai
 of the second half is an answer (associative recall; Zoology, Arora et al. 2023).
 
 Example i is a pure function of (spec, seed, split, i): its content is drawn first and then fitted, so the same needles stand
-at the same depths whatever the length. `train` and `test` examples come from disjoint random streams.
+at the same depths whatever the length; only the number of Records without `pairs` follows the length. `train` and `test`
+examples come from disjoint random streams.
 """
 
 import abc
@@ -25,17 +26,18 @@ from lcx.spec import Spec
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 STREAM = 1 << 30  # examples in a stream: more than any run reads
-
+MOST_LETTERS = 13  # 26^13 keys can still be numbered in 64 bits
 
 Split = Literal["train", "test"]
 
 
 class TaskDoesNotFit(ValueError):
-    """The smallest instance needs more tokens than the length allows."""
+    """The length holds not even the smallest instance, or more than the largest."""
 
-    def __init__(self, spec: Spec, length: int, minimum: int):
-        super().__init__(f"{type(spec).__name__}: length = {length}: expected at least {minimum} tokens")
-        self.minimum = minimum
+    def __init__(self, spec: Spec, length: int, minimum: int, maximum: int | None = None):
+        accepted = f"at least {minimum} tokens" if maximum is None else f"{minimum} to {maximum} tokens, or more key_letters"
+        super().__init__(f"{type(spec).__name__}: length = {length}: expected {accepted}")
+        self.minimum, self.maximum = minimum, maximum
 
 
 class RecallExample(NamedTuple):
@@ -48,9 +50,13 @@ class RecallExample(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recall(Rows, abc.ABC):
-    """Base of the generators. loss: on the answers alone or on every token."""
+    """Base of the generators. loss: on the answers alone or on every token; answer_weight: of an answer's token, others 1."""
 
     loss: Literal["answers", "all"] = "answers"
+    answer_weight: float = 1.0
+
+    def validate(self):
+        self.check(self.answer_weight > 0, "answer_weight", "a positive number")
 
     @abc.abstractmethod
     def example(
@@ -65,13 +71,17 @@ class Recall(Rows, abc.ABC):
     ) -> RecallExample:
         """Example i, of at most `length` tokens; the first answer's source stands at `depth` (0 the start), else anywhere."""
 
+    def check_fit(self, tokenizer, length):
+        self.example(tokenizer, length, 0, seed=0, split="train")
+
     def rows(self, tokenizer, length, seed):
-        self.example(tokenizer, length, 0, seed=seed, split="train")
+        self.check_fit(tokenizer, length)
         return RecallRows(self, tokenizer, length, seed)
 
     def generator(self, i: int, seed: int, split: str) -> np.random.Generator:
         """The random stream of example i."""
-        key = hashlib.sha256(f"{self!r}/{seed}/{split}/{i}".encode()).digest()[:16]
+        content = dataclasses.replace(self, loss="answers", answer_weight=1.0)
+        key = hashlib.sha256(f"{content!r}/{seed}/{split}/{i}".encode()).digest()[:16]
         return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "big")))
 
 
@@ -92,7 +102,7 @@ class RecallRows(RowSet):
         if self._spec.loss == "all":
             weights[: len(ids) - 1] = 1
         for start, stop in answers:
-            weights[start - 1 : stop - 1] = 1
+            weights[start - 1 : stop - 1] = self._spec.answer_weight
         return Row(tokens, targets, weights, segments)
 
 
@@ -107,12 +117,16 @@ class Needles(Recall):
     haystack: Source | None = None
 
     def validate(self):
-        for field in ("needles", "key_letters", "value_digits"):
+        super().validate()
+        for field in ("needles", "value_digits"):
             self.check(getattr(self, field) >= 1, field, "at least 1")
+        self.check(1 <= self.key_letters <= MOST_LETTERS, "key_letters", f"from 1 to {MOST_LETTERS}")
         self.check(1 <= self.queries <= self.needles, "queries", f"from 1 to needles = {self.needles}")
         self.check(self.needles <= 26**self.key_letters, "needles", f"at most {26**self.key_letters}, so that keys differ")
 
     def example(self, tokenizer, length, i, *, seed, split, depth=None):
+        if depth is not None and not 0 <= depth <= 1:
+            raise ValueError(f"Needles: depth = {depth}: expected a number from 0 (the start) to 1")
         rng = self.generator(i, seed, split)
         keys = _distinct_keys(rng, self.needles, self.key_letters)
         values = ["".join(map(str, rng.integers(0, 10, self.value_digits))) for _ in keys]
@@ -152,9 +166,11 @@ class Records(Recall):
     value_digits: int = 1
 
     def validate(self):
-        self.check(self.pairs is None or self.pairs >= 1, "pairs", "at least 1 or None")
-        for field in ("key_letters", "value_digits"):
-            self.check(getattr(self, field) >= 1, field, "at least 1")
+        super().validate()
+        self.check(self.value_digits >= 1, "value_digits", "at least 1")
+        self.check(1 <= self.key_letters <= MOST_LETTERS, "key_letters", f"from 1 to {MOST_LETTERS}")
+        most = 26**self.key_letters
+        self.check(self.pairs is None or 1 <= self.pairs <= most, "pairs", f"from 1 to {most}, so that keys differ, or None")
 
     def example(self, tokenizer, length, i, *, seed, split, depth=None):
         if depth is not None:
@@ -162,21 +178,27 @@ class Records(Recall):
         rng = self.generator(i, seed, split)
         size = len(tokenizer.encode("a" * self.key_letters + ":" + "0" * self.value_digits + " "))
         pairs = length // (2 * size) if self.pairs is None else self.pairs
-        if pairs < 1 or pairs > 26**self.key_letters:
+        most = 26**self.key_letters
+        if pairs < 1:
             raise TaskDoesNotFit(self, length, 2 * size)
+        if pairs > most:
+            raise TaskDoesNotFit(self, length, 2 * size, 2 * size * (most + 1) - 1)
         keys = _distinct_keys(rng, pairs, self.key_letters)
         values = ["".join(map(str, rng.integers(0, 10, self.value_digits))) for _ in keys]
         texts = ((f"{key}:", value, " ") for key, value in zip(keys, values, strict=True))
         encoded = [tuple(map(tokenizer.encode, text)) for text in texts]
-        parts = [part for record in encoded for part in record]
-        order, answers, at = rng.permutation(pairs), [], sum(map(len, parts))
+        sizes = np.cumsum([sum(map(len, record)) for record in encoded])
+        if self.pairs is None:  # records of a subword tokenizer differ in size
+            pairs = int(np.searchsorted(2 * sizes, length, side="right"))
+        if pairs < 1 or 2 * sizes[pairs - 1] > length:
+            raise TaskDoesNotFit(self, length, int(2 * sizes[max(pairs, 1) - 1]))
+        parts = [part for record in encoded[:pairs] for part in record]
+        order, answers, at = rng.permutation(pairs), [], int(sizes[pairs - 1])
         for n in order:
             key, value, space = encoded[n]
             answers.append((at + len(key), at + len(key) + len(value)))
             parts += [key, value, space]
             at += len(key) + len(value) + len(space)
-        if at > length:
-            raise TaskDoesNotFit(self, length, at)
         return RecallExample(np.concatenate(parts), tuple(answers), tuple(float(n) / pairs for n in order))
 
     @classmethod

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -40,9 +41,50 @@ class RowSet(abc.ABC):
 class Rows(Spec, abc.ABC):
     """Base of everything that gives rows: packed text, synthetic recall."""
 
+    def check_fit(self, tokenizer: Tokenizer, length: int) -> None:
+        """Raises ValueError (SpecError, TaskDoesNotFit) if rows of `length` tokens cannot be made, before any is."""
+
     @abc.abstractmethod
     def rows(self, tokenizer: Tokenizer, length: int, seed: int) -> RowSet:
         """The rows of `length` tokens."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Joined(Rows):
+    """`parts` short rows of another kind side by side in one, each a document of its own: short tasks in long rows."""
+
+    rows_of: Rows
+    parts: int
+
+    def validate(self):
+        self.check(self.parts >= 1, "parts", "at least 1")
+
+    def check_fit(self, tokenizer, length):
+        self.check(length % self.parts == 0, "parts", f"a divisor of length = {length}")
+        self.rows_of.check_fit(tokenizer, length // self.parts)
+
+    def rows(self, tokenizer, length, seed):
+        self.check_fit(tokenizer, length)
+        return JoinedRows(self.rows_of.rows(tokenizer, length // self.parts, seed), self.parts)
+
+
+class JoinedRows(RowSet):
+    def __init__(self, short: RowSet, parts: int):
+        self._short, self._parts = short, parts
+
+    def __len__(self) -> int:
+        return len(self._short) // self._parts
+
+    def __getitem__(self, i: int) -> Row:
+        rows = [self._short[i * self._parts + n] for n in range(self._parts)]
+        tokens, targets, weights = (np.concatenate([row[field] for row in rows]) for field in range(3))
+        places = itertools.accumulate([0, *(int(row.segments.max()) for row in rows[:-1])])
+        segments = [np.where(row.segments > 0, row.segments + first, 0) for row, first in zip(rows, places, strict=True)]
+        return Row(tokens, targets, weights, np.concatenate(segments).astype(np.int32))
+
+    def counts(self) -> dict[str, int]:
+        """Those of the short rows, and how many of them fill no whole row."""
+        return self._short.counts() | {"rows_left_over": len(self._short) % self._parts}
 
 
 def collate(rows: Sequence[Row]) -> Batch:

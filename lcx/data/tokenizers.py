@@ -30,7 +30,7 @@ class Tokenizer(Spec, abc.ABC):
 
     @abc.abstractmethod
     def encode(self, text: str) -> Int[np.ndarray, "T"]:
-        """Ids of the text, int32, without special tokens."""
+        """Ids of the whole text, int32. Adds no special token."""
 
     @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -59,7 +59,10 @@ class ByteTokenizer(Tokenizer):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HFTokenizer(Tokenizer):
-    """A `tokenizer.json` of the `tokenizers` library. eos_token and pad_token must be in its vocabulary."""
+    """A `tokenizer.json` of the `tokenizers` library. eos_token and pad_token must be in its vocabulary.
+
+    Truncation and padding that the file asks for are off. A special token spelled out in a text becomes its id.
+    """
 
     path: str
     eos_token: str
@@ -67,6 +70,10 @@ class HFTokenizer(Tokenizer):
 
     def validate(self):
         self.check(os.path.isfile(self.path), "path", "an existing tokenizer.json")
+        try:
+            _load(self.path)
+        except Exception as error:  # the library raises nothing narrower
+            self.fail("path", self.path, f"a tokenizer.json that loads ({error})")
         for field in ("eos_token", "pad_token"):
             token = getattr(self, field)
             known = token is None or self._loaded.token_to_id(token) is not None
@@ -78,7 +85,7 @@ class HFTokenizer(Tokenizer):
 
     @property
     def size(self) -> int:
-        return self._loaded.get_vocab_size(with_added_tokens=True)
+        return _size(self.path)
 
     @property
     def eos(self) -> int:
@@ -99,4 +106,12 @@ class HFTokenizer(Tokenizer):
 def _load(path: str):
     from tokenizers import Tokenizer as Loaded
 
-    return Loaded.from_file(path)
+    loaded = Loaded.from_file(path)
+    loaded.no_truncation()
+    loaded.no_padding()
+    return loaded
+
+
+@functools.cache
+def _size(path: str) -> int:
+    return max(_load(path).get_vocab(with_added_tokens=True).values()) + 1  # ids may leave gaps

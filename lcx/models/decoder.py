@@ -84,7 +84,7 @@ class DecoderModel(nnx.Module):
         Raises ValueError if `upto` is not a multiple of the pattern's length between 0 and the depth, or if `state` is given
         with it (a state holds every layer).
         """
-        periods = self._periods(upto, state)
+        periods, batch = self._periods(upto, state), jax.tree.map(jnp.asarray, batch)
         x = self._embed(batch)
         embed_state = None
         if self.embed_mixer is not None:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from lcx.models.decoder import Decoder
 from lcx.parallel.mesh import MeshSpec
 from lcx.spec import Spec, SpecError
+from lcx.training import shipped
 from lcx.training.placement import parameter_shardings
 from lcx.training.step import TrainState, abstract_model, bind
 
@@ -93,9 +94,9 @@ def folder(run_dir: Path | str) -> Path:
 
 
 def latest(run_dir: Path | str) -> int | None:
-    """The newest complete step of a run, or None. Reads only."""
+    """The newest complete step of a run, or the step of a shipped model, or None. Reads only."""
     if not folder(run_dir).is_dir():
-        return None
+        return shipped.step(Path(run_dir))
     with _manager(run_dir, create=False) as manager:
         return manager.latest_step()
 
@@ -109,6 +110,8 @@ def restore_params(run_dir: Path | str, target: Any, *, step: int | None = None)
     if newest is None:
         raise SpecError(f"{folder(run_dir)}: no checkpoint")
     step = newest if step is None else step
+    if shipped.step(Path(run_dir)) == step:
+        return shipped.restore(Path(run_dir), target)
     with _manager(run_dir, create=False) as manager:
         if step not in manager.all_steps():
             raise SpecError(f"{folder(run_dir)}: no checkpoint of step {step}; there are {sorted(manager.all_steps())}")

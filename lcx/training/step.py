@@ -34,6 +34,8 @@ class TrainState:
 class TrainStep:
     """A model, its objective and its optimizer on a mesh. `state, results = step.compile(batch)(state, batch)`.
 
+    On an abstract mesh, of devices that are not there, only `abstract_state` can be asked.
+
     results: `sums` (the objective's, with `total_sum`, over the whole batch) and `values` (gradient_norm before clipping,
     parameter_norm after the update, learning_rate), all f32[].
     """

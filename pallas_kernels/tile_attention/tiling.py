@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, Shaped
+from jaxtyping import Array, Int, Shaped
 
 from pallas_kernels.tile_attention.tokens import Mask, Tokens, tiles
 
@@ -76,12 +76,6 @@ def over_tiles(state: Int[Array, "n"], step: Callable[[Any, bool, Any], Any], ca
 def pick(tree: Any, i: Int[Array, ""] | int) -> Any:
     """Element i of the leading axis of every leaf."""
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), tree)
-
-
-def visible(mask: Mask, q: Tokens, k: Tokens) -> Bool[Array, "R 1 k 1 q"]:
-    """Visible pairs of one tile, keys first, to broadcast over [R, K, k, G, q]; tokens [R, size]."""
-    q, k = Tokens(*(field[:, None, :] for field in q)), Tokens(*(field[:, :, None] for field in k))
-    return mask.visible(q, k)[:, None, :, None, :]
 
 
 def _pad(x: Shaped[Array, "B T *rest"], size: int) -> Shaped[Array, "B n *rest"]:

@@ -1,11 +1,10 @@
 """Attention in tiles, in plain XLA: memory linear in length, nothing computed for tiles that no pair can see.
 
-FlashAttention-2 (2023), with scores held keys first, s[k, q], so that every statistic of a query is a row vector and every
-product is a plain matrix product. Forward, for a query tile, over its key tiles, then out = o / l and lse = m + log l:
-    m' = max(m, max_k s),   p = exp(s - m'),   l = l exp(m - m') + sum_k p,   o^T = o^T exp(m - m') + v^T p
-Backward saves q, k, v, out, lse only; for a key tile, over its query tiles:
-    p = exp(s - lse),   ds = p (v dout^T - delta),   dv += p dout,   dk += ds q,   dq^T += k^T ds
-with delta = sum(dout out) - dlse.
+FlashAttention-2 (2023). Forward, for a query tile, over its key tiles, then out = o / l and lse = m + log l:
+    s = q k^T,   m' = max(m, max_k s),   p = exp(s - m'),   l = l exp(m - m') + sum_k p,   o = o exp(m - m') + p v
+Backward saves q, k, v, out, lse only; for a key tile, over its query tiles, with scores held keys first, so that every product
+is a plain matrix product and no matrix of scores is transposed, and delta = sum(dout out) - dlse:
+    s = k q^T,   p = exp(s - lse),   ds = p (v dout^T - delta),   dv += p dout,   dk += ds q,   dq^T += k^T ds
 Products are taken in the dtype of the inputs and summed in float32; the softmax is float32.
 A row that sees nothing gives out = 0, lse = -inf and zero gradients.
 """
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.tile_attention.tiling import cut, cut_tokens, over_tiles, pick, states, tile_size, uncut, visible
+from pallas_kernels.tile_attention.tiling import FULL, cut, cut_tokens, over_tiles, pick, states, tile_size, uncut
 from pallas_kernels.tile_attention.tokens import Mask, Tokens
 
 LOW = -0.7 * float(jnp.finfo(jnp.float32).max)  # the score of a pair that is not visible; -inf would give NaN
@@ -46,15 +45,25 @@ def attention(
     softcap: float | None = None,
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
     """Returns (out, lse) in float32. Differentiable in q, k and v, with cotangents for both; tokens get no gradient."""
+    if q.shape[1] == 0 or k.shape[1] == 0:
+        return jnp.zeros((*q.shape[:-1], v.shape[-1])), jnp.full(q.shape[:-1], -jnp.inf)
     return _attention(plan(q.shape, k.shape, mask, scale, softcap), q, k, v, q_tokens, k_tokens)
 
 
 def plan(q_shape: tuple[int, ...], k_shape: tuple[int, ...], mask: Mask, scale: float, softcap: float | None) -> Plan:
-    """Tile sizes: 256 x 256, longer key tiles for few queries; short rows share a tile list so that a step has enough work."""
+    """Sizes measured by `bench`: on a CPU the scores of a step (rows x heads x tile) should fit its second-level cache.
+
+    Few queries get longer key tiles. Short rows share a list of tiles, so that a step has enough work.
+    """
     (B, T, H, _), S = q_shape, k_shape[1]
-    q_size = tile_size(T, 256)
-    k_size = tile_size(S, min(4096, max(256, 65536 // max(q_size, 1))))
-    rows = next(n for n in range(1, B + 1) if B % n == 0 and (n == B or n * H * q_size * k_size >= 1 << 21))
+    if jax.default_backend() == "cpu":
+        q_target = k_target = 128 if max(T, S) <= 1024 else 256
+        work = 1 << 18
+    else:
+        q_target, k_target, work = 512, 1024, 1 << 23
+    q_size = tile_size(T, q_target)
+    k_size = tile_size(S, min(4096, max(k_target, q_target * k_target // q_size)))
+    rows = next(n for n in range(1, B + 1) if B % n == 0 and (n == B or n * H * q_size * k_size >= work))
     return Plan(mask, scale, softcap, q_size, k_size, rows)
 
 
@@ -74,7 +83,6 @@ def _forward(plan, q, k, v, q_tokens, k_tokens):
     T, K = q.shape[1], k.shape[2]
     q = cut(_scaled(plan, q), plan.q_size, plan.rows, K)
     k, v = (cut(x, plan.k_size, plan.rows, K) for x in (k, v))
-    v = jax.lax.optimization_barrier(v.swapaxes(-1, -2))  # transposed once, not once a tile
     q_tokens, k_tokens = cut_tokens(q_tokens, plan.q_size, plan.rows), cut_tokens(k_tokens, plan.k_size, plan.rows)
     out, lse = jax.lax.map(lambda group: _forward_group(plan, *group), (q, k, v, q_tokens, k_tokens))
     return uncut(out, plan.q_size, T), uncut(lse, plan.q_size, T)
@@ -87,20 +95,21 @@ def _forward_group(plan, q, k, v, q_tokens, k_tokens):
         def step(j, masked, carry):
             out, top, total = carry
             k_j, v_j, k_tokens_j = pick((k, v, k_tokens), j)
-            s = _scores(plan, k_j, q)
-            s = _hidden(plan, s, q_tokens, k_tokens_j) if masked else s
-            peak = jnp.maximum(top, s.max(axis=-2))
-            p, decay = jnp.exp(s - peak[..., None, :]), jnp.exp(top - peak)
-            out = out * decay[..., None, :] + _dot("rkej,rkji->rkei", v_j, p.astype(v.dtype))
-            return out, peak, total * decay + p.sum(axis=-2)
+            s = _logits(plan, _dot("rkid,rkjd->rkij", q, k_j), q.dtype)
+            if masked:
+                s = _hide(s, _seen(plan, state[j], q_tokens.rows(), k_tokens_j.columns()), 2)
+            peak = jnp.maximum(top, s.max(axis=-1))
+            p = jnp.exp(s - peak[..., None])
+            decay = jnp.exp(top - peak)
+            out = out * decay[..., None] + _dot("rkij,rkje->rkie", p.astype(v.dtype), v_j)
+            return out, peak, total * decay + p.sum(axis=-1)
 
         row = _zeros(q.shape[:-1], (q, k, v, q_tokens, k_tokens))
-        out = jnp.broadcast_to(row[..., None, :], (*q.shape[:-2], v.shape[-2], q.shape[-2]))
+        out = jnp.broadcast_to(row[..., None], (*q.shape[:-1], v.shape[-1]))
         out, top, total = over_tiles(state, step, (out, row + LOW, row))
         sees = top > LOW / 2
-        total = jnp.where(sees, total, 1)
-        out = jnp.where(sees[..., None, :], out / total[..., None, :], 0)
-        return out.swapaxes(-1, -2), jnp.where(sees, top + jnp.log(total), -jnp.inf)
+        out = jnp.where(sees[..., None], out / total[..., None], 0)
+        return out, jnp.where(sees, top + jnp.log(total), -jnp.inf)
 
     return jax.lax.map(query_tile, (q, q_tokens, states(plan.mask, q_tokens, k_tokens)))
 
@@ -118,7 +127,7 @@ def _backward(plan, saved, cotangents):
     dq, dk, dv = jax.lax.map(lambda group: _backward_group(plan, *group), (queries, keys))
     dq = uncut(dq, plan.q_size, T) * plan.scale
     dk, dv = uncut(dk, plan.k_size, S), uncut(dv, plan.k_size, S)
-    dk = dk if _scale_in_query(q) else dk * plan.scale
+    dk = dk if q.dtype == jnp.float32 else dk * plan.scale
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 
@@ -129,9 +138,10 @@ def _backward_group(plan, queries, keys):
         def step(i, masked, carry):
             dq, dk, dv = carry
             q, d_out, lse, delta, q_tokens = pick(queries, i)
-            s = _scores(plan, k, q)
+            s = _logits(plan, _dot("rkjd,rkid->rkji", k, q), q.dtype)
             slope = 1 if plan.softcap is None else 1 - jnp.square(s / plan.softcap)
-            s = _hidden(plan, s, q_tokens, k_tokens) if masked else s
+            if masked:
+                s = _hide(s, _seen(plan, state[i], q_tokens.columns(), k_tokens.rows()), 3)
             p = jnp.exp(s - lse[..., None, :])
             ds = p * (_dot("rkje,rkie->rkji", v, d_out) - delta[..., None, :]) * slope
             p, ds = p.astype(d_out.dtype), ds.astype(q.dtype)
@@ -154,25 +164,27 @@ def _backward_group(plan, queries, keys):
 _attention.defvjp(_save, _backward)
 
 
-def _scale_in_query(q):
-    return q.dtype == jnp.float32  # narrower types would round the scaled query
-
-
 def _scaled(plan, q):
-    return q * plan.scale if _scale_in_query(q) else q
+    return q * plan.scale if q.dtype == jnp.float32 else q  # a narrower type would round the scaled query
 
 
-def _scores(plan, k, q):
-    s = _dot("rkjd,rkid->rkji", k, q)
-    s = s if _scale_in_query(q) else s * plan.scale
+def _logits(plan, s, dtype):
+    s = s if dtype == jnp.float32 else s * plan.scale
     return s if plan.softcap is None else plan.softcap * jnp.tanh(s / plan.softcap)
 
 
-def _hidden(plan, s, q_tokens, k_tokens):
-    """Scores with LOW where the pair is not visible."""
-    seen = visible(plan.mask, q_tokens, k_tokens)
-    by_head = s.reshape(*s.shape[:3], -1, q_tokens.index.shape[-1])
-    return jnp.where(seen, by_head, LOW).reshape(s.shape)
+def _seen(plan, state, q_tokens, k_tokens):
+    """1.0 where a pair is visible. A conditional is not fused into its users: computed once a tile, not once a use and head."""
+    everything = lambda: (q_tokens.index == q_tokens.index) & (k_tokens.index == k_tokens.index)
+    visible = lambda: plan.mask.visible(q_tokens, k_tokens)
+    return jax.lax.cond(state == FULL, *(lambda form=form: form().astype(jnp.float32) for form in (everything, visible)))
+
+
+def _hide(s, seen, heads):
+    """Scores with LOW where the pair is not seen. Axis `heads` of s [R, K, ., .] stacks a group's heads; seen [R, ., .]."""
+    seen = jnp.expand_dims(seen, (1, heads))
+    split = (*s.shape[:heads], s.shape[heads] // seen.shape[heads + 1], *seen.shape[heads + 1 :])
+    return jnp.where(seen > 0, s.reshape(split), LOW).reshape(s.shape)
 
 
 def _dot(equation, a, b):

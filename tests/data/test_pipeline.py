@@ -1,13 +1,16 @@
 """The order of rows is a pure function of seed and step: on any host count, after any resume."""
 
+import time
+
 import numpy as np
 import pytest
 
-from lcx.data.packing import PackedText
+from lcx.data.packing import BestFit, PackedText
 from lcx.data.pipeline import Pipeline, Weighted
 from lcx.data.recall import Needles, Records
-from lcx.data.sources import TextFolder
-from lcx.spec import SpecError
+from lcx.data.rows import Joined
+from lcx.data.sources import StandardLibrary, TextFolder
+from lcx.spec import SpecError, edit
 
 
 @pytest.fixture
@@ -42,6 +45,32 @@ def test_resume_goes_on_where_it_was(pipeline):
     assert all(np.array_equal(a, next(again).tokens) for a in expected)
 
 
+def test_resume_on_another_host_count_goes_on_with_the_same_global_batches(pipeline):
+    whole = read(pipeline, 6)
+    half = iter(pipeline.dataset(host=1, hosts=2))
+    for _ in range(3):
+        next(half)
+    quarters = [iter(pipeline.dataset(host=host, hosts=4)) for host in range(4)]
+    for quarter in quarters:
+        quarter.set_state(half.get_state())
+    for step in (3, 4, 5):
+        assert np.array_equal(whole[step], np.concatenate([next(quarter).tokens for quarter in quarters]))
+
+
+def test_seed_and_nothing_else_sets_the_order(pipeline):
+    again, other = read(edit(pipeline, "seed", 1), 2), read(edit(pipeline, "seed", 2), 2)
+    first = read(pipeline, 2)
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+def test_the_standard_library_starts_within_two_seconds():
+    text = PackedText(source=StandardLibrary(split="train"), packing=BestFit())
+    start = time.process_time()
+    batch = next(iter(Pipeline(mixture=(Weighted(rows=text),), length=512, batch_size=4).dataset()))
+    assert time.process_time() - start < 2
+    assert batch.shape == (4, 512)
+
+
 def test_mixture_keeps_its_shares(pipeline):
     tokens = np.concatenate(read(pipeline, 10))
     needles = sum(b"Key" in bytes(np.minimum(row, 255).astype(np.uint8)) for row in tokens)
@@ -59,7 +88,18 @@ def test_epochs_are_shuffled_anew(pipeline):
 def test_impossible_pipelines_are_refused(pipeline):
     with pytest.raises(ValueError, match="host 0 of 3 cannot take its share of batch_size = 8"):
         pipeline.dataset(hosts=3)
+    with pytest.raises(ValueError, match="host 0 of 0"):
+        pipeline.dataset(hosts=0)
+    with pytest.raises(ValueError, match="host 2 of 2"):
+        pipeline.dataset(host=2, hosts=2)
     with pytest.raises(SpecError, match=r"Weighted\.weight = 0"):
         Weighted(rows=Needles(), weight=0.0)
     with pytest.raises(SpecError, match=r"mixture"):
         Pipeline(mixture=(), length=8, batch_size=1)
+
+
+def test_text_that_fills_no_row_is_refused(pipeline):
+    text = pipeline.mixture[0].rows
+    short = Pipeline(mixture=(Weighted(rows=Joined(rows_of=text, parts=40)),), length=1600, batch_size=1)
+    with pytest.raises(SpecError, match=r"Pipeline\.mixture\[0\]\.rows = .*enough text for one row of length = 1600"):
+        short.dataset()

@@ -1,0 +1,67 @@
+"""The reader: a byte model that retrieves, shipped with the package. Cache and memory ablations stand on it.
+
+python -m experiments.train --config=config:models.reader.train --run_dir=runs/reader
+python -m experiments.evaluate --config='config:models.reader.evaluate(model="runs/reader")' --run_dir=runs/reader-evaluation
+python -m experiments.convert --run_dir=runs/reader --to=lcx/assets/reader
+"""
+
+from fiddle.experimental.auto_config import auto_config
+
+from configs.models import byte
+from lcx.data.packing import PackedText
+from lcx.data.pipeline import Pipeline, Weighted
+from lcx.data.recall import Needles, Records
+from lcx.data.rows import Joined
+from lcx.data.sources import StandardLibrary
+from lcx.evaluation.evaluation import Evaluation
+from lcx.evaluation.tasks.perplexity import Perplexity
+from lcx.evaluation.tasks.retrieval import Retrieval
+from lcx.training.checkpoint import Checkpointing
+from lcx.training.experiment import Experiment
+from lcx.training.optimizer import AdamW
+from lcx.training.schedules import Cosine
+
+WINDOW = 512
+
+
+@auto_config
+def train(steps: int = 2400, batch_size: int = 8) -> Experiment:
+    """Source code, needles in noise and in source code, and records; half of the recall in short documents, where the first
+    steps learn it."""
+    return Experiment(
+        model=byte.toy(width=128, layers=3),
+        data=Pipeline(
+            mixture=(
+                Weighted(rows=PackedText(source=StandardLibrary(split="train")), weight=2.0),
+                Weighted(rows=Joined(rows_of=Needles(needles=2, queries=2, answer_weight=10.0), parts=4)),
+                Weighted(rows=Joined(rows_of=Records(answer_weight=10.0), parts=4)),
+                Weighted(rows=Needles(needles=8, queries=8, answer_weight=10.0)),
+                Weighted(rows=Needles(needles=4, queries=4, haystack=StandardLibrary(split="train"), answer_weight=10.0)),
+                Weighted(rows=Needles(answer_weight=10.0)),
+                Weighted(rows=Records(answer_weight=10.0)),
+            ),
+            length=WINDOW,
+            batch_size=batch_size,
+        ),
+        optimizer=AdamW(learning_rate=Cosine(peak=3e-3, warmup=60)),
+        steps=steps,
+        checkpoint=Checkpointing(every=400),
+        log_every=50,
+    )
+
+
+@auto_config
+def evaluate(model: str = "reader") -> Evaluation:
+    """Recall over length and depth up to the window, and held-out perplexity."""
+    return Evaluation(
+        model=model,
+        lengths=(256, 512),
+        tasks=(
+            Retrieval(name="passkey", generator=Needles(), examples_each=40, depths=(0.0, 0.25, 0.5, 0.75, 1.0)),
+            Retrieval(name="passkey_greedy", generator=Needles(), examples_each=40, mode="greedy"),
+            Retrieval(name="passkey_in_code", generator=Needles(haystack=StandardLibrary(split="heldout")), examples_each=100),
+            Retrieval(name="multi_key", generator=Needles(needles=8, queries=1), examples_each=200),
+            Retrieval(name="multi_key_greedy", generator=Needles(needles=8, queries=1), examples_each=100, mode="greedy"),
+            Perplexity(name="text", source=StandardLibrary(split="heldout"), windows=32),
+        ),
+    )

@@ -1,0 +1,51 @@
+"""What a config costs, before it is paid for. Nothing is run; no array is made.
+
+    python -m experiments.plan --config=config:recipes.quick_text.quick                            config and figures
+    python -m experiments.plan --config=config:recipes.quick_text.quick --compile                  and bytes, for these devices
+    python -m experiments.plan --config=config:recipes.quick_text.quick --topology=v5e:1x1         and bytes, for that TPU slice
+    python -m experiments.plan --support                                                           what combines with what
+
+`--topology` runs the real TPU compiler on any machine; it needs the `tpu` extra. The config's mesh uses the whole slice.
+"""
+
+import jax
+from absl import flags
+
+from experiments.program import Arguments, launch
+from lcx.parallel.topology import topology_devices
+from lcx.plan import compiled, report, shown
+from lcx.spec import SpecError
+from lcx.support import validate
+from lcx.support_table import support_table
+from lcx.training.experiment import Experiment
+
+
+def define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("topology", None, "a TPU slice to compile for, such as v5e:16x16", flag_values=values)
+    flags.DEFINE_bool("compile", False, "compile for the devices of this machine", flag_values=values)
+    flags.DEFINE_bool("support", False, "print what combines with what, and stop", flag_values=values)
+
+
+def main(arguments: Arguments) -> None:
+    asked = arguments.flags
+    if asked.support:
+        print(support_table())
+        return
+    experiment = arguments.spec(Experiment)
+    validate(experiment)
+    devices = None
+    if asked.topology:
+        devices = topology_devices(asked.topology)
+        if experiment.mesh.size != len(devices):
+            expected = f"the {len(devices)} of --topology={asked.topology}"
+            raise SpecError(f"mesh = {experiment.mesh.size} devices: expected {expected}")
+    elif asked.compile:
+        devices = jax.devices()
+        validate(experiment, len(devices))
+    print(report(experiment))
+    if devices is not None:
+        print("\n".join(f"{name:<48} {shown(value)}" for name, value in compiled(experiment, devices).items()))
+
+
+if __name__ == "__main__":
+    launch(main, define)

@@ -1,0 +1,224 @@
+"""Ablation: a base experiment and named edits of it, trained once an arm, measured in every variant, as one resumable run.
+
+An arm is another training run; a variant is another way to use an arm's parameters: an edit of its model, with or without
+some steps of fine-tuning. Every finished measurement is a few rows of `results.jsonl`; what is already there is not done
+again. Ends in `table.md` and plots.
+"""
+
+import dataclasses
+import functools
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from lcx.config_text import first_difference
+from lcx.evaluation.panels import Panel, report
+from lcx.evaluation.report import append_rows, read_rows
+from lcx.evaluation.stopwatch import Stopwatch
+from lcx.evaluation.tasks.task import Row, Task
+from lcx.inference.language_model import LocalModel
+from lcx.models.decoder import Decoder
+from lcx.spec import Spec, SpecError, edits, fingerprint
+from lcx.training.checkpoint import latest, load_model
+from lcx.training.experiment import Experiment
+from lcx.training.loop import train
+from lcx.training.run_folder import CONFIG, open_run, read_config
+from lcx.training.step import abstract_model
+
+Edits = tuple[tuple[str, Any], ...]  # (path, value) pairs, applied in order
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arm(Spec):
+    """A training run: the base experiment with these edits."""
+
+    name: str
+    edits: Edits = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Variant(Spec):
+    """A way to use an arm's parameters. stage and scale only tell variants of one method apart in tables and plots.
+
+    edits: of the arm's model. lengths: to measure at. finetune: edits that turn the arm's experiment into a fine-tuning from
+    its parameters (steps, length, learning rate); empty: zero-shot.
+    """
+
+    method: str
+    lengths: tuple[int, ...]
+    edits: Edits = ()
+    stage: str = "zero-shot"
+    scale: float = 1.0
+    finetune: Edits = ()
+
+    def validate(self):
+        distinct = len(set(self.lengths)) == len(self.lengths) >= 1
+        self.check(distinct and min(self.lengths) >= 1, "lengths", "distinct lengths of at least 1 token, at least one")
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage} {self.method} x{self.scale:g}"
+
+    @property
+    def folder(self) -> str:
+        return self.name.replace(" ", "-")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ablation(Spec):
+    """base, arms, variants: see above. tasks: measured in every variant at every length of it. panels: what is reported."""
+
+    base: Experiment
+    arms: tuple[Arm, ...]
+    variants: tuple[Variant, ...]
+    tasks: tuple[Task, ...]
+    panels: tuple[Panel, ...]
+
+    def validate(self):
+        for field, names in (
+            ("arms", [arm.name for arm in self.arms]),
+            ("variants", [variant.folder for variant in self.variants]),
+            ("tasks", [task.name for task in self.tasks]),
+            ("panels", [panel.title for panel in self.panels]),
+        ):
+            self.check(len(names) >= 1 and len(set(names)) == len(names), field, f"distinct names, at least one; got {names}")
+            files = field == "panels" or all(re.fullmatch(r"\w[\w .,+=-]*", name) for name in names)
+            self.check(files, field, f"names that can be files: letters, digits, blanks and . , + = - ; got {names}")
+        cells = [(v.stage, v.method, length) for v in self.variants for length in v.lengths]
+        if twice := [cell for cell in cells if cells.count(cell) > 1]:
+            self.fail("variants", twice[0], "stage, method and length to name one variant, since tables show them")
+        for panel in self.panels:
+            panel.check_against(self.tasks)
+        for arm in self.arms:
+            for variant in self.variants:
+                self.experiment(arm, variant)
+
+    def experiment(self, arm: Arm, variant: Variant | None = None) -> Experiment:
+        """The experiment of an arm, or of a variant of it. Raises SpecError if an edit is impossible or would do nothing."""
+        name = arm.name if variant is None else f"{arm.name}, {variant.name}"
+        try:
+            trained = edits(self.base, arm.edits)
+            if variant is None:
+                return trained
+            used = edits(trained, variant.edits)
+            if changed := first_difference(dataclasses.replace(used, model=trained.model), trained):
+                raise SpecError(f"Variant.edits change {changed}: expected edits of the model; others belong to finetune")
+            return edits(used, variant.finetune)
+        except SpecError as error:
+            raise SpecError(f"ablation, {name}: {error}") from None
+
+    def identity(self) -> dict[str, str]:
+        """What decides the rows. Panels only show them, so they may change between starts."""
+        return {field: fingerprint(getattr(self, field)) for field in ("base", "arms", "variants", "tasks")}
+
+
+def run(ablation: Ablation, run_dir: Path | str, say: Callable[[str], None] = print) -> list[Row]:
+    """Trains, measures and reports what is not there yet; returns all rows. `say` gets progress and the time split.
+
+    Before anything is trained, raises SpecError if the folder holds another config's rows or training runs or a variant has
+    other parameters than its arm, and the task's own error if one does not fit a length. RuntimeError if a training run was
+    told to stop.
+    """
+    if jax.process_count() > 1:
+        raise SpecError(f"ablation: {jax.process_count()} processes: expected one, which may have many devices")
+    run_dir = Path(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with Stopwatch() as watch:
+        return _Run(ablation, run_dir, say, watch).go()
+
+
+class _Run:
+    def __init__(self, ablation: Ablation, run_dir: Path, say: Callable[[str], None], watch: Stopwatch):
+        self.ablation, self.run_dir, self.say, self.watch = ablation, run_dir, say, watch
+        self.results = run_dir / "results.jsonl"
+        self.key = fingerprint(ablation.identity())
+
+    def go(self) -> list[Row]:
+        todo = self._todo()
+        self._check(todo)
+        for arm, variant, jobs in todo:
+            self._measure(arm, variant, jobs)
+        rows = read_rows(self.results)
+        ablation = self.ablation
+        names = [arm.name for arm in ablation.arms]
+        report(self.run_dir, rows, arms=names, tasks=ablation.tasks, panels=ablation.panels)
+        for line in self.watch.lines():
+            self.say(line)
+        return rows
+
+    def _todo(self) -> list[tuple[Arm, Variant, list[tuple[Task, int]]]]:
+        rows = read_rows(self.results)
+        if other := {row["config"] for row in rows} - {self.key}:
+            raise SpecError(
+                f"{self.results} holds rows of config {other.pop()}, this one is {self.key}: give another --run_dir"
+            )
+        done = {(row["arm"], row["variant"], row["task"], row["length"]) for row in rows}
+        todo = []
+        for arm in self.ablation.arms:
+            for variant in self.ablation.variants:
+                jobs = [(task, n) for task in self.ablation.tasks for n in variant.lengths]
+                jobs = [(task, n) for task, n in jobs if (arm.name, variant.name, task.name, n) not in done]
+                todo += [(arm, variant, jobs)] if jobs else []
+        return todo
+
+    def _check(self, todo: list[tuple[Arm, Variant, list[tuple[Task, int]]]]) -> None:
+        """Finds what cannot be measured before anything is trained for it."""
+        for arm, variant, _ in todo:
+            trained, used = self.ablation.experiment(arm), self.ablation.experiment(arm, variant)
+            self._check_folder(trained, self.run_dir / arm.name)
+            mine, theirs = _parameters(trained.model), _parameters(used.model)
+            if differing := sorted(str(path) for path, _ in mine.items() ^ theirs.items()):
+                raise SpecError(f"ablation, {arm.name}, {variant.name}: other parameters than the arm's: {differing[0]}")
+        given = [(self.ablation.experiment(arm).data.tokenizer, *job) for arm, _, jobs in todo for job in jobs]
+        for tokenizer, task, length in dict.fromkeys(given):
+            task.inputs(tokenizer, length)
+
+    def _check_folder(self, experiment: Experiment, folder: Path) -> None:
+        if (folder / CONFIG).is_file():
+            held, wanted = (dataclasses.replace(spec, init_from=None) for spec in (read_config(folder), experiment))
+            if changed := first_difference(held, wanted):
+                raise SpecError(f"{folder} was trained with another config, first in {changed}: give another --run_dir")
+
+    def _measure(self, arm: Arm, variant: Variant, jobs: list[tuple[Task, int]]) -> None:
+        model = self._model(arm, variant)
+        tokenizer = self.ablation.experiment(arm, variant).data.tokenizer
+        for task, length in jobs:
+            begin = time.perf_counter()
+            with self.watch.on(arm.name, "evaluate"):
+                rows = task.measure(LocalModel(model, tokenizer, window=length), length)
+            took = time.perf_counter() - begin
+            label = {"arm": arm.name, "variant": variant.name, "method": variant.method, "stage": variant.stage}
+            label |= {"scale": variant.scale, "config": self.key, "seconds": round(took, 3)}
+            append_rows(self.results, [label | row for row in rows])
+            self.say(f"{arm.name}, {variant.name}, {task.name} at {length}: {took:.1f} s")
+
+    def _model(self, arm: Arm, variant: Variant) -> nnx.Module:
+        """The arm's parameters under the variant's spec, trained or fine-tuned first where they are not yet."""
+        folder, experiment = self.run_dir / arm.name, self.ablation.experiment(arm, variant)
+        self._train(self.ablation.experiment(arm), folder, arm, "train")
+        if variant.finetune:
+            experiment = dataclasses.replace(experiment, init_from=str(folder))
+            folder = folder / variant.folder
+            self._train(experiment, folder, arm, "fine-tune")
+        return load_model(folder, experiment.model)
+
+    def _train(self, experiment: Experiment, folder: Path, arm: Arm, kind: str) -> None:
+        self._check_folder(experiment, folder)
+        if (folder / CONFIG).is_file() and latest(folder) == experiment.steps:
+            return
+        open_run(folder, experiment)
+        self.say(f"{kind} {folder.name}: {experiment.steps} steps")
+        with self.watch.on(arm.name, kind):
+            result = train(experiment, folder)
+        if result.status != "completed":
+            raise RuntimeError(f"{folder}: training was told to stop at step {result.step}; start again to go on")
+
+
+@functools.cache
+def _parameters(model: Decoder) -> dict[tuple, tuple[int, ...]]:
+    return {path: leaf.shape for path, leaf in nnx.to_flat_state(abstract_model(model)[1])}

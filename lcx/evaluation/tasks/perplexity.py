@@ -1,0 +1,67 @@
+"""Perplexity of held-out text by length and by position in the window.
+
+Windows are disjoint pieces of documents at least as long as the length, each read alone from its start; every token but a
+window's first is scored once. Rows: `nll` in nats a token, over all of a window, over each of `buckets` equal stretches of it
+and over its last half (what a longer context is for), with the count of tokens behind each number.
+"""
+
+import dataclasses
+import itertools
+
+import numpy as np
+
+from lcx.data.sources import Source
+from lcx.evaluation.tasks.task import NLL, Task
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Perplexity(Task):
+    """windows: how many are read, spread evenly over all that the source has. buckets: stretches of a window."""
+
+    name: str = "text"
+    source: Source
+    windows: int = 32
+    buckets: int = 4
+
+    def validate(self):
+        for field in ("windows", "buckets"):
+            self.check(getattr(self, field) >= 1, field, "at least 1")
+
+    @property
+    def metrics(self):
+        return {"nll": NLL}
+
+    def inputs(self, tokenizer, length) -> list[list[int]]:
+        """The windows. Raises SpecError if the source has fewer of this length than are wanted."""
+        if length < 2 * self.buckets:
+            self.fail("buckets", self.buckets, f"at most half of length = {length}")
+        documents = self.source.documents()
+        found = []
+        for i in range(len(documents)):
+            ids = tokenizer.encode(documents[i])
+            found += [ids[at : at + length] for at in range(0, len(ids) - length + 1, length)]
+        if len(found) < self.windows:
+            self.fail("windows", self.windows, f"at most what the source has, {len(found)} of length {length}")
+        return [found[n * len(found) // self.windows].tolist() for n in range(self.windows)]
+
+    def measure(self, model, length):
+        rows = self.inputs(model.tokenizer, length)
+        losses = -np.stack([scored.logprobs for scored in model.logprobs(rows, [1] * len(rows))]).astype(np.float64)
+        positions = np.arange(1, length)
+        measured = [self._row(length, losses, positions, 0, length, "all")]
+        measured.append(self._row(length, losses, positions, length // 2, length, "last half"))
+        edges = [n * length // self.buckets for n in range(self.buckets + 1)]
+        for low, high in itertools.pairwise(edges):
+            measured.append(self._row(length, losses, positions, low, high, f"{low}-{high}"))
+        return measured
+
+    def _row(self, length, losses, positions, low, high, bucket):
+        inside = losses[:, (positions >= low) & (positions < high)]
+        tokens = np.full(len(inside), inside.shape[1])
+        return self.row("nll", length, inside.mean(axis=1), tokens, bucket=bucket)
+
+    @classmethod
+    def examples(cls):
+        from lcx.data.sources import StandardLibrary
+
+        return (cls(source=StandardLibrary(split="heldout"), windows=2, buckets=2),)

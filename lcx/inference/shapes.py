@@ -1,0 +1,29 @@
+"""Static shapes for inputs of any length: lengths are rounded up to few buckets, so that XLA compiles once a bucket."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+SMALLEST = 16
+
+
+def bucket(length: int) -> int:
+    """The smallest of 16, 24, 32, 48, 64, 96, ... (powers of two and their 1.5-fold) that holds `length`."""
+    power = SMALLEST
+    while power < length:
+        if power * 3 // 2 >= length:
+            return power * 3 // 2
+        power *= 2
+    return power
+
+
+def right_padded(
+    rows: Sequence[Sequence[int]], length: int, count: int
+) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
+    """(tokens, segments): `count` rows of `length`, each given row in front as segment 1, the rest padding."""
+    tokens, segments = np.zeros((count, length), np.int32), np.zeros((count, length), np.int32)
+    for n, row in enumerate(rows):
+        tokens[n, : len(row)] = row
+        segments[n, : len(row)] = 1
+    return tokens, segments

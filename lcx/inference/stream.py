@@ -1,0 +1,66 @@
+"""Generation one token at a time, for a reader who waits: the tokens of `generate`, as they come."""
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from lcx.data.tokenizers import Tokenizer
+from lcx.inference.generate import feed
+from lcx.inference.sampling import Sampling
+from lcx.inference.shapes import bucket, right_padded
+from lcx.models.decoder import DecoderModel
+
+
+def stream(
+    model: DecoderModel,
+    prompt: Sequence[int],
+    *,
+    max_new: int,
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
+    stop: Sequence[int] = (),
+    chunk: int = 512,
+) -> Iterator[int]:
+    """Up to `max_new` tokens after the prompt, ended by any id of `stop`; the arguments are those of `generate`."""
+    if max_new < 1 or len(prompt) == 0:
+        raise ValueError(f"stream: max_new = {max_new}, prompt of {len(prompt)} tokens: expected at least one token of each")
+    longest = bucket(len(prompt))
+    tokens, segments = right_padded([prompt], longest, 1)
+    state = model.init_state(1, longest + bucket(max_new))
+    seen, last = jnp.zeros(1, jnp.int32), jnp.zeros((1, model.spec.width), model.spec.compute)
+    for start in range(0, longest, chunk):
+        part = slice(start, start + chunk)
+        last, state, seen = feed(model, tokens[:, part], segments[:, part], state, seen, last)
+    key = jax.random.key(seed)
+    for n in range(max_new):
+        token = int(_choose(model, last, key, jnp.int32(n), sampling)[0])
+        if token in stop:
+            return
+        yield token
+        last, state, seen = feed(model, np.full((1, 1), token, np.int32), np.ones((1, 1), np.int32), state, seen, last)
+
+
+def text_of(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """The text of a stream of ids, in pieces; a character of several tokens comes when it is whole."""
+    taken, shown = [], ""
+    for token in ids:
+        taken.append(token)
+        text = tokenizer.decode(taken)
+        whole = text.rstrip("\ufffd") if len(text) - len(text.rstrip("\ufffd")) <= 3 else text
+        if len(whole) > len(shown):
+            yield whole[len(shown) :]
+            shown = whole
+    rest = tokenizer.decode(taken)[len(shown) :]
+    if rest:
+        yield rest
+
+
+@functools.partial(jax.jit, static_argnames="sampling")
+def _choose(
+    model: DecoderModel, last: Float[Array, "B M"], key: Key[Array, ""], n: Int[Array, ""], sampling: Sampling
+) -> Int[Array, "B"]:
+    return sampling.choose(model.logits(last), jax.random.fold_in(key, n)[None])

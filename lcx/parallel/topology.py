@@ -1,0 +1,36 @@
+"""Devices of a TPU slice that is not there: the real TPU compiler runs on any machine that has libtpu."""
+
+import importlib.util
+import os
+
+import jax
+from jax.experimental import topologies
+
+from lcx.spec import SpecError
+
+_WITHOUT_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def topology_devices(name: str) -> list[jax.Device]:
+    """The devices of a topology such as `v5e:16x16`, `v5p:8x8x8` or `v6e:16x16`, to compile for, not to run on.
+
+    Call it before anything else touches devices: a machine without a TPU then keeps to its CPU. Raises SpecError if libtpu is
+    missing or does not know the name.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise SpecError(f"--topology={name} needs the TPU compiler: install the `tpu` extra (pip install 'lcx[tpu]')")
+    for key, value in _WITHOUT_TPU.items():
+        os.environ.setdefault(key, value)
+    if not jax.config.jax_platforms:
+        jax.config.update("jax_platforms", "cpu")
+    single = {"chips_per_host_bounds": [1, 1, 1]} if name.partition(":")[2] in ("1x1", "1x1x1") else {}
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **single).devices)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SpecError(f"--topology={name}: expected one such as v5e:16x16, v5p:8x8x8 or v6e:16x16: {reason}") from None

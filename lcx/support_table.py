@@ -1,0 +1,127 @@
+"""What combines with what, as a table: every pair of variants goes through the validator's own rules.
+
+The variants are found by walking the package, so a part that is added appears here, with its refusals, by itself.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from lcx.attention.attend import Backend
+from lcx.attention.mask import Mask
+from lcx.cache.dense import DenseCache
+from lcx.channels.glu import GLU
+from lcx.config_text import fields
+from lcx.data.packing import PackedText, Packing
+from lcx.data.pipeline import Pipeline, Weighted
+from lcx.data.sources import StandardLibrary
+from lcx.mixers.attention import Attention
+from lcx.mixers.mixer import Mixer
+from lcx.models.decoder import Decoder
+from lcx.models.layer import Layer
+from lcx.parallel.mesh import AXES, MeshSpec
+from lcx.parts import parts
+from lcx.positions.frequencies import FrequencyRule
+from lcx.spec import Spec, edit
+from lcx.support import broken
+from lcx.training.experiment import Experiment
+from lcx.training.optimizer import AdamW
+from lcx.training.schedules import Constant
+
+Variants = Mapping[str, Any]  # by name: what stands in the field
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A choice of a config: the field that holds it, and the variants there are today."""
+
+    field: str
+    variants: Variants
+
+
+def base() -> Experiment:
+    """The smallest experiment that every kind has a field in."""
+    mixer = Attention(heads=2, kv_heads=2, head_dim=16)
+    layer = Layer(mixer=mixer, channel=GLU(hidden=32))
+    rows = PackedText(source=StandardLibrary())
+    return Experiment(
+        model=Decoder(vocab=264, width=32, pattern=(layer,), periods=1),
+        data=Pipeline(mixture=(Weighted(rows=rows),), length=64, batch_size=4),
+        optimizer=AdamW(learning_rate=Constant(peak=1e-3)),
+        steps=1,
+    )
+
+
+@functools.cache
+def kinds() -> Mapping[str, Kind]:
+    """The kinds of the table. Keys are gathered over the context axis, queries stay: the communication there is."""
+    attention = "model.pattern[0].mixer"
+    meshes = {axis: MeshSpec(**{axis: 2}) for axis in AXES}
+    return {
+        "mixer": Kind(attention, _examples(Mixer) | {"Attention": base().model.pattern[0].mixer}),
+        "mask": Kind(f"{attention}.mask", _examples(Mask)),
+        "rope": Kind("model.rope", _examples(FrequencyRule) | {"none": None}),
+        "cache": Kind(f"{attention}.cache", {f"{cache.keys} keys": cache for cache in DenseCache.examples()}),
+        "backend": Kind(f"{attention}.backend", {name: name for name in get_args(Backend)}),
+        "packing": Kind("data.mixture[0].rows.packing", _examples(Packing)),
+        "mesh axis": Kind("mesh", meshes),
+    }
+
+
+def support_table() -> str:
+    """A Markdown table: each variant against each other kind, the reasons of the refusals below it.
+
+    `all`: it combines with every variant of that kind. `-`: the kind has no field there, so there is nothing to combine.
+    """
+    reasons: list[str] = []
+    header = ["", *kinds()]
+    rows = [header, ["---"] * len(header)]
+    for name, kind in kinds().items():
+        for variant in kind.variants:
+            rows.append([f"{name}: {variant}", *(_cell(name, variant, other, reasons) for other in kinds())])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    return "\n".join([*lines, "", *(f"({n}) {reason}" for n, reason in enumerate(reasons, start=1))])
+
+
+def refusal(*choices: tuple[str, str]) -> str | None:
+    """Why the smallest experiment with these (kind, variant) choices is refused; None if they combine.
+
+    Raises LookupError if a choice leaves no field for a later one.
+    """
+    experiment = base()
+    for name, variant in choices:
+        kind = kinds()[name]
+        if kind.field not in dict(fields(experiment)):
+            raise LookupError(f"{name}: there is no {kind.field} here")
+        experiment = edit(experiment, kind.field, kind.variants[variant])
+    return next(broken(experiment), None)
+
+
+def _cell(name: str, variant: str, other: str, reasons: list[str]) -> str:
+    """How a variant combines with those of another kind; new reasons are added to the list, and named by their number."""
+    if name == other:
+        return ""
+    first, last = sorted([name, other], key=list(kinds()).index)
+    marks = {}  # of each variant that does not combine
+    for candidate in kinds()[other].variants:
+        pair = {name: variant, other: candidate}
+        try:
+            reason = refusal((first, pair[first]), (last, pair[last]))
+        except LookupError:
+            marks[candidate] = "-"
+            continue
+        if reason is not None:
+            if reason not in reasons:
+                reasons.append(reason)
+            marks[candidate] = f"({reasons.index(reason) + 1})"
+    if len(marks) == len(kinds()[other].variants):
+        return "-" if set(marks.values()) == {"-"} else f"none {min(marks.values())}"
+    return "not " + ", ".join(f"{candidate} {mark}" for candidate, mark in marks.items()) if marks else "all"
+
+
+def _examples(kind: type[Spec]) -> dict[str, Spec]:
+    """The first example of every part of a kind, by class name."""
+    found = {cls.__name__: tuple(cls.examples()) for cls in parts(kind)}
+    return {name: examples[0] for name, examples in found.items() if examples}

@@ -1,0 +1,34 @@
+"""Token infos for tests: documents, padding, shared and reader segments, roles, and arrays in any order."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from lcx.batch import TokenInfo
+
+
+def info(index, segments, order=None, roles=None) -> TokenInfo:
+    index, segments = np.asarray(index, np.int32), np.asarray(segments, np.int32)
+    order = index if order is None else np.asarray(order, np.int32)
+    as_array = lambda x: None if x is None else jnp.asarray(x, jnp.int32)
+    return TokenInfo(
+        index=as_array(index),
+        order=as_array(order),
+        positions=jnp.asarray(index[..., None], jnp.float32),
+        segments=as_array(segments),
+        roles=as_array(roles),
+    )
+
+
+def random_info(rng, rows, length, kind="packed") -> TokenInfo:
+    """`packed`: causal documents and padding; `special`: shared, readers and roles too; `mixed`: any order of the array."""
+    segments = np.sort(rng.integers(-2 if kind != "packed" else 0, 4, (rows, length)), axis=1)
+    index = np.zeros_like(segments)
+    for row, own in zip(index, segments, strict=True):
+        for segment in set(own) - {0}:
+            row[own == segment] = np.arange((own == segment).sum())
+    order, roles = index.copy(), rng.integers(0, 2, index.shape) if kind != "packed" else None
+    if kind == "mixed":
+        order = np.where(rng.random((rows, 1)) < 0.5, 0, order // 3)
+        shuffle = np.argsort(rng.random(index.shape), axis=1)
+        index, order, segments, roles = (np.take_along_axis(x, shuffle, 1) for x in (index, order, segments, roles))
+    return info(index, segments, order, roles)

@@ -1,0 +1,181 @@
+"""attend, merge and mass against float64 loops, and the folds that everything longer is made of."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from infos import info, random_info
+
+from lcx.attention.attend import attend
+from lcx.attention.mask import Beyond, Causal, Chunk, Hide, Sink, Window, Within, tokens_of
+from lcx.attention.mass import mass
+from lcx.attention.merge import merge
+from lcx.batch import TokenInfo
+
+B, T, S, H, K, D, E = 2, 11, 17, 4, 2, 8, 6
+MASK = Sink(size=2) | (Window(size=7) & Hide(query_role=1, key_role=0))
+IDENTITY = (jnp.zeros((B, T, H, E)), jnp.full((B, T, H), -jnp.inf))
+
+
+@pytest.fixture(scope="module")
+def case():
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((B, T, H, D), (B, S, K, D), (B, S, K, E)))
+    return q, k, v, random_info(rng, B, T, "special"), random_info(rng, B, S, "special")
+
+
+def loops(q, k, v, q_info, k_info, mask, scale, softcap=None):
+    """(out, lse, probabilities) in float64, one query row and head at a time."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    seen = np.asarray(mask.visible(tokens_of(q_info).rows(), tokens_of(k_info).columns()))
+    out, lse = np.zeros((*q.shape[:3], v.shape[-1])), np.full(q.shape[:3], -np.inf)
+    probabilities = np.zeros((*q.shape[:3], k.shape[1]))
+    for b, t, h in np.ndindex(q.shape[:3]):
+        keys = np.flatnonzero(seen[b, t])
+        if len(keys) == 0:
+            continue
+        head = h // (q.shape[2] // k.shape[2])
+        s = k[b, keys, head] @ q[b, t, h] * scale
+        s = s if softcap is None else softcap * np.tanh(s / softcap)
+        lse[b, t, h] = s.max() + np.log(np.exp(s - s.max()).sum())
+        probabilities[b, t, h, keys] = np.exp(s - lse[b, t, h])
+        out[b, t, h] = probabilities[b, t, h, keys] @ v[b, keys, head]
+    return out, lse, probabilities
+
+
+@pytest.mark.parametrize("backend", ["reference", "xla", "auto"])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("mask", [Causal(), MASK, Chunk(size=5)])
+def test_attend_equals_float64_loops(case, mask, softcap, backend):
+    out, lse = attend(*case, mask=mask, scale=0.7, softcap=softcap, backend=backend)
+    expected_out, expected_lse, _ = loops(*case, mask, 0.7, softcap)
+    assert np.isneginf(expected_lse).any() and np.isfinite(expected_lse).any()
+    np.testing.assert_allclose(out, expected_out, atol=3e-6)
+    np.testing.assert_allclose(lse, expected_lse, atol=3e-6)
+
+
+def test_gradient_equals_finite_differences(case):
+    q, k, v, q_info, k_info = case
+    weights = [np.random.default_rng(1).normal(size=s) for s in ((B, T, H, E), (B, T, H))]
+
+    def scalar(out, lse, np=jnp):
+        return (out * weights[0]).sum() + np.where(np.isneginf(lse), 0, np.where(np.isneginf(lse), 0, lse) * weights[1]).sum()
+
+    gradient = jax.grad(lambda *a: scalar(*attend(*a, q_info, k_info, mask=MASK, scale=0.7)), (0, 1, 2))(q, k, v)
+    rng, h = np.random.default_rng(2), 1e-5
+    for place, exact in enumerate(gradient):
+        for _ in range(6):
+            at = tuple(rng.integers(0, n) for n in exact.shape)
+            sides = []
+            for sign in (h, -h):
+                moved = [np.asarray(x, np.float64) for x in (q, k, v)]
+                moved[place][at] += sign
+                sides.append(float(scalar(*loops(*moved, q_info, k_info, MASK, 0.7)[:2], np)))
+            assert exact[at] == pytest.approx((sides[0] - sides[1]) / (2 * h), abs=1e-5, rel=1e-4)
+
+
+def test_splitting_the_keys_anywhere_changes_nothing(case):
+    q, k, v, q_info, k_info = case
+    whole = attend(*case, mask=MASK, scale=0.7)
+    part = lambda a, b: attend(q, k[:, a:b], v[:, a:b], q_info, k_info.take(slice(a, b)), mask=MASK, scale=0.7)
+    parts = [part(0, 5), part(5, 6), part(6, 17)]
+    left, right = merge(merge(parts[0], parts[1]), parts[2]), merge(parts[0], merge(parts[1], parts[2]))
+    swapped = merge(parts[2], merge(IDENTITY, merge(parts[1], parts[0])))
+    for got in (left, right, swapped):
+        for value, expected in zip(got, whole, strict=True):
+            np.testing.assert_allclose(value, expected, atol=2e-6)
+
+
+def test_distance_regions_merge_to_the_whole(case):
+    near, far = (attend(*case, mask=m, scale=0.7) for m in (Within(size=3), Beyond(size=3)))
+    for value, expected in zip(merge(near, far), attend(*case, mask=Causal(), scale=0.7), strict=True):
+        np.testing.assert_allclose(value, expected, atol=2e-6)
+
+
+def test_merge_is_safe_at_the_identity():
+    part = (jnp.ones((3, 2)), jnp.asarray([0.5, -jnp.inf, 40.0]))
+    empty = (jnp.zeros((3, 2)), jnp.full(3, -jnp.inf))
+    for got in (merge(part, empty), merge(empty, part)):
+        np.testing.assert_array_equal(got[1], part[1])
+        np.testing.assert_array_equal(got[0], jnp.where(part[1][:, None] == -jnp.inf, 0, part[0]))
+    total = lambda a, b: sum(jnp.where(jnp.isfinite(x), x, 0).sum() for x in merge(a, b))
+    for leaf in jax.tree.leaves(jax.grad(total, (0, 1))(part, empty)):
+        assert np.isfinite(leaf).all()
+
+
+def test_key_order_changes_nothing(case):
+    q, k, v, q_info, k_info = case
+    order = np.random.default_rng(4).permutation(S)
+    moved = jax.tree.map(lambda leaf: leaf[:, order], (k, v, k_info))
+    for value, expected in zip(
+        attend(q, *moved[:2], q_info, moved[2], mask=MASK, scale=0.7), attend(*case, mask=MASK, scale=0.7), strict=True
+    ):
+        np.testing.assert_allclose(value, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_mass_equals_the_dense_probabilities(case, softcap):
+    q, k, _, q_info, k_info = case
+    rows = jnp.asarray([0, 3, 4, 10])
+    _, lse = attend(*case, mask=MASK, scale=0.7, softcap=softcap)
+    got = mass(q, k, lse, q_info, k_info, mask=MASK, scale=0.7, rows=rows, softcap=softcap)
+    dense = loops(*case, MASK, 0.7, softcap)[2][:, np.asarray(rows)]
+    np.testing.assert_allclose(got, dense.reshape(B, 4, K, H // K, S).sum(axis=(1, 3)), atol=2e-6)
+
+
+def test_mass_over_many_keys_and_its_gradient():
+    rng = np.random.default_rng(0)
+    n = 1100  # three chunks of keys, the last of them short
+    own = info(np.arange(n)[None], np.ones((1, n)))
+    q, k = (jnp.asarray(rng.normal(size=(1, n, 2, 4)), jnp.float32) for _ in range(2))
+    rows, weights = jnp.asarray([5, 600, 1099]), jnp.asarray(rng.normal(size=(1, 2, n)), jnp.float32)
+
+    def through_mass(q, k):
+        _, lse = attend(q, k, k, own, own, mask=Causal(), scale=0.5)
+        return (mass(q, k, lse, own, own, mask=Causal(), scale=0.5, rows=rows) * weights).sum()
+
+    def dense(q, k):
+        scores = jnp.einsum("bthd,bshd->bhts", q[:, rows], k, precision="highest") * 0.5
+        seen = jnp.arange(n)[None, :] <= rows[:, None]
+        return (jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1).sum(axis=2) * weights).sum()
+
+    (value, gradient), (other, others) = (jax.value_and_grad(f, (0, 1))(q, k) for f in (through_mass, dense))
+    np.testing.assert_allclose(value, other, rtol=1e-5)
+    for a, b in zip(gradient, others, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max() + 1e-7)
+
+
+def test_bfloat16_inputs_are_close(case):
+    q, k, v, q_info, k_info = case
+    narrow = [x.astype(jnp.bfloat16) for x in (q, k, v)]
+    wide = [x.astype(jnp.float32) for x in narrow]
+    got = attend(*narrow, q_info, k_info, mask=MASK, scale=0.7)
+    for value, expected in zip(got, attend(*wide, q_info, k_info, mask=MASK, scale=0.7), strict=True):
+        assert value.dtype == jnp.float32
+        np.testing.assert_allclose(value, expected, atol=2e-2)
+
+
+def test_memory_is_linear_in_length():
+    def temporaries(length):
+        own = info(np.arange(length)[None], np.ones((1, length)))
+        shape = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
+        loss = lambda q, k, v, own: attend(q, k, v, own, own, mask=Causal(), scale=1.0)[0].sum()
+        return jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape, shape, shape, own).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(16384) < 2.6 * temporaries(8192)
+
+
+def test_what_disagrees_is_refused(case):
+    q, k, v, q_info, k_info = case
+    options = {"mask": Causal(), "scale": 1.0}
+    with pytest.raises(ValueError, match="3 query heads are not a multiple of 2 key heads"):
+        attend(q[:, :, :3], k, v, q_info, k_info, **options)
+    with pytest.raises(ValueError, match="disagree with infos"):
+        attend(
+            q,
+            k,
+            v,
+            q_info,
+            TokenInfo(**{f: getattr(k_info, f)[:, :5] for f in ("index", "order", "positions", "segments")}),
+            **options,
+        )

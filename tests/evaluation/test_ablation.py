@@ -1,0 +1,213 @@
+"""An ablation trains once an arm, measures every variant once, and goes on where it was stopped."""
+
+import re
+import shutil
+
+import pytest
+
+from configs.models import byte
+from lcx.data.packing import PackedText
+from lcx.data.pipeline import Pipeline, Weighted
+from lcx.data.recall import Records, TaskDoesNotFit
+from lcx.data.sources import TextFolder
+from lcx.data.tokenizers import ByteTokenizer
+from lcx.evaluation import ablation as module
+from lcx.evaluation.ablation import Ablation, Arm, Variant, run
+from lcx.evaluation.panels import Panel
+from lcx.evaluation.report import read_rows
+from lcx.evaluation.tasks.perplexity import Perplexity
+from lcx.evaluation.tasks.retrieval import Retrieval
+from lcx.inference.language_model import LocalModel
+from lcx.positions.linear import LinearInterpolation
+from lcx.positions.rope import Rope
+from lcx.spec import SpecError, edit, edits
+from lcx.training.checkpoint import load_model
+from lcx.training.experiment import Experiment
+from lcx.training.optimizer import AdamW
+from lcx.training.run_folder import read_config
+from lcx.training.schedules import Constant
+
+
+@pytest.fixture(scope="module")
+def ablation(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "a.txt").write_text("some words over and over again. " * 40)
+    source = TextFolder(path=str(folder))
+    base = Experiment(
+        model=edit(byte.toy(width=32, layers=1), "pattern[0].channel.hidden", 16),
+        data=Pipeline(mixture=(Weighted(rows=PackedText(source=source)),), length=16, batch_size=2),
+        optimizer=AdamW(learning_rate=Constant(peak=1e-3)),
+        steps=2,
+    )
+    far = (("model.rope", LinearInterpolation(factor=2.0)),)
+    return Ablation(
+        base=base,
+        arms=(Arm(name="one"), Arm(name="two", edits=(("model.embed_mixer", None),))),
+        variants=(
+            Variant(method="none", lengths=(16, 32), edits=(("model.rope", Rope()),)),
+            Variant(method="interpolation", lengths=(32,), edits=far),
+            Variant(method="interpolation", stage="fine-tuned", lengths=(32,), edits=far, finetune=(("data.length", 32),)),
+        ),
+        tasks=(
+            Perplexity(source=source, windows=2, buckets=2),
+            Retrieval(name="records", generator=Records(), examples_each=2),
+        ),
+        panels=(Panel(title="text", task="text", metric="nll", where=(("bucket", "all"),)),),
+    )
+
+
+CELLS = [("none", 16), ("none", 32), ("interpolation", 32), ("interpolation", 32)]  # of each arm and task
+
+
+@pytest.fixture(scope="module")
+def stopped(ablation, tmp_path_factory):
+    """An ablation stopped after five measurements and run again: (folder, rows, arms and variants trained, what it said)."""
+    folder, trained, said = tmp_path_factory.mktemp("run"), [], []
+    train, append, written = module.train, module.append_rows, []
+
+    def counted_train(experiment, run_dir):
+        trained.append(run_dir.name)
+        return train(experiment, run_dir)
+
+    def stopping(path, rows):
+        if len(written) == 5:
+            raise KeyboardInterrupt
+        written.append(rows)
+        append(path, rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "train", counted_train)
+        patch.setattr(module, "append_rows", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(ablation, folder, say=lambda _: None)
+        patch.setattr(module, "append_rows", append)
+        rows = run(ablation, folder, say=said.append)
+    return folder, rows, trained, said
+
+
+@pytest.fixture
+def finished(stopped, tmp_path):
+    """A copy of its folder."""
+    return shutil.copytree(stopped[0], tmp_path / "run")
+
+
+def nothing(*_):
+    pytest.fail("trained or measured again")
+
+
+def test_a_stopped_ablation_goes_on(stopped):
+    folder, rows, trained, _ = stopped
+    assert trained == ["one", "fine-tuned-interpolation-x1", "two", "fine-tuned-interpolation-x1"]
+    keys = [(r["arm"], r["variant"], r["task"], r["metric"], r["length"], r.get("bucket")) for r in rows]
+    assert len(keys) == len(set(keys)) == 2 * len(CELLS) * (4 + 3)
+    assert rows == read_rows(folder / "results.jsonl")
+    for arm in ("one", "two"):
+        assert [(r["method"], r["length"]) for r in rows if (r["arm"], r.get("bucket")) == (arm, "all")] == CELLS
+    text = (folder / "table.md").read_text()
+    assert text.count("| interpolation |") == 4 and text.count("### one: text") == text.count("### two: text") == 1
+    assert text.count("zero-shot, by length in tokens; mean and bootstrap 95 % interval over 2 examples") == 2
+    assert (folder / "one.png").exists() and (folder / "two.png").exists()
+
+
+def test_variants_read_the_same_parameters(stopped):
+    """A zero-shot variant is the arm under another rope; at one length the same rope gives the same numbers."""
+    folder, rows, _, _ = stopped
+    trained = load_model(folder / "one", read_config(folder / "one").model)
+    task = Retrieval(name="records", generator=Records(), examples_each=2)
+    wanted = task.measure(LocalModel(trained, ByteTokenizer(), window=32), 32)
+    held = [
+        r["value"]
+        for r in rows
+        if (r["arm"], r["variant"], r["task"], r["length"]) == ("one", "zero-shot none x1", "records", 32)
+    ]
+    assert held == [row["value"] for row in wanted]
+    by_stage = {
+        r["stage"]: r["value"] for r in rows if (r["arm"], r["method"], r.get("bucket")) == ("one", "interpolation", "all")
+    }
+    assert by_stage["zero-shot"] != by_stage["fine-tuned"]
+
+
+def test_the_time_split_names_every_arm(stopped):
+    split = [line for line in stopped[3] if re.match(r"(one|two): [\d.]+ s: ", line)]
+    assert [line.partition(":")[0] for line in split] == ["one", "two"]
+    assert all(f"{kind} " in split[1] for kind in ("train", "fine-tune", "evaluate", "compile"))
+
+
+def test_a_finished_ablation_is_left_alone(ablation, finished, monkeypatch):
+    for name in ("train", "append_rows", "load_model"):
+        monkeypatch.setattr(module, name, nothing)
+    said, rows = [], read_rows(finished / "results.jsonl")
+    assert run(ablation, finished, say=said.append) == rows and said == []
+    with pytest.raises(SpecError, match=r"holds rows of config .*: give another --run_dir"):
+        run(edit(ablation, "base.seed", 5), finished)
+
+
+def test_panels_may_change_without_another_measurement(ablation, finished, monkeypatch):
+    for name in ("train", "append_rows"):
+        monkeypatch.setattr(module, name, nothing)
+    with pytest.raises(SpecError, match=r"Panel.where = .*'al'.*: expected values of some row; there are .*'last half'"):
+        run(edit(ablation, "panels[0].where", (("bucket", "al"),)), finished)
+    with pytest.raises(SpecError, match=r"Panel.where = \(\): expected a value for bucket too: several rows share a cell"):
+        run(edit(ablation, "panels[0].where", ()), finished)
+    run(edit(ablation, "panels[0].title", "words"), finished)
+    assert "### one: words" in (finished / "table.md").read_text()
+
+
+def test_a_stopped_training_is_not_taken_for_another_one(ablation, tmp_path, monkeypatch):
+    """Before the first row nothing but the arm's folder tells whose training it holds."""
+
+    def stop(experiment, folder):
+        (folder / "checkpoints").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "train", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(ablation, tmp_path, say=lambda _: None)
+    monkeypatch.setattr(module, "train", nothing)
+    for path, value in (("base.seed", 5), ("base.steps", 3)):
+        with pytest.raises(SpecError, match=f"one was trained with another config, first in {path[5:]}: .*--run_dir"):
+            run(edit(ablation, path, value), tmp_path)
+    (tmp_path / "one" / "config.json").unlink()
+    with pytest.raises(SpecError, match=r"one: holds files but no config\.json"):
+        run(ablation, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ([("tasks[0].windows", 500)], SpecError, "Perplexity.windows = 500: expected at most what the source has"),
+        ([("tasks[1].generator.pairs", 9)], TaskDoesNotFit, "length = 16: expected at least 90 tokens"),
+        (
+            [("variants[1].edits", (("model.width", 64),))],
+            SpecError,
+            "ablation, one, zero-shot interpolation x1: other parameters than the arm's",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_found_before_training(ablation, tmp_path, monkeypatch, changes, error, message):
+    monkeypatch.setattr(module, "train", lambda *_: pytest.fail("trained"))
+    with pytest.raises(error, match=message):
+        run(edits(ablation, changes), tmp_path / "run", say=lambda _: None)
+
+
+def test_impossible_ablations_are_refused(ablation):
+    with pytest.raises(SpecError, match=r"ablation, one, zero-shot none x1: .*Decoder has no field 'ropes'"):
+        edit(ablation, "variants[0].edits", (("model.ropes", Rope()),))
+    with pytest.raises(
+        SpecError, match=r"one, zero-shot none x1: Variant.edits change seed: 3 against 0: expected edits of the"
+    ):
+        edit(ablation, "variants[0].edits", (("seed", 3),))
+    with pytest.raises(SpecError, match=r"Panel\.task = 'txt': expected one of text, records"):
+        edit(ablation, "panels[0].task", "txt")
+    with pytest.raises(SpecError, match=r"Panel\.metric = 'exact': expected one of nll"):
+        edit(ablation, "panels[0].metric", "exact")
+    with pytest.raises(SpecError, match="distinct names"):
+        edit(ablation, "arms", (Arm(name="one"), Arm(name="one")))
+    with pytest.raises(SpecError, match="names that can be files"):
+        edit(ablation, "arms", (Arm(name="../one"),))
+    with pytest.raises(
+        SpecError, match=r"variants = \('zero-shot', 'none', 32\): expected stage, method and length to name one"
+    ):
+        edit(ablation, "variants", (*ablation.variants, Variant(method="none", scale=2.0, lengths=(32, 64))))
+    with pytest.raises(SpecError, match=r"Variant.lengths = \(16, 16\): expected distinct lengths"):
+        Variant(method="none", lengths=(16, 16))

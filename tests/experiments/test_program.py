@@ -1,0 +1,192 @@
+"""A command line that cannot work is one line on stderr and exit status 2, before anything is compiled."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jaxtyping
+import pytest
+
+from configs.recipes import quick_text
+from experiments import ablate, train
+from experiments.program import config_names, run
+from lcx.spec import edit
+from lcx.training.run_folder import open_run
+
+ROOT = Path(__file__).parents[2]
+QUICK = "--config=config:recipes.quick_text.quick"
+
+
+@pytest.fixture(autouse=True)
+def _as_in_a_program(monkeypatch):
+    """No import hook checks types before the specs do, and nothing compiles."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *_, **__: pytest.fail("compiled"))
+
+
+def sets(*assignments):
+    return [QUICK, *(f"--config=set:{assignment}" for assignment in assignments)]
+
+
+WRONG = {
+    "no config": ([], "--config is missing"),
+    "misspelt config": (["--config=config:recipes.quick_text.quik"], "Did you mean recipes.quick_text.quick"),
+    "a module is no config": (["--config=config:recipes.quick_text"], "configs has no function 'recipes.quick_text'"),
+    "an imported name is no config": (["--config=config:models.byte.Layer"], "configs has no function"),
+    "nothing outside configs": (["--config=config:os.system('true')"], "configs has no function 'os.system'"),
+    "misspelt argument": (["--config=config:models.byte.toy(widht=3)"], "unexpected keyword argument 'widht'"),
+    "argument of a wrong type": (["--config=config:models.byte.toy(width='a')"], "width = 'a': expected int"),
+    "argument that is no literal": (["--config=config:models.byte.toy(width=a)"], "expected literals"),
+    "another kind of config": (["--config=config:models.byte.toy"], "of type Decoder: this program takes Experiment"),
+    "no directive": (["--config=recipes.quick_text.quick"], "expected config:<name> or config_file:<path> before it"),
+    "unknown directive": ([QUICK, "--config=sett:steps=1"], "expected config:, config_file:, set:<path>=<value> or fiddler:"),
+    "set before config": (["--config=set:steps=1", QUICK], "comes first"),
+    "two configs": ([QUICK, QUICK], "is a second base config"),
+    "missing file": (["--config=config_file:nowhere.json"], "nowhere.json: there is no such file"),
+    "another file": (["--config=config_file:pyproject.toml"], "pyproject.toml: not a config of this version"),
+    "missing run": (["--run_dir=nowhere"], "nowhere: no config.json"),
+    "misspelt fiddler": ([QUICK, "--config=fiddler:longer"], "configs has no function 'longer'"),
+    "wrong argument of a fiddler": ([QUICK, "--config=fiddler:edits.windowed('a')"], "size = 'a': expected int"),
+    "missing argument of a fiddler": ([QUICK, "--config=fiddler:edits.windowed"], "missing a required argument: 'size'"),
+    "impossible value from a fiddler": (
+        [QUICK, "--config=fiddler:edits.windowed(0)"],
+        "Window.size = 0: expected at least 1",
+    ),
+    "misspelt field": (sets("stepz=3"), "Experiment has no field 'stepz'. Did you mean steps?"),
+    "misspelt deep field": (sets("model.pattern[0].mixer.haeds=3"), "Attention has no field 'haeds'. Did you mean heads"),
+    "no value": (sets("steps"), "expected config:, config_file:, set:<path>=<value>"),
+    "wrong type": (sets("steps=many"), "Experiment.steps = 'many': expected int"),
+    "wrong type, deep": (sets("data.length=256.0"), "data: Pipeline.length = 256.0: expected int"),
+    "wrong part": (sets("model.rope=Causal()"), "model: Decoder.rope = Causal(): expected FrequencyRule or None"),
+    "misspelt part": (sets("model.rope=YaRM(factor=2.0)"), "there is no part 'YaRM'. Did you mean YaRN?"),
+    "impossible value": (sets("steps=0"), "Experiment.steps = 0: expected at least 1"),
+    "factor below 1": (
+        sets("model.rope=YaRN(factor=0.5, original_length=128)"),
+        "model.rope: YaRN.factor = 0.5: expected at least 1",
+    ),
+    "heads do not divide": (
+        sets("model.pattern[0].mixer.heads=6"),
+        "model.pattern[0].mixer: Attention.heads = 6: expected a multiple of kv_heads = 4",
+    ),
+    "odd heads": (sets("model.pattern[0].mixer.head_dim=7"), "model.pattern[0].mixer.head_dim = 7 does not fit its rope"),
+    "context does not divide": (sets("mesh.context=3"), "data.length = 256: expected a multiple of 3 (mesh.context 3)"),
+    "batch does not divide": (
+        sets("data.batch_size=12", "mesh.data=2", "accumulation=4"),
+        "data.batch_size = 12: expected a multiple of 8 (mesh.data 2 * accumulation 4)",
+    ),
+    "heads do not divide over the mesh": (
+        sets("mesh.tensor=8"),
+        "model.pattern[0].mixer.heads = 4: expected a multiple of 8 (mesh.tensor 8)",
+    ),
+    "more devices than there are": (
+        sets("mesh.data=16"),
+        "mesh = data 16 = 16 devices: expected at most the 8 there are",
+    ),
+    "vocabulary too small": (sets("model.vocab=256"), "model.vocab = 256: expected at least the 259 ids of data.tokenizer"),
+    "warm-up longer than the run": (sets("optimizer.learning_rate.warmup=500"), "warmup = 500: expected fewer than"),
+    "roles that nothing has": (
+        sets("model.pattern[0].mixer.mask=Hide(query_role=0, key_role=1)"),
+        "model.pattern[0].mixer.mask = Hide(query_role=0, key_role=1): hides roles",
+    ),
+    "data that are not there": (
+        sets("data.mixture[0].rows.source=TextFolder(path='nowhere')"),
+        "data.mixture[0].rows.source: TextFolder.path = 'nowhere': there is no such folder",
+    ),
+    "misspelt flag": ([QUICK, "--dry_rum"], "Unknown command line flag 'dry_rum'. Did you mean: dry_run"),
+    "extra argument": ([QUICK, "quickly"], "'quickly' is no flag"),
+    "wrong value of a flag": ([QUICK, "--dry_run=maybe"], "--dry_run=maybe"),
+}
+
+
+@pytest.mark.parametrize(("argv", "message"), WRONG.values(), ids=WRONG)
+def test_what_is_wrong_is_told_in_one_line(argv, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "open_run", lambda *_: pytest.fail("a run folder was opened"))
+    assert run(train.main, argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("train: ") and err.endswith("\n") and err.count("\n") == 1
+    assert message in err
+
+
+def test_a_run_folder_keeps_to_its_config(capsys, tmp_path):
+    open_run(tmp_path, quick_text.quick())
+    assert run(train.main, [*sets("seed=1"), f"--run_dir={tmp_path}"]) == 2
+    assert "they differ first in seed: 0 against 1; give another --run_dir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("again", ["--run_dir={}", "--config=config_file:{}/config.json"])
+def test_a_run_is_repeated_from_its_folder_alone(again, monkeypatch, tmp_path):
+    experiment = edit(quick_text.quick(), "seed", 5)
+    open_run(tmp_path, experiment)
+    seen = []
+    monkeypatch.setattr(train, "train", lambda *arguments: seen.append(arguments))
+    with pytest.raises(AttributeError):  # the stand-in gives no result to print
+        run(train.main, [again.format(tmp_path)])
+    assert seen == [(experiment, tmp_path)]
+
+
+def test_the_default_folder_is_named_after_the_config(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "train", lambda *_: None)
+    with pytest.raises(AttributeError):
+        run(train.main, [QUICK])
+    assert (tmp_path / "runs" / "recipes.quick_text.quick" / "config.json").is_file()
+
+
+def test_an_unexpected_exception_is_not_swallowed(monkeypatch, tmp_path):
+    def broken(*_):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(train, "train", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        run(train.main, [QUICK, f"--run_dir={tmp_path}"])
+
+
+def test_dry_run_shows_what_was_set_and_what_it_costs(capsys):
+    argv = sets("model.rope=YaRN(factor=4.0, original_length=128)", "model.rope.base=5e5", "mesh.context=64")
+    assert run(train.main, [*argv, "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    assert "\n    rope = YaRN\n      base = 500000.0\n" in out
+    assert f"{'parameters':<48} 460,928\n" in out
+    assert "attention factor 1.139" in out
+
+
+def test_directives_apply_from_left_to_right(capsys):
+    """A fiddler swaps a part in every layer; what it put there is a part like any other."""
+    argv = [QUICK, "--config=set:model.pattern[0].mixer.mask=Sink(size=2)", "--config=fiddler:edits.windowed(64)"]
+    assert run(train.main, [*argv, "--config=set:model.pattern[0].mixer.mask.size=96", "--dry_run"]) == 0
+    assert "mask = Window\n          size = 96\n" in capsys.readouterr().out
+
+
+def test_an_ablation_names_the_edit_that_is_wrong(capsys):
+    argv = ["--config=config:ablations.rope_extension.quickstart", "--config=set:variants[0].edits=(('model.rop', None),)"]
+    assert run(ablate.main, argv) == 2
+    err = capsys.readouterr().err
+    assert "model.rop: Decoder has no field 'rop'" in err and err.count("\n") == 1
+
+
+def test_help_lists_flags_and_configs(capsys):
+    assert run(train.main, ["--help"]) == 0
+    out = capsys.readouterr().out
+    assert "Trains an experiment" in out and "--dry_run" in out and "recipes.quick_text.quick" in out
+    assert "models.byte.Layer" not in config_names() and "models.byte.toy" in config_names()
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "message"),
+    [
+        (sets("model.rope.bse=3"), 2, "Did you mean base?"),
+        (sets("mesh.data=2"), 2, "expected at most the 1 there are; on a CPU JAX_NUM_CPU_DEVICES sets how many"),
+        ([QUICK, "--dry_run"], 0, ""),
+    ],
+)
+def test_processes_end_with_the_status_and_no_traceback(argv, status, message, tmp_path):
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "experiments.train", *argv]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == status, done.stderr
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert not status or len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,139 @@
+"""A run is trained, continued, evaluated and read from by the programs, with the folder as their only link."""
+
+import io
+import json
+
+import pytest
+
+from experiments import evaluate, generate, train
+from experiments.program import run
+from lcx.data.sources import TextFolder
+from lcx.evaluation.report import read_rows
+from lcx.evaluation.tasks.perplexity import Perplexity
+from lcx.inference.generate import generate as batched
+from lcx.inference.language_model import LocalModel
+from lcx.training.checkpoint import load_model
+from lcx.training.run_folder import read_config
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for n in range(3):
+        (folder / f"{n}.txt").write_text(f"number {n} of the documents, in which the sentence comes again. " * 20)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(text, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("runs") / "a"
+    argv = [
+        f"--config=config:recipes.quick_text.quick(width=32, length=32, steps={STEPS})",
+        f"--config=set:data.mixture[0].rows.source=TextFolder(path='{text}')",
+        "--config=set:optimizer.learning_rate=Constant(peak=1e-2)",
+        f"--run_dir={run_dir}",
+    ]
+    assert run(train.main, argv) == 0
+    return run_dir
+
+
+def evaluation(trained, text, run_dir, *more):
+    tasks = f"(Perplexity(source=TextFolder(path='{text}'), windows=3, buckets=2),)"
+    return [
+        f"--config=config:recipes.quick_text.evaluate(model='{trained}')",
+        f"--config=set:tasks={tasks}",
+        "--config=set:lengths=(16, 64)",
+        *more,
+        f"--run_dir={run_dir}",
+    ]
+
+
+def test_a_complete_run_is_not_trained_again(trained, capsys):
+    before = (trained / "metrics.jsonl").read_bytes()
+    assert run(train.main, [f"--run_dir={trained}"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == {"run_dir": str(trained), "status": "completed"}
+    assert (trained / "metrics.jsonl").read_bytes() == before
+    assert len((trained / "starts.jsonl").read_text().splitlines()) == 2
+
+
+def test_generation_streams_what_the_model_says(trained, capsys):
+    assert run(generate.main, [f"--run_dir={trained}", "--prompt=number", "--max_new=8"], generate.define) == 0
+    experiment = read_config(trained)
+    tokenizer = experiment.data.tokenizer
+    model = load_model(trained, experiment.model)
+    ids = batched(model, [tokenizer.encode("number").tolist()], max_new=8, stop=(tokenizer.eos,))[0].ids
+    assert capsys.readouterr().out == f"number{tokenizer.decode(ids)}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--prompt="], "--prompt is empty"),
+        (["--prompt=a", "--step=7"], f"no checkpoint of step 7; there are [{STEPS}]"),
+        (["--prompt=a", "--top_k=3"], "Sampling.temperature = 0.0: expected positive where top_k or top_p is set"),
+        (["--prompt=a", "--max_new=0"], "max_new"),
+    ],
+)
+def test_what_cannot_be_generated_is_told_in_one_line(trained, argv, message, capsys):
+    assert run(generate.main, [f"--run_dir={trained}", *argv], generate.define) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and err.count("\n") == 1
+
+
+def test_the_prompt_may_come_from_standard_input(trained, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("number"))
+    assert run(generate.main, [f"--run_dir={trained}", "--max_new=1"], generate.define) == 0
+    assert capsys.readouterr().out.startswith("number")
+
+
+def test_evaluation_measures_the_checkpoint_once(trained, text, tmp_path, capsys):
+    argv = evaluation(trained, text, tmp_path / "e")
+    assert run(evaluate.main, argv) == 0
+    rows = read_rows(tmp_path / "e" / "results.jsonl")
+    task = Perplexity(source=TextFolder(path=str(text)), windows=3, buckets=2)
+    experiment = read_config(trained)
+    model = load_model(trained, experiment.model)
+    wanted = [row for n in (16, 64) for row in task.measure(LocalModel(model, experiment.data.tokenizer, window=n), n)]
+    assert rows == [{"model": str(trained), "step": STEPS} | row for row in wanted]
+    assert "| bucket last half |" in capsys.readouterr().out
+    assert run(evaluate.main, argv) == 0
+    assert read_rows(tmp_path / "e" / "results.jsonl") == rows
+
+
+def test_evaluation_goes_on_where_it_was_cut(trained, text, tmp_path):
+    argv = evaluation(trained, text, tmp_path)
+    assert run(evaluate.main, argv) == 0
+    results = tmp_path / "results.jsonl"
+    whole = results.read_text()
+    results.write_text("".join(line for line in whole.splitlines(keepends=True) if '"length": 16,' in line))
+    assert run(evaluate.main, argv) == 0
+    assert results.read_text() == whole
+
+
+def test_an_edit_reads_the_parameters_with_another_rope(trained, text, tmp_path):
+    edit = '--config=set:edits=(("model.rope", LinearInterpolation(factor=4.0)),)'
+    assert run(evaluate.main, evaluation(trained, text, tmp_path / "plain")) == 0
+    assert run(evaluate.main, evaluation(trained, text, tmp_path / "edited", edit)) == 0
+    plain, edited = (read_rows(tmp_path / name / "results.jsonl") for name in ("plain", "edited"))
+    assert [row["value"] for row in plain] != [row["value"] for row in edited]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (['--config=set:edits=(("model.rop", None),)'], "Decoder has no field 'rop'"),
+        (['--config=set:edits=(("model.width", 64),)'], "in the checkpoint"),
+        (["--config=set:step=2"], f"no checkpoint of step 2; there are [{STEPS}]"),
+        (["--config=set:lengths=()"], "Evaluation.lengths = (): expected at least one length"),
+        (["--config=set:model=nowhere"], "run folder nowhere: no config.json"),
+        (["--config=set:tasks[0].source.path=nowhere"], "TextFolder.path = 'nowhere': there is no such folder"),
+        (["--config=set:tasks[0].windows=5000"], "Perplexity.windows = 5000: expected at most what the source has"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_told_in_one_line(trained, text, tmp_path, more, message, capsys):
+    assert run(evaluate.main, evaluation(trained, text, tmp_path, *more)) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1

@@ -1,0 +1,189 @@
+"""The decoder's options against each other and against a plain restatement."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lcx.batch import Batch, causal_info
+from lcx.channels.channel import Channel
+from lcx.channels.glu import GLU
+from lcx.mixers.attention import Attention
+from lcx.models.decoder import Decoder, rebuild
+from lcx.models.layer import Layer
+from lcx.models.residual import DeepNorm, Parallel, PreNorm, Residual, Sandwich
+from lcx.norms import LayerNorm, RMSNorm
+from lcx.parts import parts
+from lcx.positions.linear import LinearInterpolation
+from lcx.spec import SpecError, edit
+
+
+def decoder(**options) -> Decoder:
+    mixer = Attention(heads=2, kv_heads=1, head_dim=8)
+    layer = Layer(mixer=mixer, channel=GLU(hidden=24), **options.pop("layer", {}))
+    return Decoder(**({"vocab": 32, "width": 16, "pattern": (layer,), "periods": 2} | options))
+
+
+def batch(rows=2, length=9):
+    tokens = np.random.default_rng(0).integers(0, 32, (rows, length)).astype(np.int32)
+    return Batch(tokens=tokens, info=causal_info(np.ones_like(tokens)))
+
+
+def hidden(spec, given=None, **options):
+    model = spec.build(rngs=nnx.Rngs(0))
+    return jax.jit(lambda model, batch: model(batch, **options)[0])(model, given or batch())
+
+
+def rms(x):
+    return x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-6)
+
+
+def test_restated_with_numpy():
+    """Two pre-norm layers of grouped attention without rotation, and SwiGLU, in float64."""
+    spec = edit(decoder(), "rope", None)
+    model, given = spec.build(rngs=nnx.Rngs(0)), batch()
+    state = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), nnx.to_pure_dict(nnx.state(model)))
+    x, slot = state["embedding"][given.tokens], state["slots"][0]
+    causal = np.tril(np.ones((9, 9), bool))
+    for n in range(2):
+        mixer, channel = ({name: leaf[n] for name, leaf in slot[part].items()} for part in ("mixer", "channel"))
+        y = rms(x)
+        q, k, v = (np.einsum("btm,mhd->bthd", y, mixer[name]) for name in ("query", "key", "value"))
+        scores = np.where(causal, np.einsum("bthd,bsd->bhts", q, k[:, :, 0]) / np.sqrt(8), -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        x = x + np.einsum("bhts,bsd,hdm->btm", weights, v[:, :, 0], mixer["output"])
+        y = rms(x)
+        gate = y @ channel["gate"]
+        x = x + (gate / (1 + np.exp(-gate)) * (y @ channel["up"])) @ channel["down"]
+    np.testing.assert_allclose(hidden(spec), rms(x), atol=1e-5)
+    np.testing.assert_allclose(model.logits(hidden(spec)), rms(x) @ state["embedding"].T, atol=1e-5)
+
+
+def test_residual_forms_by_hand():
+    x = jnp.asarray([1.0, 2.0])
+    mixer, channel, norm = (lambda h: 10 * h), (lambda h: h + 1), (lambda h: h / 2)
+    join = lambda residual: residual.join(x, mixer, channel, [norm] * residual.norms).tolist()
+    assert join(PreNorm()) == [6 + 4, 12 + 7]
+    assert join(Parallel()) == [1 + 5 + 1.5, 2 + 10 + 2]
+    assert join(Sandwich()) == [3.5 + 1.375, 7 + 2.25]
+    assert join(DeepNorm(alpha=2.0)) == [(12 + 7) / 2, (24 + 13) / 2]
+
+
+@pytest.mark.parametrize("cls", parts(Residual))
+def test_residual_gain_scales_the_written_weights(cls):
+    spec = next(iter(cls.examples()))
+    one, other = (decoder(layer={"residual": residual}) for residual in (PreNorm(), spec))
+    first, second = (nnx.to_pure_dict(nnx.state(s.build(rngs=nnx.Rngs(0))))["slots"][0] for s in (one, other))
+    np.testing.assert_allclose(second["mixer"]["output"], first["mixer"]["output"] * spec.gain, rtol=1e-6)
+    np.testing.assert_array_equal(second["mixer"]["query"], first["mixer"]["query"])
+    assert np.isfinite(hidden(other)).all()
+
+
+@pytest.mark.parametrize("norm", [RMSNorm(), RMSNorm(offset=1.0), LayerNorm()])
+def test_norms_in_bfloat16_keep_float32_statistics(norm):
+    x = (np.random.default_rng(0).normal(size=(4, 64)) + 30).astype(np.float32)
+    wide = x - x.mean(-1, keepdims=True) if isinstance(norm, LayerNorm) else x
+    expected = wide / np.sqrt(np.square(wide).mean(-1, keepdims=True) + norm.eps)
+    module = norm.build(64)
+    np.testing.assert_allclose(module(jnp.asarray(x)), expected, atol=1e-4)
+    assert module(jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_pattern_of_periods_is_the_layers_in_order():
+    """Two periods of one layer equal one period of two layers with the same parameters."""
+    deep, wide = decoder(), edit(edit(decoder(), "periods", 1), "pattern", decoder().pattern * 2)
+    source, target = deep.build(rngs=nnx.Rngs(0)), wide.build(rngs=nnx.Rngs(0))
+    held = nnx.to_pure_dict(nnx.state(source))
+    state = nnx.state(target)
+    split = {n: jax.tree.map(lambda leaf, n=n: leaf[n : n + 1], held["slots"][0]) for n in range(2)}
+    nnx.replace_by_pure_dict(state, held | {"slots": split})
+    nnx.update(target, state)
+    np.testing.assert_allclose(target(batch())[0], source(batch())[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"remat": "full"}, {"remat": "dots"}, {"unroll": 2}])
+def test_remat_and_unroll_change_nothing(options):
+    def value_and_gradient(spec):
+        loss = lambda model: jnp.square(model.logits(model(batch())[0])).sum()
+        return jax.jit(jax.value_and_grad(loss))(spec.build(rngs=nnx.Rngs(0)))
+
+    (value, gradient), (other, others) = value_and_gradient(decoder()), value_and_gradient(decoder(**options))
+    np.testing.assert_allclose(value, other, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(others), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(a).max())
+
+
+def test_bfloat16_is_close_and_parameters_stay_float32():
+    spec = decoder(compute="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(spec.build(rngs=nnx.Rngs(0))))} == {np.dtype("float32")}
+    np.testing.assert_allclose(hidden(spec).astype(jnp.float32), hidden(decoder()), atol=0.1)
+
+
+def test_heads_and_soft_cap():
+    tied, untied = decoder(), decoder(head="untied", logit_softcap=2.0)
+    model = untied.build(rngs=nnx.Rngs(0))
+    x = jnp.ones((3, 16)) * 5
+    np.testing.assert_allclose(model.logits(x), 2 * np.tanh(x @ model.head[...] / 2), atol=1e-5)
+    count = lambda spec: sum(leaf.size for leaf in jax.tree.leaves(nnx.state(spec.build(rngs=nnx.Rngs(0)))))
+    assert count(untied) - count(tied) == 16 * 32
+
+
+def test_embeds_replace_negative_tokens():
+    given = batch()
+    spec, model = decoder(), decoder().build(rngs=nnx.Rngs(0))
+    table = np.asarray(model.embedding[...])
+    tokens = np.where(np.arange(9) % 2 == 0, -1, given.tokens)
+    mixed = Batch(tokens=tokens, info=given.info, embeds=table[given.tokens])
+    np.testing.assert_allclose(hidden(spec, mixed), hidden(spec, given), atol=1e-6)
+
+
+def test_upto_gives_the_stream_between_layers():
+    spec, model = decoder(), decoder().build(rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(hidden(spec, upto=0), model.embedding[...][batch().tokens], atol=1e-6)
+    np.testing.assert_allclose(model.final_norm(hidden(spec, upto=2)), hidden(spec), atol=1e-6)
+    with pytest.raises(ValueError, match="upto = 3: expected a multiple of 1 from 0 to 2"):
+        model(batch(), upto=3)
+    with pytest.raises(ValueError, match="upto needs state=None"):
+        model(batch(), model.init_state(2, 9), upto=1)
+
+
+def test_rebuild_keeps_parameters_and_refuses_others():
+    model = decoder().build(rngs=nnx.Rngs(0))
+    far = rebuild(model, edit(decoder(), "rope", LinearInterpolation(factor=4.0)))
+    assert not np.allclose(far(batch())[0], model(batch())[0], atol=1e-3)
+    np.testing.assert_array_equal(far.embedding[...], model.embedding[...])
+    with pytest.raises(SpecError, match="other parameters"):
+        rebuild(model, edit(decoder(), "head", "untied"))
+
+
+def test_program_does_not_grow_with_depth():
+    def size(periods):
+        model = nnx.eval_shape(lambda: decoder(periods=periods).build(rngs=nnx.Rngs(0)))
+        return len(jax.jit(lambda model: model(batch())[0]).lower(model).as_text())
+
+    assert size(16) < 1.02 * size(4)
+
+
+def test_impossible_decoders_are_refused():
+    with pytest.raises(SpecError, match=r"Attention\.heads = 3: expected a multiple of kv_heads = 2"):
+        Attention(heads=3, kv_heads=2, head_dim=8)
+    with pytest.raises(SpecError, match=r"Decoder\.unroll = 3"):
+        decoder(unroll=3)
+
+
+def test_every_channel_mixes_one_token_at_a_time():
+    from lcx.mixers.mixer import Inherited
+    from lcx.parallel.rules import Rules
+
+    inherited = Inherited(width=16, depth=1, rope=None, compute="float32", rules=Rules())
+    for cls in parts(Channel):
+        for spec in cls.examples():
+            module = spec.build(inherited, rngs=nnx.Rngs(0))
+            x = jax.random.normal(jax.random.key(0), (2, 5, 16))
+            y, aux = module(x, jnp.zeros((2, 5), jnp.int32))
+            changed, _ = module(x.at[:, 2].add(1.0), jnp.zeros((2, 5), jnp.int32))
+            assert y.shape == x.shape and isinstance(aux, dict)
+            differs = np.abs(np.asarray(changed - y)).max(axis=(0, 2)) > 0
+            assert differs.tolist() == [False, False, True, False, False]

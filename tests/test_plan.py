@@ -1,0 +1,100 @@
+"""The figures of a plan agree with arrays that are really made, by hand-derived counts and by the compiler."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from experiments import plan
+from experiments.program import run
+from lcx.parallel.mesh import MeshSpec
+from lcx.plan import activation_bytes, compiled, figures, step_on
+from lcx.positions.rope import Rope
+from lcx.spec import edit, edits
+from lcx.support_table import base
+
+ROOT = Path(__file__).parents[1]
+
+
+def nbytes(tree):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def test_parameters_and_bytes_are_those_of_the_state_that_training_makes():
+    experiment = edit(base(), "mesh", MeshSpec(fsdp=2, tensor=2))
+    state = step_on(experiment, experiment.mesh.build()).init()
+    found = figures(experiment)
+    assert found["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    assert found["parameter bytes"] == nbytes(state.params)
+    assert found["optimizer bytes"] == nbytes(state.optimizer)
+    on_first = lambda tree: sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+    held = 2 * on_first(state.params) + on_first(state.optimizer)
+    assert found["parameter, gradient, optimizer bytes a device"] == held
+    assert found["  of them embeddings"] == 264 * 32
+
+
+def test_flops_of_both_conventions_by_hand():
+    """One layer, 2 heads of 16, width 32, hidden 32, 4 rows of 64, tied head of 264 rows."""
+    found = figures(base())
+    matrices = 4 * 32 * 32 + 3 * 32 * 32 + 264 * 32
+    visible, every = 4 * 64 * 65 // 2, 4 * 64 * 64
+    pair = 2 * 2 * (16 + 16)
+    assert found["training FLOPs a step, visible pairs only"] == 3 * (256 * 2 * matrices + visible * pair)
+    assert found["training FLOPs a step, all pairs"] == 3 * (256 * 2 * matrices + every * pair)
+    assert found["tokens a step"] == 256
+
+
+def test_wavelengths_by_hand():
+    text = figures(edit(base(), "model.rope", Rope(base=10_000.0)))["rope of pattern[0], Rope"]
+    assert text == "8 pairs, wavelengths 6.283 to 1.987e+04 tokens, 3 turn within 64, attention factor 1"
+
+
+def test_activations_grow_with_rows_and_shrink_with_rematerialisation_and_accumulation():
+    whole = activation_bytes(edit(base(), "data.batch_size", 8))
+    half = activation_bytes(base())
+    assert 1.9 * half < whole <= 2.1 * half
+    assert activation_bytes(edits(base(), [("data.batch_size", 8), ("accumulation", 2)])) == half
+    deep = edit(base(), "model.periods", 4)
+    assert activation_bytes(edit(deep, "model.remat", "full")) < activation_bytes(deep) / 2
+
+
+def test_compiled_bytes_cover_the_state():
+    experiment = edit(base(), "mesh", MeshSpec(fsdp=2))
+    found, held = compiled(experiment, jax.devices()), figures(experiment)
+    assert found["compiled for"].startswith("2 x ")
+    state = held["parameter, gradient, optimizer bytes a device"] - held["gradient bytes"] // 2
+    assert state < found["argument bytes a device"] < 1.5 * state
+    assert found["total bytes a device"] > found["argument bytes a device"]
+
+
+def test_the_support_table_is_printed(capsys):
+    assert run(plan.main, ["--support"], plan.define) == 0
+    assert "| mask: Window " in capsys.readouterr().out
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the tpu extra is installed")
+def test_without_the_compiler_the_message_names_the_extra(capsys):
+    argv = ["--config=config:recipes.quick_text.quick", "--topology=v5e:1x1"]
+    assert run(plan.main, argv, plan.define) == 2
+    assert "plan: --topology=v5e:1x1 needs the TPU compiler: install the `tpu` extra" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the tpu extra")
+@pytest.mark.parametrize(
+    ("extra", "status", "message"),
+    [
+        (["--config=set:mesh.context=4", "--topology=v5e:2x2"], 0, "4 x TPU v5 lite"),
+        (["--topology=v5e:2x2"], 2, "mesh = 1 devices: expected the 4 of --topology=v5e:2x2"),
+        (["--topology=v5e:banana"], 2, "expected one such as v5e:16x16"),
+    ],
+)
+def test_the_tpu_compiler_compiles_the_step(extra, status, message, tmp_path):
+    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-m", "experiments.plan", "--config=config:recipes.quick_text.quick(width=64)", *extra]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == status, done.stderr
+    assert message in (done.stderr if status else done.stdout)

@@ -1,0 +1,186 @@
+"""Whole configs are refused with the field that is wrong, and what is not refused equals the unsharded float32 reference."""
+
+import functools
+import random
+import re
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from lcx.batch import Batch, causal_info
+from lcx.data.recall import Needles
+from lcx.data.sources import TextFolder
+from lcx.mixers.short_convolution import ShortConvolution
+from lcx.parallel.mesh import MeshSpec
+from lcx.parts import parts
+from lcx.plan import step_on
+from lcx.positions.frequencies import FrequencyRule
+from lcx.spec import SpecError, edit, edits
+from lcx.support import RULES, broken, validate
+from lcx.support_table import base, kinds, refusal, support_table
+
+LAYER = "model.pattern[0]"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ([("mesh", MeshSpec(tensor=4))], "model.pattern[0].mixer.heads = 2: expected a multiple of 4 (mesh.tensor 4)"),
+        (
+            [("mesh", MeshSpec(tensor=4)), (f"{LAYER}.mixer.heads", 4)],
+            "model.pattern[0].mixer.kv_heads = 2: expected a multiple of 4 (mesh.tensor 4)",
+        ),
+        (
+            [("mesh", MeshSpec(tensor=2)), (f"{LAYER}.channel.hidden", 33)],
+            "model.pattern[0].channel.hidden = 33: expected a multiple of 2 (mesh.tensor 2)",
+        ),
+        ([("mesh", MeshSpec(fsdp=4)), ("model.width", 34)], "model.width = 34: expected a multiple of 4 (mesh.fsdp 4)"),
+        (
+            [("mesh", MeshSpec(fsdp=2, context=3)), ("model.rules.width", ("fsdp", "context")), ("data.length", 66)],
+            "model.width = 32: expected a multiple of 6 (mesh.fsdp 2 * mesh.context 3)",
+        ),
+        ([("mesh", MeshSpec(tensor=2)), ("model.vocab", 263)], "model.vocab = 263: expected a multiple of 2 (mesh.tensor 2)"),
+        ([("mesh", MeshSpec(context=3))], "data.length = 64: expected a multiple of 3 (mesh.context 3)"),
+        ([("mesh", MeshSpec(data=2, fsdp=4))], "data.batch_size = 4: expected a multiple of 8 (mesh.data 2 * mesh.fsdp 4)"),
+        ([("accumulation", 3)], "data.batch_size = 4: expected a multiple of 3 (accumulation 3)"),
+        (
+            [("mesh", MeshSpec(context=2)), ("model.rules.sequence", ())],
+            "mesh.context = 2: expected 1, since model.rules give the axis nothing to shard",
+        ),
+        ([("model.vocab", 258)], "model.vocab = 258: expected at least the 259 ids of data.tokenizer"),
+        ([("data.length", 2**24 + 1)], "data.length = 16777217: expected at most 2^24"),
+        (
+            [("data.length", 16), ("data.mixture[0].rows", Needles())],
+            "data.mixture[0].rows does not fit data.length: Needles: length = 16: expected at least",
+        ),
+        ([(f"{LAYER}.mixer.head_dim", 5)], "model.pattern[0].mixer.head_dim = 5 does not fit its rope: Rope.rotary"),
+    ],
+)
+def test_each_rule_names_the_field_the_value_and_what_is_accepted(changes, message):
+    experiment = edits(base(), changes)
+    with pytest.raises(SpecError, match=re.escape(message)):
+        validate(experiment)
+
+
+def test_each_rule_is_broken_by_something_and_the_base_breaks_none():
+    wrong = edits(
+        base(),
+        [
+            ("mesh", MeshSpec(context=3, tensor=5)),
+            ("model.rules.heads", ()),
+            ("model.rules.kv_heads", ()),
+            ("model.rules.hidden", ()),
+            ("model.rules.vocab", ()),
+            ("model.rules.width", ("context",)),
+            ("model.vocab", 7),
+            ("data.length", 2**24 + 3),
+            ("data.batch_size", 3),
+            ("accumulation", 2),
+            (f"{LAYER}.mixer.head_dim", 5),
+            (f"{LAYER}.mixer.mask", kinds()["mask"].variants["Hide"]),
+        ],
+    )
+    short = edits(base(), [("data.length", 16), ("data.mixture[0].rows", Needles())])
+    assert [name for name, rule in RULES.items() if not [*rule(wrong), *rule(short)]] == []
+    assert list(broken(base())) == []
+
+
+def test_devices_are_counted_only_when_they_are_known():
+    experiment = edit(base(), "mesh", MeshSpec(data=4))
+    validate(experiment)
+    validate(experiment, 4)
+    with pytest.raises(SpecError, match="mesh = data 4 = 4 devices: expected at most the 3 there are"):
+        validate(experiment, 3)
+
+
+def test_data_that_are_not_there_are_refused_before_the_run_starts():
+    experiment = edit(base(), "data.mixture[0].rows.source", TextFolder(path="nowhere"))
+    validate(experiment)
+    with pytest.raises(SpecError, match=r"data.mixture\[0\].rows.source: TextFolder.path = 'nowhere': there is no such folder"):
+        validate(experiment, 1)
+
+
+def test_a_rule_of_parameters_catches_what_no_field_names():
+    """A part whose parameter shape follows from no field of a known name is still refused before devices are needed."""
+    experiment = edits(base(), [("mesh", MeshSpec(fsdp=2)), ("model.rules.layers", ("fsdp",)), ("model.rules.width", ())])
+    with pytest.raises(SpecError, match="does not divide over mesh"):
+        validate(experiment)
+
+
+def test_the_table_knows_every_part():
+    for kind in ("mask", "mixer", "packing"):
+        assert kinds()[kind].variants.keys() >= {cls.__name__ for cls in parts(_base_of(kind)) if cls.examples()}
+    assert kinds()["rope"].variants.keys() == {cls.__name__ for cls in parts(FrequencyRule)} | {"none"}
+    table = support_table()
+    assert all(f"| {name}: {variant} " in table for name, kind in kinds().items() for variant in kind.variants)
+    assert "not Hide (1)" in table and "(1) model.pattern[0].mixer.mask = Hide" in table
+
+
+def _base_of(kind):
+    return next(iter(kinds()[kind].variants.values())).__class__.__mro__[1]
+
+
+def test_a_choice_without_a_field_is_no_combination():
+    with pytest.raises(LookupError):
+        refusal(("mixer", "ShortConvolution"), ("mask", "Window"))
+
+
+def packed_batch(rows, length, vocab, seed):
+    """Several documents a row, padding on both sides."""
+    draw = np.random.default_rng(seed)
+    tokens = draw.integers(0, vocab, (rows, length + 1), dtype=np.int32)
+    cuts = np.sort(draw.integers(1, length - 1, (rows, 3)), axis=1)
+    segments = (np.arange(length) >= cuts[..., None]).sum(axis=1) + 1
+    segments[0, :5] = 0
+    segments[-1, -7:] = 0
+    weights = (draw.random((rows, length)) < 0.8) * (segments != 0)
+    info = jax.tree.map(np.asarray, causal_info(segments))
+    return Batch(tokens=tokens[:, :-1], targets=tokens[:, 1:], loss_weights=weights.astype(np.float32), info=info)
+
+
+@functools.cache
+def parameters():
+    """Of the base model with a convolution; no other choice of the table adds or changes one."""
+    model = edit(base().model, "embed_mixer", ShortConvolution()).build(rngs=nnx.Rngs(0))
+    return nnx.to_pure_dict(nnx.state(model))
+
+
+def totals(experiment, batch):
+    """(sums, gradient over its largest entry) of the experiment on its mesh."""
+    step = step_on(experiment, experiment.mesh.build())
+    params = jax.device_put(parameters(), step.shardings.params)
+    with jax.set_mesh(step.mesh):
+        gradient, sums = jax.jit(step.totals)(params, batch, jax.random.key(0))
+    return jax.device_get((sums, gradient))
+
+
+COMBINED = [pytest.param(seed, marks=pytest.mark.slow if seed >= 2 else ()) for seed in range(30)]
+
+
+@pytest.mark.parametrize("seed", COMBINED)
+def test_what_is_not_refused_equals_the_dense_reference(seed):
+    draw = random.Random(seed)
+    choices = {name: draw.choice(list(kind.variants)) for name, kind in kinds().items()}
+    choices["mixer"] = "Attention"
+    sizes = dict.fromkeys(draw.sample(["data", "fsdp", "context", "tensor"], 2), 2)
+    if choices["mask"] == "Hide":
+        assert "hides roles" in refusal(*choices.items())
+        return
+    assert refusal(*choices.items()) is None
+    changes = [(kinds()[name].field, kinds()[name].variants[choice]) for name, choice in choices.items()]
+    experiment = edits(base(), [*changes, ("model.embed_mixer", ShortConvolution()), ("mesh", MeshSpec(**sizes))])
+    validate(experiment, jax.device_count())
+    batch = packed_batch(4, 64, 259, seed)
+    reference = edits(experiment, [(f"{LAYER}.mixer.backend", "reference"), ("mesh", MeshSpec())])
+    (sums, gradient), (wanted, wanted_gradient) = totals(experiment, batch), totals(reference, batch)
+    for name, value in wanted.items():
+        np.testing.assert_allclose(sums[name], value, rtol=1e-5, err_msg=f"{choices} {sizes} {name}")
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted_gradient))
+
+    def close(path, found, leaf):
+        allowed = 1e-5 * max(np.abs(leaf).max(), 0.01 * largest)
+        assert np.abs(found - leaf).max() <= allowed, (choices, sizes, path)
+
+    jax.tree_util.tree_map_with_path(close, gradient, wanted_gradient)

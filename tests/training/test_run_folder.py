@@ -1,0 +1,76 @@
+"""A run folder keeps to one config, and the run is repeated from it alone."""
+
+import json
+
+import pytest
+
+from lcx.config import build, loads
+from lcx.positions.rope import Rope
+from lcx.positions.yarn import YaRN
+from lcx.spec import SpecError, fingerprint
+from lcx.training.run_folder import open_run, read_config
+
+
+def test_a_new_folder_holds_config_text_and_environment(tmp_path):
+    folder = open_run(tmp_path / "a" / "run", Rope(base=5e5))
+    assert read_config(folder) == Rope(base=5e5)
+    assert build(loads((folder / "config.json").read_text())) == Rope(base=5e5)
+    assert "base = 500000.0" in (folder / "config.txt").read_text()
+    start = json.loads((folder / "starts.jsonl").read_text())
+    assert start["fingerprint"] == fingerprint(Rope(base=5e5))
+    assert start["devices"]["platform"] == "cpu"
+    assert start["packages"]["jax"].count(".") == 2
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_the_same_config_comes_again(tmp_path):
+    for _ in range(2):
+        open_run(tmp_path, Rope())
+    assert len((tmp_path / "starts.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("other", [Rope(base=2.0), YaRN(factor=2.0, original_length=8)])
+def test_two_configs_are_not_mixed(tmp_path, other):
+    open_run(tmp_path, Rope())
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(SpecError) as error:
+        open_run(tmp_path, other)
+    message = str(error.value)
+    assert fingerprint(Rope()) in message and fingerprint(other) in message
+    assert ("base: 10000.0 against 2.0" in message) or ("'Rope' against 'YaRN'" in message)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_what_the_identity_leaves_out_may_change_and_is_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(Rope, "identity", lambda self: {"base": self.base}, raising=False)
+    open_run(tmp_path, Rope())
+    open_run(tmp_path, Rope(rotary=0.5))
+    assert read_config(tmp_path) == Rope(rotary=0.5)
+    assert json.loads((tmp_path / "starts.jsonl").read_text().splitlines()[1])["changed"] == "rotary: 1.0 against 0.5"
+    with pytest.raises(SpecError, match="base"):
+        open_run(tmp_path, Rope(base=2.0))
+
+
+def test_other_folders_are_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SpecError, match=r"holds files but no config\.json"):
+        open_run(tmp_path, Rope())
+    with pytest.raises(SpecError, match="is a file"):
+        open_run(tmp_path / "notes.txt", Rope())
+    with pytest.raises(SpecError, match=r"no config\.json"):
+        read_config(tmp_path / "nowhere")
+
+
+def test_a_folder_of_another_version_is_refused(tmp_path):
+    open_run(tmp_path, Rope())
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace('"Rope"', '"Roper"'))
+    with pytest.raises(SpecError, match="not a config of this version"):
+        open_run(tmp_path, Rope())
+
+
+def test_a_start_that_was_cut_off_before_its_config_can_start_again(tmp_path):
+    open_run(tmp_path, Rope())
+    (tmp_path / "config.json").rename(tmp_path / "config.json.tmp")
+    open_run(tmp_path, Rope(base=2.0))
+    assert read_config(tmp_path) == Rope(base=2.0)
