@@ -47,7 +47,7 @@ def attention(
     """Returns (out, lse) in float32. Differentiable in q, k and v, with cotangents for both; tokens get no gradient."""
     if q.shape[1] == 0 or k.shape[1] == 0:
         return jnp.zeros((*q.shape[:-1], v.shape[-1])), jnp.full(q.shape[:-1], -jnp.inf)
-    return _attention(plan(q.shape, k.shape, mask, scale, softcap), q, k, v, q_tokens, k_tokens)
+    return planned(plan(q.shape, k.shape, mask, scale, softcap), q, k, v, q_tokens, k_tokens)
 
 
 def plan(q_shape: tuple[int, ...], k_shape: tuple[int, ...], mask: Mask, scale: float, softcap: float | None) -> Plan:
@@ -68,7 +68,8 @@ def plan(q_shape: tuple[int, ...], k_shape: tuple[int, ...], mask: Mask, scale: 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(plan, q, k, v, q_tokens, k_tokens):
+def planned(plan, q, k, v, q_tokens, k_tokens):
+    """`attention` with the sizes of `plan`."""
     return _forward(plan, q, k, v, q_tokens, k_tokens)
 
 
@@ -161,7 +162,7 @@ def _backward_group(plan, queries, keys):
     return dq.swapaxes(-1, -2), dk, dv
 
 
-_attention.defvjp(_save, _backward)
+planned.defvjp(_save, _backward)
 
 
 def _scaled(plan, q):
