@@ -13,6 +13,7 @@ from lcx.attention.mask import Causal, Mask
 from lcx.attention.sharded import sharded_attend
 from lcx.batch import Batch
 from lcx.cache.dense import DenseCache, DenseState
+from lcx.linear import linear
 from lcx.mixers.mixer import Inherited, Mixer, MixerModule, residual_gain, weight
 from lcx.norms import RMSNorm
 from lcx.parallel.rules import shard
@@ -103,7 +104,7 @@ class AttentionModule(MixerModule):
         else:
             state = spec.cache.append(state, k, v, info, frequencies)
             out, _ = spec.cache.attend(state, q, info, frequencies=frequencies, **options)
-        y = jnp.einsum("bthd,hdm->btm", out.astype(x.dtype), self.output[...].astype(x.dtype))
+        y = linear(out.astype(x.dtype), self.output[...], contracted=2)
         if self.output_bias is not None:
             y = y + self.output_bias[...].astype(x.dtype)
         return shard(y, rules, "batch", "sequence", None), state, {}
@@ -114,7 +115,7 @@ class AttentionModule(MixerModule):
         return spec.cache.init(batch_size, length, spec.kv_heads, spec.head_dim, spec.head_dim, dtype)
 
     def _project(self, x, matrix, bias, norm, heads):
-        y = jnp.einsum("btm,mhd->bthd", x, matrix[...].astype(x.dtype))
+        y = linear(x, matrix[...])
         if bias is not None:
             y = y + bias[...].astype(x.dtype)
         if norm is not None:
