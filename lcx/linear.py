@@ -12,7 +12,8 @@ def linear(x: Float[Array, "..."], matrix: Float[Array, "..."], *, contracted: i
     """[*tokens, *inputs] by [*inputs, *outputs] over `contracted` input axes, in the precision of `x`.
 
     On one device the tokens are one flat axis: XLA's CPU backend then forms the weight gradient without transposing the
-    cotangents element by element (2.3 times faster for a gated layer). On a mesh the token axes stay apart, as they are sharded.
+    cotangents element by element (a gated layer is 2.3 times faster). On a mesh the token axes stay apart, as they are
+    sharded.
     """
     matrix = matrix.astype(x.dtype)
     if ambient_mesh() is not None:

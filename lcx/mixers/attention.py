@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -12,7 +12,8 @@ from lcx.attention.attend import Backend
 from lcx.attention.mask import Causal, Mask
 from lcx.attention.sharded import sharded_attend
 from lcx.batch import Batch
-from lcx.cache.dense import DenseCache, DenseState
+from lcx.cache.cache import Cache
+from lcx.cache.dense import DenseCache
 from lcx.linear import linear
 from lcx.mixers.mixer import Inherited, Mixer, MixerModule, residual_gain, weight
 from lcx.norms import RMSNorm
@@ -38,7 +39,7 @@ class Attention(Mixer):
     bias: Literal["none", "qkv", "all"] = "none"
     scale: float | None = None
     softcap: float | None = None
-    cache: DenseCache = DenseCache()
+    cache: Cache = DenseCache()
     backend: Backend = "auto"
 
     def validate(self):
@@ -83,12 +84,12 @@ class AttentionModule(MixerModule):
         rule = self.inherited.rope if self.spec.rope == "model" else self.spec.rope
         return rule.frequencies(self.spec.head_dim, length) if isinstance(rule, FrequencyRule) else None
 
-    def __call__(self, x: Float[Array, "B T M"], batch: Batch, state: DenseState | None = None):
+    def __call__(self, x: Float[Array, "B T M"], batch: Batch, state: Any = None):
         spec, rules, info = self.spec, self.inherited.rules, batch.info
         q = self._project(x, self.query, self.query_bias, self.query_norm, "heads")
         k = self._project(x, self.key, self.key_bias, self.key_norm, "kv_heads")
         v = self._project(x, self.value, self.value_bias, None, "kv_heads")
-        frequencies = self.frequencies(x.shape[1] if state is None else state.k.shape[1])
+        frequencies = self.frequencies(x.shape[1] if state is None else spec.cache.length(state))
         if frequencies is not None:
             q = rotate(q, info.positions, frequencies).astype(x.dtype)
         options = {
