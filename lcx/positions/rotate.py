@@ -5,7 +5,6 @@ a position, is split on the host into parts of 12 bits, the position into two of
 tiny) and is reduced modulo one turn before anything is added. Measured: under 1e-5 turns at 4,000,000 and at 2**24.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -31,18 +30,11 @@ def turns(positions: Float[Array, "B T P"], frequencies: Frequencies) -> Float[A
     return _fraction(total)
 
 
-def cosine_and_sine(
-    positions: Float[Array, "B T P"], frequencies: Frequencies
-) -> tuple[Float[Array, "B T C"], Float[Array, "B T C"]]:
-    """Cosine and sine of every angle, times the factor. Kept apart from their use, or XLA computes them anew for each head."""
-    angle = (2 * jnp.pi) * turns(jax.lax.stop_gradient(positions), frequencies)
-    return jax.lax.optimization_barrier((jnp.cos(angle) * frequencies.factor, jnp.sin(angle) * frequencies.factor))
-
-
 def rotate(x: Float[Array, "B T H D"], positions: Float[Array, "B T P"], frequencies: Frequencies) -> Float[Array, "B T H D"]:
     """Rotates the first 2C channels of each head by its position; the result is float32."""
     x = x.astype(jnp.float32)
-    cosine, sine = (table[:, :, None] for table in cosine_and_sine(positions, frequencies))
+    angle = (2 * jnp.pi) * turns(positions, frequencies)[:, :, None]
+    cosine, sine = jnp.cos(angle) * frequencies.factor, jnp.sin(angle) * frequencies.factor
     pairs = len(frequencies.inv_freq)
     if frequencies.pairing == "half":
         first, second = x[..., :pairs], x[..., pairs : 2 * pairs]
