@@ -29,6 +29,6 @@ def toy(width: int = 128, layers: int = 2) -> Decoder:
             ),
         ),
         periods=layers,
-        unroll=layers,
+        unroll="all",
         embed_mixer=ShortConvolution(taps=4),
     )

@@ -63,7 +63,7 @@ def lcx_step(shape: Shape) -> tuple[Callable[[], float], int]:
 
     mixer = Attention(heads=shape.heads, kv_heads=shape.heads, head_dim=shape.width // shape.heads)
     layer = Layer(mixer=mixer, channel=GLU(hidden=shape.hidden))
-    model = Decoder(vocab=shape.vocab, width=shape.width, pattern=(layer,), periods=shape.layers, unroll=shape.layers)
+    model = Decoder(vocab=shape.vocab, width=shape.width, pattern=(layer,), periods=shape.layers, unroll="all")
     step = TrainStep(
         model=model,
         objective=LanguageModeling(),
