@@ -1,0 +1,40 @@
+"""A shipped folder gives back the parameters that were exported, and refuses a model that is another."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs.models import byte
+from lcx.spec import SpecError, edit
+from lcx.training import shipped
+from lcx.training.checkpoint import latest, load_model
+
+SPEC = byte.toy(width=32, layers=1)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("config.json", "config.txt", "metrics.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    size = shipped.export(SPEC.build(rngs=nnx.Rngs(3)), 7, tmp_path, tmp_path / "out")
+    assert size == (tmp_path / "out" / shipped.WEIGHTS).stat().st_size < 4e6
+    return tmp_path / "out"
+
+
+def test_parameters_come_back(folder):
+    assert latest(folder) == 7
+    given, wanted = (nnx.state(m) for m in (load_model(folder, SPEC), SPEC.build(rngs=nnx.Rngs(3))))
+    for a, b in zip(jax.tree.leaves(given), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_other_parameters_are_refused(folder):
+    with pytest.raises(SpecError, match=r"parameter head is absent in the file, \(32, 264\) in the model"):
+        load_model(folder, edit(SPEC, "head", "untied"))
+
+
+def test_a_model_is_a_folder_or_a_name(folder):
+    assert shipped.run_folder(folder) == folder
+    with pytest.raises(SpecError, match="model 'nobody': no such run folder, nor a shipped model"):
+        shipped.run_folder("nobody")
