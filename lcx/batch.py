@@ -72,7 +72,7 @@ class Batch:
 def causal_info(segments: Int[AnyArray, "B T"], start: Int[AnyArray, "B"] | None = None) -> TokenInfo:
     """TokenInfo of ordinary causal text: index restarts in every run of one segment; order and positions are the index.
 
-    `start [B]` is the index of each row's first non-padding token (continuation of a prompt); default 0.
+    `start [B]` is the index of each row's first non-padding token, whose segment then continues a prompt; default 0.
     Padding (segment 0) may stand anywhere; its index is 0 and it is never visible. Works on NumPy and JAX arrays.
     """
     segments = jnp.asarray(segments, jnp.int32)
@@ -82,5 +82,6 @@ def causal_info(segments: Int[AnyArray, "B T"], start: Int[AnyArray, "B"] | None
     first = jax.lax.cummax(jnp.where(begins, column, 0), axis=1)
     index = jnp.where(real, column - first, 0)
     if start is not None:
-        index = jnp.where(real, index + jnp.asarray(start, jnp.int32)[:, None], 0)
+        continued = real & (first == jnp.argmax(real, axis=1, keepdims=True))
+        index = index + jnp.where(continued, jnp.asarray(start, jnp.int32)[:, None], 0)
     return TokenInfo(index=index, order=index, positions=index[..., None].astype(jnp.float32), segments=segments)

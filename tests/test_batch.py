@@ -13,5 +13,6 @@ def test_index_restarts_in_every_document():
 
 
 def test_start_continues_a_prompt():
-    info = causal_info(np.asarray([[0, 1, 1], [1, 1, 0]]), start=np.asarray([7, 2]))
-    assert info.index.tolist() == [[0, 7, 8], [2, 3, 0]]
+    segments = np.asarray([[0, 1, 1, 0], [1, 1, 2, 2], [0, 0, 0, 0]])
+    info = causal_info(segments, start=np.asarray([7, 2, 5]))
+    assert info.index.tolist() == [[0, 7, 8, 0], [2, 3, 0, 1], [0, 0, 0, 0]]

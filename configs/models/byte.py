@@ -29,5 +29,6 @@ def toy(width: int = 128, layers: int = 2) -> Decoder:
             ),
         ),
         periods=layers,
+        unroll="all",
         embed_mixer=ShortConvolution(taps=4),
     )

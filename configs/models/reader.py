@@ -1,8 +1,13 @@
-"""The reader: a byte model that retrieves, shipped with the package. Cache and memory ablations stand on it.
+"""The reader: a byte model that is to retrieve within its window of 512. Cache and memory ablations will stand on it.
 
-python -m experiments.train --config=config:models.reader.train --run_dir=runs/reader
-python -m experiments.evaluate --config='config:models.reader.evaluate(model="runs/reader")' --run_dir=runs/reader-evaluation
-python -m experiments.convert --run_dir=runs/reader --to=lcx/assets/reader
+    python -m experiments.train --config=config:models.reader.train --run_dir=runs/reader
+    python -m experiments.evaluate --config='config:models.reader.evaluate(model="runs/reader")' --run_dir=runs/reader-evaluation
+    python -m experiments.convert --run_dir=runs/reader --to=lcx/assets/reader
+
+Not shipped yet. Measured (2,400 steps, 0.67 M parameters, in two parts on a busy machine): passkey exact match 0.995 at 256 and at
+512 over five depths (200 examples each), 1.00 greedy, 1.00 in held-out code; held-out code 1.24 nats a byte at 512. Multi-key among
+eight needles 0.12, which is one in eight: it copies a value, but not that of the key, which stands beyond the four taps of its
+convolution.
 """
 
 from fiddle.experimental.auto_config import auto_config

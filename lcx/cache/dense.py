@@ -1,8 +1,7 @@
 """The dense cache: every key and value of the row, in a preallocated array, one slot a token.
 
-Each row fills its own slots in order; padding consumes none. A key is stored `rotated` when its angle never changes after it
-is written, else `raw` and rotated on read. Tokens that find no slot are counted in `overflow`, never dropped unseen: whoever
-drives the cache checks it.
+Each row fills its own slots in order. A key is stored `rotated` when its angle never changes after it is written, else `raw`
+and rotated on read. Whoever drives the cache checks `overflow`.
 """
 
 import dataclasses
@@ -13,12 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lcx.attention.attend import attend
-from lcx.attention.mask import Mask
 from lcx.batch import PADDING, TokenInfo
-from lcx.positions.frequencies import Frequencies
+from lcx.cache.cache import Cache
 from lcx.positions.rotate import rotate
 from lcx.record import record
-from lcx.spec import Spec
 
 
 @record
@@ -33,15 +30,12 @@ class DenseState:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DenseCache(Spec):
+class DenseCache(Cache):
     """keys: whether slots hold rotated or raw keys."""
 
     keys: Literal["rotated", "raw"] = "rotated"
 
-    def init(
-        self, batch_size: int, length: int, kv_heads: int, head_dim: int, value_dim: int, dtype, axes: int = 1
-    ) -> DenseState:
-        """An empty cache of `length` slots a row, for tokens with `axes` position axes."""
+    def init(self, batch_size, length, kv_heads, head_dim, value_dim, dtype, axes=1):
         empty = jnp.zeros((batch_size, length), jnp.int32)
         info = TokenInfo(
             index=empty,
@@ -58,21 +52,16 @@ class DenseCache(Spec):
             overflow=empty[:, 0],
         )
 
-    def append(
-        self,
-        state: DenseState,
-        k: Float[Array, "B T K D"],
-        v: Float[Array, "B T K E"],
-        info: TokenInfo,
-        frequencies: Frequencies | None,
-    ) -> DenseState:
-        """Writes the non-padding tokens of a chunk after those already there; `k` comes raw."""
+    def length(self, state):
+        return state.k.shape[1]
+
+    def append(self, state, k, v, info, frequencies):
         if self.keys == "rotated" and frequencies is not None:
             k = rotate(k, info.positions, frequencies)
         if info.roles is None:
             info = dataclasses.replace(info, roles=jnp.zeros_like(info.index))
         real = info.segments != PADDING
-        length = state.k.shape[1]
+        length = self.length(state)
         slot = state.used[:, None] + jnp.cumsum(real, axis=1) - 1
         slot = jnp.where(real, slot, length)  # out of range: dropped by the scatter
         row = jnp.arange(k.shape[0])[:, None]
@@ -86,26 +75,13 @@ class DenseCache(Spec):
             overflow=state.overflow + jnp.maximum(count - length, 0),
         )
 
-    def read(self, state: DenseState, frequencies: Frequencies | None) -> tuple[Array, Array, TokenInfo]:
-        """(rotated k, v, info) of every slot; empty slots have segment 0."""
+    def read(self, state, frequencies):
         k = state.k
         if self.keys == "raw" and frequencies is not None:
             k = rotate(k, state.info.positions, frequencies).astype(k.dtype)
         return k, state.v, state.info
 
-    def attend(
-        self,
-        state: DenseState,
-        q: Float[Array, "B T H D"],
-        q_info: TokenInfo,
-        *,
-        mask: Mask,
-        scale: float,
-        frequencies: Frequencies | None,
-        softcap: float | None = None,
-        backend: str = "auto",
-    ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
-        """Attention of rotated queries, already appended, to every slot."""
+    def attend(self, state, q, q_info, *, mask, scale, frequencies, softcap=None, backend="auto"):
         k, v, info = self.read(state, frequencies)
         return attend(q, k, v, q_info, info, mask=mask, scale=scale, softcap=softcap, backend=backend)
 

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from lcx.channels.channel import Channel
+from lcx.linear import linear
 from lcx.mixers.mixer import Inherited, residual_gain, weight
 from lcx.parallel.rules import shard
 
@@ -52,5 +53,5 @@ class GLUModule(nnx.Module):
 
 
 def _affine(x, matrix, bias):
-    y = x @ matrix[...].astype(x.dtype)
+    y = linear(x, matrix[...])
     return y if bias is None else y + bias[...].astype(x.dtype)

@@ -4,19 +4,25 @@ The generator owns `seen [B]`, the tokens each row has consumed, and makes each 
 fed padding, which changes nothing in any state. A row's tokens do not depend on the rows beside it.
 """
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from lcx.batch import PADDING, Batch, causal_info
 from lcx.inference.sampling import Sampling
 from lcx.inference.shapes import bucket, right_padded
 from lcx.models.decoder import DecoderModel
+from lcx.record import record
+
+ASK_EVERY = 32  # tokens decoded before `until` is asked again
+
+Until = Callable[[Sequence[int]], bool]
 
 
 class Generated(NamedTuple):
@@ -27,6 +33,27 @@ class Generated(NamedTuple):
     finish: Literal["stop", "length"]
 
 
+@record
+class Consumed:
+    """What the rows have read. last: the hidden state at each row's newest token. seen: tokens consumed."""
+
+    last: Float[Array, "B M"]
+    state: Any
+    seen: Int[Array, "B"]
+
+
+@record
+class Decoding:
+    """The decoding loop after `n` steps. count: new tokens of each row, in the first columns of ids and logprobs."""
+
+    n: Int[Array, ""]
+    read: Consumed
+    ids: Int[Array, "B N"]
+    logprobs: Float[Array, "B N"]
+    count: Int[Array, "B"]
+    stopped: Bool[Array, "B"]
+
+
 def generate(
     model: DecoderModel,
     prompts: Sequence[Sequence[int]],
@@ -35,74 +62,112 @@ def generate(
     sampling: Sampling = Sampling(),
     seeds: Sequence[int] | None = None,
     stop: Sequence[int] = (),
+    until: Sequence[Until | None] | None = None,
     chunk: int = 512,
 ) -> list[Generated]:
     """Up to `max_new` tokens after each prompt of token ids, ended by any id of `stop`.
 
-    seeds: one a row, default its place. chunk: tokens a prefill step. Raises ValueError on an empty prompt or max_new < 1.
+    seeds: one a row, default its place. until: one a row; asked now and then with the row's new ids, True ends the row, which
+    may by then be longer than the asker needs. chunk: tokens a prefill step. Raises ValueError on an empty prompt, an id that
+    the model does not have, a seed outside 32 bits, or max_new < 1.
     """
     if max_new < 1 or not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise ValueError(f"generate: max_new = {max_new} and {len(prompts)} prompts: expected at least one token of each")
     seeds = range(len(prompts)) if seeds is None else seeds
-    if len(seeds) != len(prompts):
-        raise ValueError(f"generate: {len(seeds)} seeds for {len(prompts)} prompts")
-    longest, new = bucket(max(map(len, prompts))), bucket(max_new)
-    rows = 1 << (len(prompts) - 1).bit_length()
-    tokens, segments = right_padded(prompts, longest, rows)
-    state = model.init_state(rows, longest + new)
-    seen = jnp.zeros(rows, jnp.int32)
-    last = jnp.zeros((rows, model.spec.width), model.spec.compute)
+    until = [None] * len(prompts) if until is None else until
+    if not len(seeds) == len(until) == len(prompts):
+        raise ValueError(f"generate: {len(seeds)} seeds and {len(until)} conditions for {len(prompts)} prompts")
+    rows, new = 1 << (len(prompts) - 1).bit_length(), bucket(max_new)
+    read = prefill(model, prompts, rows, new, chunk)
+    keys = jax.vmap(jax.random.key)(np.asarray([*map(checked_seed, seeds), *[0] * (rows - len(prompts))], np.uint32))
+    stops = np.asarray(sorted(set(stop)), np.int32)
+    decoding = Decoding(
+        n=jnp.int32(0),
+        read=read,
+        ids=jnp.zeros((rows, new), jnp.int32),
+        logprobs=jnp.zeros((rows, new), jnp.float32),
+        count=jnp.zeros(rows, jnp.int32),
+        stopped=jnp.arange(rows) >= len(prompts),
+    )
+    ask = max_new if not any(until) else ASK_EVERY
+    for end in (*range(ask, max_new, ask), max_new):
+        decoding = _decode(model, decoding, keys, stops, jnp.int32(end), sampling)
+        if end < max_new:
+            made = _rows(decoding)
+            asked = [u is not None and u(row.ids) for u, row in zip(until, made, strict=False)]
+            stopped = np.asarray(decoding.stopped) | np.pad(asked, (0, rows - len(asked)))
+            if stopped.all():
+                break
+            decoding = dataclasses.replace(decoding, stopped=jnp.asarray(stopped))
+    return _rows(decoding)[: len(prompts)]
+
+
+def prefill(model: DecoderModel, prompts: Sequence[Sequence[int]], rows: int, new: int, chunk: int) -> Consumed:
+    """`rows` rows that have read the prompts, `chunk` tokens a step, with room for `new` tokens more."""
+    longest = bucket(max(map(len, prompts)))
+    tokens, segments = right_padded(prompts, longest, rows, model.spec.vocab)
+    read = _nothing_read(model, rows, longest + new)
     for start in range(0, longest, chunk):
         part = slice(start, start + chunk)
-        last, state, seen = feed(model, tokens[:, part], segments[:, part], state, seen, last)
-    keys = jax.vmap(jax.random.key)(jnp.asarray([*seeds, *[0] * (rows - len(prompts))], jnp.uint32))
-    stops = jnp.asarray(sorted(set(stop)), jnp.int32)
-    ids, logprobs, count, stopped = map(
-        np.asarray, _decode(model, last, state, seen, keys, stops, jnp.int32(max_new), sampling, new)
-    )
-    return [
-        Generated(ids[b, : count[b]].tolist(), logprobs[b, : count[b]].tolist(), "stop" if stopped[b] else "length")
-        for b in range(len(prompts))
-    ]
+        read = feed(model, tokens[:, part], segments[:, part], read)
+    return read
 
 
-@jax.jit
-def feed(
+def checked_seed(seed: int) -> int:
+    if not 0 <= seed < 1 << 32:
+        raise ValueError(f"seed = {seed}: expected 0 to 2^32 - 1")
+    return seed
+
+
+@functools.partial(jax.jit, static_argnames=("rows", "length"))
+def _nothing_read(model: DecoderModel, rows: int, length: int) -> Consumed:
+    last = jnp.zeros((rows, model.spec.width), model.spec.compute)
+    return Consumed(last=last, state=model.init_state(rows, length), seen=jnp.zeros(rows, jnp.int32))
+
+
+@functools.partial(jax.jit, donate_argnames="read")
+def feed(model: DecoderModel, tokens: Int[Array, "B T"], segments: Int[Array, "B T"], read: Consumed) -> Consumed:
+    """The rows after one more chunk; padding, which may stand anywhere in it, is not read. The old `read` is consumed."""
+    hidden, state, _ = model(Batch(tokens=tokens, info=causal_info(segments, start=read.seen)), read.state)
+    real = segments != PADDING
+    newest = tokens.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)
+    last = jnp.take_along_axis(hidden, newest[:, None, None], axis=1)[:, 0]
+    last = jnp.where(real.any(axis=1, keepdims=True), last, read.last)
+    return Consumed(last=last, state=state, seen=read.seen + real.sum(axis=1, dtype=jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnames="sampling", donate_argnames="decoding")
+def _decode(
     model: DecoderModel,
-    tokens: Int[Array, "B T"],
-    segments: Int[Array, "B T"],
-    state: Any,
-    seen: Int[Array, "B"],
-    last: Float[Array, "B M"],
-) -> tuple[Float[Array, "B M"], Any, Int[Array, "B"]]:
-    """Feeds a chunk; returns each row's hidden state at its last token so far, the state, the tokens consumed."""
-    hidden, state, _ = model(Batch(tokens=tokens, info=causal_info(segments, start=seen)), state)
-    count = (segments != PADDING).sum(axis=1, dtype=jnp.int32)
-    newest = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
-    return jnp.where((count > 0)[:, None], newest, last), state, seen + count
+    decoding: Decoding,
+    keys: Key[Array, "B"],
+    stops: Int[Array, "n"],
+    end: Int[Array, ""],
+    sampling: Sampling,
+) -> Decoding:
+    """Steps until every row has stopped or `end` steps are done."""
 
-
-@functools.partial(jax.jit, static_argnames=("sampling", "length"))
-def _decode(model, last, state, seen, keys, stops, max_new, sampling: Sampling, length: int):
-    """(ids [B, length], logprobs, count [B], stopped [B]): the loop ends when every row has, or after `max_new` steps."""
-    rows = seen.shape[0]
-
-    def step(carry):
-        n, last, state, seen, ids, logprobs, count, stopped = carry
-        logits = model.logits(last)
-        token = sampling.choose(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, n))
+    def step(now: Decoding) -> Decoding:
+        logits = model.logits(now.read.last)
+        token = sampling.choose(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, now.n))
         logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
-        stopped = stopped | (token[:, None] == stops).any(axis=1)
-        ids, logprobs = ids.at[:, n].set(token), logprobs.at[:, n].set(logprob)
+        stopped = now.stopped | (token[:, None] == stops).any(axis=1)
         segments = jnp.where(stopped, PADDING, 1)[:, None]
-        hidden, state, _ = model(Batch(tokens=token[:, None], info=causal_info(segments, start=seen)), state)
-        going = jnp.where(stopped, 0, 1)
-        return n + 1, hidden[:, 0], state, seen + going, ids, logprobs, count + going, stopped
+        return Decoding(
+            n=now.n + 1,
+            read=feed(model, token[:, None], segments, now.read),
+            ids=now.ids.at[:, now.n].set(token),
+            logprobs=now.logprobs.at[:, now.n].set(logprob),
+            count=now.count + jnp.where(stopped, 0, 1),
+            stopped=stopped,
+        )
 
-    def unfinished(carry):
-        return (carry[0] < max_new) & ~carry[-1].all()
+    return jax.lax.while_loop(lambda now: (now.n < end) & ~now.stopped.all(), step, decoding)
 
-    ids, logprobs = jnp.zeros((rows, length), jnp.int32), jnp.zeros((rows, length), jnp.float32)
-    start = (jnp.int32(0), last, state, seen, ids, logprobs, jnp.zeros_like(seen), seen == 0)
-    _, _, _, _, ids, logprobs, count, stopped = jax.lax.while_loop(unfinished, step, start)
-    return ids, logprobs, count, stopped
+
+def _rows(decoding: Decoding) -> list[Generated]:
+    ids, logprobs, count, stopped = map(np.asarray, (decoding.ids, decoding.logprobs, decoding.count, decoding.stopped))
+    return [
+        Generated(ids[b, :n].tolist(), logprobs[b, :n].tolist(), "stop" if stopped[b] else "length")
+        for b, n in enumerate(count)
+    ]

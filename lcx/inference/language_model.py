@@ -5,78 +5,30 @@ a result never depends on what else is in the list.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float
 
-from lcx.batch import PADDING, Batch, causal_info
 from lcx.data.tokenizers import Tokenizer
-from lcx.inference.generate import Generated, generate
+from lcx.inference.forward import embeddings, token_logprobs
+from lcx.inference.generate import Generated, Until, checked_seed, generate
+from lcx.inference.requests import (
+    Embed,
+    EmbedOut,
+    Gen,
+    GenOut,
+    Request,
+    Result,
+    Score,
+    ScoreOut,
+    Unsupported,
+    WindowOverflow,
+)
 from lcx.inference.sampling import Sampling
 from lcx.inference.shapes import bucket, right_padded
 from lcx.models.decoder import DecoderModel
-
-HEAD_CHUNK = 128  # tokens whose logits exist at once
-
-
-class WindowOverflow(ValueError):
-    """The prompt and the tokens asked for do not fit the window. Nothing was truncated."""
-
-    def __init__(self, n_prompt: int, max_new: int, window: int):
-        super().__init__(f"prompt of {n_prompt} tokens + {max_new} new ones: expected at most window = {window}")
-        self.n_prompt, self.max_new, self.window = n_prompt, max_new, window
-
-
-class Gen(NamedTuple):
-    """Continue `prompt` by up to `max_new` tokens; the text ends before the first of the `stop` strings."""
-
-    prompt: str
-    max_new: int
-    sampling: Sampling = Sampling()
-    stop: tuple[str, ...] = ()
-    seed: int = 0
-
-
-class Score(NamedTuple):
-    """Log-probability of each continuation after `prompt`."""
-
-    prompt: str
-    continuations: tuple[str, ...]
-
-
-class Embed(NamedTuple):
-    """A vector for each text: the mean of its last hidden states, of length 1."""
-
-    texts: tuple[str, ...]
-
-
-class GenOut(NamedTuple):
-    text: str
-    ids: list[int]
-    logprobs: list[float]
-    finish: Literal["stop", "length"]
-    n_prompt: int
-
-
-class ScoreOut(NamedTuple):
-    """One entry a continuation: the log-probability of each token, their sum, and whether each was the likeliest."""
-
-    token_logprobs: list[list[float]]
-    sums: list[float]
-    greedy: list[list[bool]]
-    n_prompt: int
-
-
-class EmbedOut(NamedTuple):
-    vectors: Float[np.ndarray, "N M"]
-
-
-Request = Gen | Score | Embed
-Result = GenOut | ScoreOut | EmbedOut
 
 
 class LanguageModel(Protocol):
@@ -112,13 +64,21 @@ class Scored(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LocalModel:
-    """A decoder and its tokenizer on this machine. row_tokens: tokens of a forward pass, which decides the rows of a batch."""
+    """A decoder and its tokenizer on this machine. row_tokens: tokens of a forward pass, which decides the rows of a batch.
+
+    Raises ValueError if the model lacks ids of the tokenizer.
+    """
 
     model: DecoderModel
     tokenizer: Tokenizer
     window: int
     row_tokens: int = 8192
-    caps = frozenset({"gen", "score", "embed"})
+    caps = frozenset({"Gen", "Score", "Embed"})
+
+    def __post_init__(self):
+        vocab, size = self.model.spec.vocab, self.tokenizer.size
+        if vocab < size:
+            raise ValueError(f"a model of vocab = {vocab}: expected at least the {size} ids of the tokenizer")
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text).tolist()
@@ -130,13 +90,17 @@ class LocalModel:
         return len(self.tokenizer.encode(text))
 
     def run(self, requests: Sequence[Request]) -> list[Result]:
-        """Raises WindowOverflow for a request that does not fit, before anything runs."""
+        """Results in the order of the requests.
+
+        Raises Unsupported, WindowOverflow or ValueError for a request that cannot be served, before anything runs.
+        """
+        kinds = {Gen: self._generate, Score: self._score, Embed: self._embed}
+        rows = [self._checked(request) for request in requests]
         results: dict[int, Result] = {}
-        results |= self._generate({n: r for n, r in enumerate(requests) if isinstance(r, Gen)})
-        results |= self._score({n: r for n, r in enumerate(requests) if isinstance(r, Score)})
-        for n, request in enumerate(requests):
-            if isinstance(request, Embed):
-                results[n] = EmbedOut(self.embed([self.encode(text) for text in request.texts]))
+        for kind, serve in kinds.items():
+            chosen = [n for n, request in enumerate(requests) if isinstance(request, kind)]
+            served = serve([requests[n] for n in chosen], [rows[n] for n in chosen]) if chosen else []
+            results |= dict(zip(chosen, served, strict=True))
         return [results[n] for n in range(len(requests))]
 
     def logprobs(self, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Scored]:
@@ -146,8 +110,9 @@ class LocalModel:
             if not 1 <= start <= len(row):
                 raise ValueError(f"logprobs: start = {start} in a row of {len(row)} tokens: expected from 1 to its length")
         found: dict[int, Scored] = {}
-        for members, tokens, segments in self._batches(rows):
-            logprobs, greedy = map(np.asarray, _score(self.model, tokens, segments))
+        for members, length, size in self._batches(rows):
+            padded = right_padded([rows[n] for n in members], length, size, self.model.spec.vocab)
+            logprobs, greedy = map(np.asarray, token_logprobs(self.model, *padded))
             for b, n in enumerate(members):
                 here = slice(starts[n] - 1, len(rows[n]) - 1)
                 found[n] = Scored(logprobs[b, here], greedy[b, here])
@@ -159,15 +124,18 @@ class LocalModel:
         max_new: int,
         sampling: Sampling = Sampling(),
         seeds: Sequence[int] | None = None,
+        until: Sequence[Until | None] | None = None,
     ) -> list[Generated]:
-        """New tokens after each prompt of ids, ended by the tokenizer's end token or after `max_new`."""
+        """New tokens after each prompt of ids, ended by the tokenizer's end token or after `max_new`; see `generate`."""
         for prompt in prompts:
             self._fit(len(prompt), max_new)
         seeds = range(len(prompts)) if seeds is None else seeds
+        until = [None] * len(prompts) if until is None else until
         found: dict[int, Generated] = {}
         options = {"max_new": max_new, "sampling": sampling, "stop": (self.tokenizer.eos,)}
         for members, _, _ in self._batches(prompts, extra=max_new):
-            made = generate(self.model, [prompts[n] for n in members], seeds=[seeds[n] for n in members], **options)
+            own = {"seeds": [seeds[n] for n in members], "until": [until[n] for n in members]}
+            made = generate(self.model, [prompts[n] for n in members], **own, **options)
             found |= dict(zip(members, made, strict=True))
         return [found[n] for n in range(len(prompts))]
 
@@ -175,11 +143,11 @@ class LocalModel:
         """The mean of each row's last hidden states, scaled to length 1."""
         for row in rows:
             self._fit(len(row), 0)
-        found: dict[int, np.ndarray] = {}
-        for members, tokens, segments in self._batches(rows):
-            vectors = np.asarray(_embed(self.model, tokens, segments))
-            found |= {n: vectors[b] for b, n in enumerate(members)}
-        return np.stack([found[n] for n in range(len(rows))])
+        vectors = np.zeros((len(rows), self.model.spec.width), np.float32)
+        for members, length, size in self._batches(rows):
+            padded = right_padded([rows[n] for n in members], length, size, self.model.spec.vocab)
+            vectors[members] = embeddings(self.model, *padded)[: len(members)]
+        return vectors
 
     def _fit(self, n_prompt: int, max_new: int) -> None:
         if n_prompt + max_new > self.window:
@@ -187,80 +155,71 @@ class LocalModel:
         if n_prompt == 0:
             raise ValueError("an empty prompt: expected at least one token")
 
-    def _batches(self, rows: Sequence[Sequence[int]], extra: int = 0):
-        """(members, tokens, segments) of rows that share a bucket; a batch has a fixed number of rows a bucket."""
+    def _batches(self, rows: Sequence[Sequence[int]], extra: int = 0) -> Iterator[tuple[list[int], int, int]]:
+        """(members, length, size) of rows that share a bucket; `size`, a power of two, is the rows of their batch."""
         buckets: dict[int, list[int]] = {}
         for n, row in enumerate(rows):
             buckets.setdefault(bucket(len(row)), []).append(n)
         for length, members in sorted(buckets.items()):
-            size = max(1, self.row_tokens // (length + extra))
-            size = min(size, 1 << (len(members) - 1).bit_length())
+            most = max(1, self.row_tokens // (length + extra))
+            size = min(1 << most.bit_length() - 1, 1 << (len(members) - 1).bit_length())
             for first in range(0, len(members), size):
-                part = members[first : first + size]
-                yield part, *right_padded([rows[n] for n in part], length, size)
+                yield members[first : first + size], length, size
 
-    def _generate(self, requests: dict[int, Gen]) -> dict[int, Result]:
-        prompts = {n: self.encode(request.prompt) for n, request in requests.items()}
-        for n, request in requests.items():
-            self._fit(len(prompts[n]), request.max_new)
-        results: dict[int, Result] = {}
-        for max_new, sampling in dict.fromkeys((r.max_new, r.sampling) for r in requests.values()):
-            alike = [n for n, r in requests.items() if (r.max_new, r.sampling) == (max_new, sampling)]
-            made = self.generate([prompts[n] for n in alike], max_new, sampling, [requests[n].seed for n in alike])
-            for n, row in zip(alike, made, strict=True):
-                results[n] = self._cut(row, requests[n].stop, len(prompts[n]))
-        return results
+    def _checked(self, request: Request) -> list[list[int]]:
+        """The ids of every text of a request that can be served."""
+        if isinstance(request, Embed):
+            rows = [self.encode(text) for text in request.texts]
+            for row in rows:
+                self._fit(len(row), 0)
+            return rows
+        if not isinstance(request, Gen | Score):
+            raise Unsupported(request, self.caps)
+        prompt = self.encode(request.prompt)
+        if isinstance(request, Score):
+            rows = [self.encode(text) for text in request.continuations]
+            self._fit(len(prompt), max(map(len, rows), default=0))
+            return [prompt, *rows]
+        self._fit(len(prompt), request.max_new)
+        if request.max_new < 1 or "" in request.stop:
+            raise ValueError(f"{request}: expected max_new of at least 1 and no empty stop string")
+        checked_seed(request.seed)
+        return [prompt]
+
+    def _generate(self, requests: list[Gen], rows: list[list[list[int]]]) -> list[GenOut]:
+        made: dict[int, Generated] = {}
+        for max_new, sampling in dict.fromkeys((r.max_new, r.sampling) for r in requests):
+            alike = [n for n, r in enumerate(requests) if (r.max_new, r.sampling) == (max_new, sampling)]
+            prompts, seeds = [rows[n][0] for n in alike], [requests[n].seed for n in alike]
+            until = [self._contains(requests[n].stop) for n in alike]
+            made |= dict(zip(alike, self.generate(prompts, max_new, sampling, seeds, until), strict=True))
+        return [self._cut(made[n], r.stop, len(rows[n][0])) for n, r in enumerate(requests)]
+
+    def _contains(self, stops: tuple[str, ...]) -> Until | None:
+        return (lambda ids: any(stop in self.decode(ids) for stop in stops)) if stops else None
 
     def _cut(self, row: Generated, stops: tuple[str, ...], n_prompt: int) -> GenOut:
-        """The generated text up to the first stop string, and the tokens that were needed to see it."""
-        text = self.decode(row.ids)
-        places = [place for stop in stops if (place := text.find(stop)) >= 0]
-        if not places:
-            return GenOut(text, row.ids, row.logprobs, row.finish, n_prompt)
-        needed = next(n for n in range(len(row.ids) + 1) if any(stop in self.decode(row.ids[:n]) for stop in stops))
-        return GenOut(text[: min(places)], row.ids[:needed], row.logprobs[:needed], "stop", n_prompt)
+        """The text before the stop string that was complete first, and the tokens up to its completion."""
+        contains = self._contains(stops)
+        if contains is None or not contains(row.ids):
+            return GenOut(self.decode(row.ids), row.ids, row.logprobs, row.finish, n_prompt)
+        needed = next(n for n in range(1, len(row.ids) + 1) if contains(row.ids[:n]))
+        text = self.decode(row.ids[:needed])
+        place = min(text.find(stop) for stop in stops if stop in text)
+        return GenOut(text[:place], row.ids[:needed], row.logprobs[:needed], "stop", n_prompt)
 
-    def _score(self, requests: dict[int, Score]) -> dict[int, Result]:
-        rows, starts, owners = [], [], []
-        for n, request in requests.items():
-            prompt = self.encode(request.prompt)
-            for text in request.continuations:
-                rows.append(prompt + self.encode(text))
-                starts.append(len(prompt))
-                owners.append(n)
-        scored = self.logprobs(rows, starts)
-        results: dict[int, Result] = {}
-        for n, request in requests.items():
-            mine = [s for s, owner in zip(scored, owners, strict=True) if owner == n]
-            logprobs = [s.logprobs.tolist() for s in mine]
-            sums, greedy = [float(s.logprobs.sum()) for s in mine], [s.greedy.tolist() for s in mine]
-            results[n] = ScoreOut(logprobs, sums, greedy, self.count(request.prompt))
+    def _score(self, requests: list[Score], rows: list[list[list[int]]]) -> list[ScoreOut]:
+        whole = [prompt + continuation for prompt, *continuations in rows for continuation in continuations]
+        starts = [len(prompt) for prompt, *continuations in rows for _ in continuations]
+        scored = iter(self.logprobs(whole, starts))
+        results = []
+        for prompt, *continuations in rows:
+            mine = [next(scored) for _ in continuations]
+            sums = [float(s.logprobs.sum(dtype=np.float64)) for s in mine]
+            results.append(ScoreOut([s.logprobs.tolist() for s in mine], sums, [s.greedy.tolist() for s in mine], len(prompt)))
         return results
 
-
-@jax.jit
-def _score(model: DecoderModel, tokens: Int[Array, "B T"], segments: Int[Array, "B T"]):
-    """(log-probability [B,T], likeliest [B,T]) of the token after each place; the last place means nothing."""
-    hidden, _, _ = model(Batch(tokens=tokens, info=causal_info(segments)))
-    targets = jnp.roll(tokens, -1, axis=1)
-    short = -hidden.shape[1] % HEAD_CHUNK if hidden.shape[1] > HEAD_CHUNK else 0
-    chunk = min(HEAD_CHUNK, hidden.shape[1])
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, short)) + ((0, 0),) * (x.ndim - 2))
-    cut = lambda x: jnp.moveaxis(pad(x).reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
-
-    def head(part):
-        hidden, targets = part
-        logits = model.logits(hidden)
-        found = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
-        return found, jnp.argmax(logits, axis=-1) == targets
-
-    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(tokens.shape[0], -1)[:, : tokens.shape[1]]
-    return jax.tree.map(join, jax.lax.map(head, (cut(hidden), cut(targets))))
-
-
-@jax.jit
-def _embed(model: DecoderModel, tokens: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Float[Array, "B M"]:
-    hidden, _, _ = model(Batch(tokens=tokens, info=causal_info(segments)))
-    real = (segments != PADDING)[..., None]
-    total = jnp.where(real, hidden.astype(jnp.float32), 0).sum(axis=1)
-    return total / jnp.maximum(jnp.linalg.norm(total, axis=-1, keepdims=True), 1e-12)
+    def _embed(self, requests: list[Embed], rows: list[list[list[int]]]) -> list[EmbedOut]:
+        vectors = self.embed([row for texts in rows for row in texts])
+        ends = np.cumsum([len(texts) for texts in rows])
+        return [EmbedOut(part) for part in np.split(vectors, ends[:-1])]

@@ -11,7 +11,10 @@ from lcx.spec import Spec
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling(Spec):
-    """temperature 0 is greedy (ties: the lowest id). top_k keeps the k likeliest; top_p the fewest whose mass reaches p."""
+    """temperature 0 is greedy. top_k keeps the k likeliest tokens, then top_p the fewest of them whose mass reaches p.
+
+    Of equally likely tokens the lowest ids come first, everywhere.
+    """
 
     temperature: float = 0.0
     top_k: int | None = None
@@ -32,11 +35,16 @@ class Sampling(Spec):
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         logits = logits / self.temperature
         if self.top_k is not None:
-            least = jax.lax.top_k(logits, min(self.top_k, logits.shape[-1]))[0][:, -1:]
-            logits = jnp.where(logits < least, -jnp.inf, logits)
+            logits = _likeliest(logits, min(self.top_k, logits.shape[-1]))
         if self.top_p is not None:
             logits = _nucleus(logits, self.top_p)
         return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def _likeliest(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
+    row = jnp.arange(len(logits))[:, None]
+    kept = jnp.zeros(logits.shape, bool).at[row, jax.lax.top_k(logits, k)[1]].set(True)
+    return jnp.where(kept, logits, -jnp.inf)
 
 
 def _nucleus(logits: Float[Array, "B V"], top_p: float) -> Float[Array, "B V"]:

@@ -19,11 +19,17 @@ def bucket(length: int) -> int:
 
 
 def right_padded(
-    rows: Sequence[Sequence[int]], length: int, count: int
+    rows: Sequence[Sequence[int]], length: int, count: int, vocab: int
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
-    """(tokens, segments): `count` rows of `length`, each given row in front as segment 1, the rest padding."""
+    """(tokens, segments): `count` rows of `length`, each given row in front as segment 1, the rest padding.
+
+    Raises ValueError for an id that is none of the `vocab` rows of the embedding.
+    """
     tokens, segments = np.zeros((count, length), np.int32), np.zeros((count, length), np.int32)
     for n, row in enumerate(rows):
         tokens[n, : len(row)] = row
         segments[n, : len(row)] = 1
+    outside = tokens[(tokens < 0) | (tokens >= vocab)]
+    if outside.size:
+        raise ValueError(f"token id {outside[0]}: expected an id of the model's vocabulary, 0 to {vocab - 1}")
     return tokens, segments

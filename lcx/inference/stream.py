@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from lcx.data.tokenizers import Tokenizer
-from lcx.inference.generate import feed
+from lcx.inference.generate import checked_seed, feed, prefill
 from lcx.inference.sampling import Sampling
-from lcx.inference.shapes import bucket, right_padded
+from lcx.inference.shapes import bucket
 from lcx.models.decoder import DecoderModel
 
 
@@ -28,20 +28,14 @@ def stream(
     """Up to `max_new` tokens after the prompt, ended by any id of `stop`; the arguments are those of `generate`."""
     if max_new < 1 or len(prompt) == 0:
         raise ValueError(f"stream: max_new = {max_new}, prompt of {len(prompt)} tokens: expected at least one token of each")
-    longest = bucket(len(prompt))
-    tokens, segments = right_padded([prompt], longest, 1)
-    state = model.init_state(1, longest + bucket(max_new))
-    seen, last = jnp.zeros(1, jnp.int32), jnp.zeros((1, model.spec.width), model.spec.compute)
-    for start in range(0, longest, chunk):
-        part = slice(start, start + chunk)
-        last, state, seen = feed(model, tokens[:, part], segments[:, part], state, seen, last)
-    key = jax.random.key(seed)
+    read = prefill(model, [prompt], 1, bucket(max_new), chunk)
+    key = jax.random.key(checked_seed(seed))
     for n in range(max_new):
-        token = int(_choose(model, last, key, jnp.int32(n), sampling)[0])
+        token = int(_choose(model, read.last, key, jnp.int32(n), sampling)[0])
         if token in stop:
             return
         yield token
-        last, state, seen = feed(model, np.full((1, 1), token, np.int32), np.ones((1, 1), np.int32), state, seen, last)
+        read = feed(model, np.full((1, 1), token, np.int32), np.ones((1, 1), np.int32), read)
 
 
 def text_of(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -12,7 +12,9 @@ from lcx.attention.attend import Backend
 from lcx.attention.mask import Causal, Mask
 from lcx.attention.sharded import sharded_attend
 from lcx.batch import Batch
-from lcx.cache.dense import DenseCache, DenseState
+from lcx.cache.cache import Cache
+from lcx.cache.dense import DenseCache
+from lcx.linear import linear
 from lcx.mixers.mixer import Inherited, Mixer, MixerModule, residual_gain, weight
 from lcx.norms import RMSNorm
 from lcx.parallel.rules import shard
@@ -37,7 +39,7 @@ class Attention(Mixer):
     bias: Literal["none", "qkv", "all"] = "none"
     scale: float | None = None
     softcap: float | None = None
-    cache: DenseCache = DenseCache()
+    cache: Cache = DenseCache()
     backend: Backend = "auto"
 
     def validate(self):
@@ -82,12 +84,12 @@ class AttentionModule(MixerModule):
         rule = self.inherited.rope if self.spec.rope == "model" else self.spec.rope
         return rule.frequencies(self.spec.head_dim, length) if isinstance(rule, FrequencyRule) else None
 
-    def __call__(self, x: Float[Array, "B T M"], batch: Batch, state: DenseState | None = None):
+    def __call__(self, x: Float[Array, "B T M"], batch: Batch, state: Any = None):
         spec, rules, info = self.spec, self.inherited.rules, batch.info
         q = self._project(x, self.query, self.query_bias, self.query_norm, "heads")
         k = self._project(x, self.key, self.key_bias, self.key_norm, "kv_heads")
         v = self._project(x, self.value, self.value_bias, None, "kv_heads")
-        frequencies = self.frequencies(x.shape[1] if state is None else state.k.shape[1])
+        frequencies = self.frequencies(x.shape[1] if state is None else spec.cache.length(state))
         if frequencies is not None:
             q = rotate(q, info.positions, frequencies).astype(x.dtype)
         options = {
@@ -103,7 +105,7 @@ class AttentionModule(MixerModule):
         else:
             state = spec.cache.append(state, k, v, info, frequencies)
             out, _ = spec.cache.attend(state, q, info, frequencies=frequencies, **options)
-        y = jnp.einsum("bthd,hdm->btm", out.astype(x.dtype), self.output[...].astype(x.dtype))
+        y = linear(out.astype(x.dtype), self.output[...], contracted=2)
         if self.output_bias is not None:
             y = y + self.output_bias[...].astype(x.dtype)
         return shard(y, rules, "batch", "sequence", None), state, {}
@@ -114,7 +116,7 @@ class AttentionModule(MixerModule):
         return spec.cache.init(batch_size, length, spec.kv_heads, spec.head_dim, spec.head_dim, dtype)
 
     def _project(self, x, matrix, bias, norm, heads):
-        y = jnp.einsum("btm,mhd->bthd", x, matrix[...].astype(x.dtype))
+        y = linear(x, matrix[...])
         if bias is not None:
             y = y + bias[...].astype(x.dtype)
         if norm is not None:

@@ -34,7 +34,8 @@ class Decoder(Spec):
 
     rope: the rule of every attention layer that says `rope="model"`; None is NoPE. embed_mixer: added to the embeddings.
     head: `tied` to the embedding or `untied`. logit_softcap: cap * tanh(logits / cap). remat: what the backward pass keeps of
-    each period: all (`none`), nothing but its input (`full`), or matrix products too (`dots`). unroll: periods a scan step.
+    each period: all (`none`), nothing but its input (`full`), or matrix products too (`dots`). unroll: periods a scan step, or
+    `all` of them (faster on a CPU, longer to compile).
     """
 
     vocab: int
@@ -49,15 +50,16 @@ class Decoder(Spec):
     logit_softcap: float | None = None
     compute: Compute = "float32"
     remat: Literal["none", "full", "dots"] = "none"
-    unroll: int = 1
+    unroll: int | Literal["all"] = 1
     rules: Rules = Rules()
 
     def validate(self):
-        for field in ("vocab", "width", "periods", "unroll"):
+        for field in ("vocab", "width", "periods"):
             self.check(getattr(self, field) >= 1, field, "at least 1")
         self.check(len(self.pattern) >= 1, "pattern", "at least one layer")
         self.check(self.logit_softcap is None or self.logit_softcap > 0, "logit_softcap", "a positive number or None")
-        self.check(self.periods % self.unroll == 0, "unroll", f"a divisor of periods = {self.periods}")
+        divides = self.unroll == "all" or (self.unroll >= 1 and self.periods % self.unroll == 0)
+        self.check(divides, "unroll", f"'all', or a divisor of periods = {self.periods}")
 
     @property
     def depth(self) -> int:
@@ -105,7 +107,7 @@ class DecoderModel(nnx.Module):
         policy = REMAT[self.spec.remat]
         body = period if policy is None else jax.checkpoint(period, prevent_cse=False, policy=policy)
         given = None if state is None else state["layers"]
-        x, (layers, aux) = jax.lax.scan(body, x, (slots, given), length=periods, unroll=min(self.spec.unroll, max(periods, 1)))
+        x, (layers, aux) = jax.lax.scan(body, x, (slots, given), length=periods, unroll=self._unroll(periods))
         aux = {key: value.sum() if key.endswith("_loss") else value.mean() for key, value in aux.items()}
         if upto is None:
             x = self.final_norm(x)
@@ -132,6 +134,11 @@ class DecoderModel(nnx.Module):
         if batch.embeds is not None:
             x = jnp.where((batch.tokens < 0)[..., None], batch.embeds.astype(x.dtype), x)
         return shard(x.astype(self.spec.compute), self.spec.rules, "batch", "sequence", None)
+
+    def _unroll(self, periods: int) -> int:
+        """Periods a scan step when `periods` of them run."""
+        asked = self.spec.unroll
+        return max(periods, 1) if asked == "all" else min(asked, max(periods, 1))
 
     def _periods(self, upto: int | None, state: Any) -> int:
         pattern = len(self.spec.pattern)

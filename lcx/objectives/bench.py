@@ -68,3 +68,16 @@ def naive_loss(
     logits = hidden @ matrix
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return (weights * (jax.nn.logsumexp(logits, axis=-1) - chosen)).sum()
+
+
+def main() -> None:
+    found = head_memory()
+    mib = lambda size: f"{size / 2**20:,.0f}"
+    print("| tokens | vocabulary | chunk | all logits, MiB | naive temporaries, MiB | chunked temporaries, MiB | ratio |")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    sizes = " | ".join(map(mib, (found.logits, found.naive, found.chunked)))
+    print(f"| {found.tokens:,} | {found.vocab:,} | {found.chunk:,} | {sizes} | {found.naive / found.chunked:.1f} |")
+
+
+if __name__ == "__main__":
+    main()

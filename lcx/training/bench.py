@@ -9,6 +9,7 @@ reports its time from start of the program's imports to the end of the first ste
 
 import dataclasses
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -41,6 +42,7 @@ SHAPES = (
     Shape(width=512, layers=8, heads=8, hidden=1408, vocab=2048, rows=2, length=512),
 )
 ROUNDS, STEPS = 3, 6
+HUGE_PAGES = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # as the programs start; for both sides
 
 
 def lcx_step(shape: Shape) -> tuple[Callable[[], float], int]:
@@ -61,7 +63,7 @@ def lcx_step(shape: Shape) -> tuple[Callable[[], float], int]:
 
     mixer = Attention(heads=shape.heads, kv_heads=shape.heads, head_dim=shape.width // shape.heads)
     layer = Layer(mixer=mixer, channel=GLU(hidden=shape.hidden))
-    model = Decoder(vocab=shape.vocab, width=shape.width, pattern=(layer,), periods=shape.layers)
+    model = Decoder(vocab=shape.vocab, width=shape.width, pattern=(layer,), periods=shape.layers, unroll="all")
     step = TrainStep(
         model=model,
         objective=LanguageModeling(),
@@ -140,7 +142,7 @@ def compare() -> str:
         for _ in range(ROUNDS):
             for name, found in runs.items():
                 command = [sys.executable, "-m", "lcx.training.bench", name, str(number)]
-                printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+                printed = subprocess.run(command, env=HUGE_PAGES, capture_output=True, text=True, check=True).stdout
                 found.append(json.loads(printed.splitlines()[-1]))
         speed = {
             name: shape.rows * shape.length / statistics.median(s for run in found for s in run["seconds"])

@@ -57,6 +57,8 @@ class Experiment(Spec):
                 f"experiment: {', '.join(changed)} changed since the checkpoint of step {meta['step']}; "
                 "restore the config, or start another run with init_from"
             )
+        if meta["step"] > self.steps:
+            raise SpecError(f"Experiment.steps = {self.steps}: the run has made {meta['step']} already; it cannot go back")
         before, now = (self.optimizer.learning_rate.build(steps) for steps in (meta["steps"], self.steps))
         differs = [n for n in range(meta["step"]) if float(before(n)) != float(now(n))] if meta["steps"] != self.steps else []
         if differs:

@@ -1,11 +1,13 @@
 """The training loop: resume, step, log, save, stop.
 
-A run lives in a folder: `metrics.jsonl`, `tensorboard/`, `checkpoints/`. Calling `train` again with the same folder goes on
-from the newest checkpoint, to the same parameters, bit for bit on a CPU, as a run that was never interrupted.
+A run lives in a folder: `metrics.jsonl`, `tensorboard/`, `checkpoints/`, and `data.json` (tokens kept, split, padded and
+dropped). Calling `train` again with the same folder goes on from the newest checkpoint, to the same parameters, bit for bit
+on a CPU, as a run that was never interrupted.
 """
 
 import contextlib
 import dataclasses
+import json
 import signal
 import threading
 import time
@@ -23,7 +25,7 @@ from lcx.training.flops import counter
 from lcx.training.metrics import Meter, Pending
 from lcx.training.placement import host_rows, place_batch
 from lcx.training.step import TrainState, TrainStep
-from lcx.training.writers import JsonLines, Record, TensorBoard, Writer, terminal
+from lcx.training.writers import JsonLines, Record, TensorBoard, Writer, read_records, terminal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,8 @@ def train(experiment: Experiment, run_dir: Path | str, *, devices: Sequence[jax.
     mesh = experiment.mesh.build(devices)
     host, hosts = host_rows(experiment.data.batch_size, experiment.model.rules, mesh)
     batches = iter(experiment.data.dataset(host=host, hosts=hosts))
+    if jax.process_index() == 0:
+        (run_dir / "data.json").write_text(json.dumps(experiment.data.counts(), indent=1) + "\n")
     step = TrainStep(
         model=experiment.model,
         objective=experiment.objective,
@@ -98,8 +102,8 @@ class _Run:
                 break
         if meter is not None:
             meter.finish()
-        status = "completed" if number >= experiment.steps else "terminated"
-        return TrainResult(self.step.model(state.params), number, {} if meter is None else meter.last, status)
+        status = "completed" if number == experiment.steps else "terminated"
+        return TrainResult(self.step.model(state.params), number, self._last_record() if meter is None else meter.last, status)
 
     def _next(self, number: int):
         try:
@@ -112,7 +116,11 @@ class _Run:
     def _compile(self, batch) -> tuple[Any, Record]:
         begin = time.perf_counter()
         compiled = self.step.compile(batch)
-        return compiled, {"compile_seconds": time.perf_counter() - begin}
+        first: Record = {"compile_seconds": time.perf_counter() - begin}
+        if (planned := compiled.memory_analysis()) is not None:
+            first["compiled_argument_bytes"] = planned.argument_size_in_bytes
+            first["compiled_temporary_bytes"] = planned.temp_size_in_bytes
+        return compiled, first
 
     def _meter(self, start: int, first: Record, stack: contextlib.ExitStack) -> Meter:
         writers: list[Writer] = []
@@ -134,6 +142,12 @@ class _Run:
             last_good=self.checkpoints.latest,
             first=first,
         )
+
+    def _last_record(self) -> Record:
+        """What an earlier process wrote last."""
+        path = self.run_dir / "metrics.jsonl"
+        records = read_records(path) if path.exists() else []
+        return records[-1] if records else {}
 
     def _save(self, state: TrainState, number: int) -> None:
         meta = {"steps": self.experiment.steps, "identity": self.experiment.identity()}

@@ -103,7 +103,7 @@ def test_pattern_of_periods_is_the_layers_in_order():
     np.testing.assert_allclose(target(batch())[0], source(batch())[0], atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{"remat": "full"}, {"remat": "dots"}, {"unroll": 2}])
+@pytest.mark.parametrize("options", [{"remat": "full"}, {"remat": "dots"}, {"unroll": 2}, {"unroll": "all"}])
 def test_remat_and_unroll_change_nothing(options):
     def value_and_gradient(spec):
         loss = lambda model: jnp.square(model.logits(model(batch())[0])).sum()

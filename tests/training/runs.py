@@ -5,12 +5,15 @@ import os
 import sys
 from pathlib import Path
 
+import jax
+
 from lcx.channels.glu import GLU
 from lcx.data.pipeline import Pipeline, Weighted
 from lcx.data.recall import Needles, Records
 from lcx.mixers.attention import Attention
 from lcx.models.decoder import Decoder
 from lcx.models.layer import Layer
+from lcx.parallel.mesh import MeshSpec
 from lcx.training.checkpoint import Checkpointing
 from lcx.training.experiment import Experiment
 from lcx.training.loop import train
@@ -35,4 +38,15 @@ def run_in_child(run_dir: Path, steps: int, every: int) -> None:
     """The body of a child process: trains, and exits with the run's status."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         result = train(experiment(steps=steps, every=every), run_dir)
+    sys.exit(result.exit_status)
+
+
+def run_as_one_of_two(process: int, port: int, run_dir: Path, steps: int) -> None:
+    """The body of one of two processes of four devices each, which train together."""
+    jax.config.update("jax_num_cpu_devices", 4)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
+    mesh = MeshSpec(data=2, fsdp=2, context=2)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        result = train(experiment(steps=steps, mesh=mesh), run_dir)
     sys.exit(result.exit_status)

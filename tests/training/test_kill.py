@@ -24,6 +24,7 @@ EVERY, STRIDE = 3, 12  # steps between saves; most steps that a child makes befo
 @pytest.fixture(scope="module")
 def children(tmp_path_factory):
     """Starts the run in a child process."""
+    jax.devices()  # this process keeps its own settings
     before = dict(os.environ)
     os.environ |= {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),

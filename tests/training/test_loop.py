@@ -1,6 +1,7 @@
 """The loop: goes on where it stopped, stops when told, says what went wrong."""
 
 import dataclasses
+import json
 import os
 import signal
 
@@ -66,12 +67,13 @@ def test_a_run_that_goes_on_equals_one_that_was_never_interrupted(straight, tmp_
     assert_equal(params(found), params(wanted))
     assert losses(tmp_path) == losses(run_dir)
     assert sorted(losses(tmp_path)) == list(range(1, 9))
+    assert json.loads((tmp_path / "data.json").read_text()) == experiment(steps=8).data.counts()
 
 
 def test_a_complete_run_is_only_loaded(straight):
     run_dir, wanted = straight
     again = train(experiment(steps=8), run_dir)
-    assert (again.step, again.status, again.metrics) == (8, "completed", {})
+    assert (again.step, again.status, again.metrics) == (8, "completed", wanted.metrics)
     assert_equal(params(again), params(wanted))
 
 
@@ -114,6 +116,8 @@ def test_a_run_may_not_change_what_it_is(tmp_path):
         train(edit(edit(first, "seed", 1), "model.rope.base", 500.0), tmp_path)
     with pytest.raises(SpecError, match="steps = 4: the run began with 2, which gave step 1 another learning rate"):
         train(edit(first, "steps", 4), tmp_path)
+    with pytest.raises(SpecError, match="steps = 1: the run has made 2 already"):
+        train(edit(first, "steps", 1), tmp_path)
 
 
 def test_fine_tuning_begins_with_the_parameters_of_another_run(straight, tmp_path):

@@ -2,7 +2,8 @@
 
 Windows are disjoint pieces of documents at least as long as the length, each read alone from its start; every token but a
 window's first is scored once. Rows: `nll` in nats a token, over all of a window, over each of `buckets` equal stretches of it
-and over its last half (what a longer context is for), with the count of tokens behind each number.
+and over its last half (what a longer context is for), with the count of tokens behind each number. A token of the byte
+tokenizer is a byte, so there `nll` is nats a byte.
 """
 
 import dataclasses

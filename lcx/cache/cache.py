@@ -1,0 +1,59 @@
+"""The contract of a cache: what a mixer keeps of the keys and values of earlier tokens.
+
+Chunks of any sizes, appended one after the other, give what one pass over the whole row gives. Padding consumes no slot and is
+never seen. Tokens that find no slot are counted in the state's `overflow [B]`, never dropped unseen.
+"""
+
+import abc
+import dataclasses
+from typing import Any
+
+from jaxtyping import Array, Float
+
+from lcx.attention.mask import Mask
+from lcx.batch import TokenInfo
+from lcx.positions.frequencies import Frequencies
+from lcx.spec import Spec
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cache(Spec, abc.ABC):
+    """Base of every cache: pure functions of a state, which is a pytree."""
+
+    @abc.abstractmethod
+    def init(self, batch_size: int, length: int, kv_heads: int, head_dim: int, value_dim: int, dtype, axes: int = 1) -> Any:
+        """The empty state for `length` tokens a row that have `axes` position axes."""
+
+    @abc.abstractmethod
+    def length(self, state: Any) -> int:
+        """The `length` that the state was made for."""
+
+    @abc.abstractmethod
+    def append(
+        self,
+        state: Any,
+        k: Float[Array, "B T K D"],
+        v: Float[Array, "B T K E"],
+        info: TokenInfo,
+        frequencies: Frequencies | None,
+    ) -> Any:
+        """The state with the non-padding tokens of a chunk after those already there; `k` comes raw, before rotation."""
+
+    @abc.abstractmethod
+    def attend(
+        self,
+        state: Any,
+        q: Float[Array, "B T H D"],
+        q_info: TokenInfo,
+        *,
+        mask: Mask,
+        scale: float,
+        frequencies: Frequencies | None,
+        softcap: float | None = None,
+        backend: str = "auto",
+    ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
+        """(out, lse) of rotated queries, whose own keys are already appended."""
+
+    @abc.abstractmethod
+    def read(self, state: Any, frequencies: Frequencies | None) -> tuple[Array, Array, TokenInfo]:
+        """(rotated k [B,S,K,D], v [B,S,K,E], info) of every slot, for the reference and tests; empty slots have segment 0."""
