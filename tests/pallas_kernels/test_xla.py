@@ -1,48 +1,228 @@
-"""The tiled XLA form equals the float32 reference in value and gradient."""
+"""The tiled XLA form equals the float32 reference in value and gradient, costs what it says, and keeps nothing it need not."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
-from lcx.attention.mask import Causal, Hide, Sink, Window
+from lcx.attention.mask import Causal, Chunk, Hide, Sink, Window, Within
 from pallas_kernels.tile_attention import reference, xla
+from pallas_kernels.tile_attention.tiling import cut, tile_size, uncut
 from pallas_kernels.tile_attention.tokens import Tokens
 
+NAMES = ("out", "lse", "dq", "dk", "dv")
 
-def packed_tokens(rng, rows, length):
-    """Documents in a row, with padding, shared and reader segments, and roles."""
-    segments = np.sort(rng.integers(-2, 5, (rows, length)), axis=1)
+
+def random_tokens(rng, rows, length, kind):
+    """`packed`: documents and padding; `special`: shared, readers, roles too; `shuffled`: arrays in any order.
+
+    `padding`: rows of nothing else; `single`: one document a row, of any length.
+    """
+    segments = np.sort(rng.integers(0 if kind == "packed" else -2, 5, (rows, length)), axis=1)
+    if kind == "single":
+        segments = (np.arange(length) < rng.integers(0, length + 1, (rows, 1))).astype(int)
     index = np.zeros_like(segments)
     for row, own in zip(index, segments, strict=True):
         for segment in set(own):
             row[own == segment] = np.arange((own == segment).sum())
-    return Tokens(*(jnp.asarray(x, jnp.int32) for x in (index, index, segments, rng.integers(0, 2, (rows, length)))))
+    order, roles = index, rng.integers(0, 2, index.shape)
+    if kind == "shuffled":
+        order = np.where(rng.random((rows, 1)) < 0.5, 0, index // 3)
+        places = np.argsort(rng.random(index.shape), axis=1)
+        index, order, segments = (np.take_along_axis(x, places, 1) for x in (index, order, segments))
+    if kind == "padding":
+        segments[: rows // 2] = 0
+    return Tokens(*(jnp.asarray(x, jnp.int32) for x in (index, order, segments, roles)))
+
+
+def whole_document(rows, length):
+    index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (rows, length))
+    return Tokens(index, index, jnp.ones_like(index), jnp.zeros_like(index))
+
+
+def arrays(rng, B, T, S, H, K, D, E, dtype=jnp.float32):
+    """q, k, v and the cotangents of out and lse."""
+    qkv = (jnp.asarray(rng.normal(size=s), dtype) for s in ((B, T, H, D), (B, S, K, D), (B, S, K, E)))
+    return (*qkv, *(jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((B, T, H, E), (B, T, H))))
+
+
+def with_gradient(form):
+    def run(q, k, v, d_out, d_lse, q_tokens, k_tokens):
+        (out, lse), pull = jax.vjp(lambda q, k, v: form(q, k, v, q_tokens, k_tokens), q, k, v)
+        return out, lse, *pull((d_out, jnp.where(lse == -jnp.inf, 0, d_lse)))
+
+    return jax.jit(run)
+
+
+def compare(got, expected, tolerance):
+    for name, value, other in zip(NAMES, got, expected, strict=True):
+        value, other = np.asarray(value, np.float32), np.asarray(other, np.float32)
+        largest = np.abs(other[np.isfinite(other)]).max(initial=0)
+        np.testing.assert_allclose(value, other, rtol=0, atol=tolerance * largest, err_msg=name)
 
 
 @pytest.mark.parametrize(
-    "shape, mask, softcap",
+    "mask, heads, softcap, rows",
     [
-        ((2, 7, 9, 4, 2, 8, 5), Causal(), None),
-        ((3, 300, 300, 4, 2, 8, 8), Window(size=40) | Sink(size=3), 5.0),
-        ((1, 513, 700, 2, 2, 8, 4), Causal(), None),
-        ((4, 1, 5000, 4, 1, 8, 8), Causal(), None),
-        ((2, 1000, 30, 2, 1, 8, 8), Hide(query_role=1, key_role=0), None),
+        (Causal(), (4, 2), None, 2),
+        (Window(size=9) | (Sink(size=3) & Hide(query_role=1, key_role=0)), (2, 2), 2.0, 1),
+        (Within(size=20) & Chunk(size=12), (3, 1), None, 4),
     ],
 )
-def test_value_and_gradient(shape, mask, softcap):
-    B, T, S, H, K, D, E = shape
+def test_many_tiles_equal_the_reference(mask, heads, softcap, rows):
+    """Tiles of 16 x 32 over 45 queries and 70 keys, in rows that share a list of tiles and rows that do not."""
+    H, K = heads
+    plan = xla.Plan(mask, 0.4, softcap, 16, 32, rows)
+    tiled = with_gradient(functools.partial(xla.planned, plan))
+    dense = with_gradient(functools.partial(reference.attention, mask=mask, scale=0.4, softcap=softcap))
+    hidden = 0
+    for seed, kind in enumerate(("packed", "special", "shuffled", "padding", "single", "single")):
+        rng = np.random.default_rng(seed)
+        given = *arrays(rng, 4, 45, 70, H, K, 8, 5), random_tokens(rng, 4, 45, kind), random_tokens(rng, 4, 70, kind)
+        got = tiled(*given)
+        compare(got, dense(*given), 2e-6)
+        nothing = np.isneginf(got[1])
+        assert not np.asarray(got[0])[nothing].any() and not np.asarray(got[2])[nothing].any()
+        hidden += nothing.sum()
+    assert hidden > 0
+
+
+@pytest.mark.parametrize(
+    "T, S",
+    [(7, 9), (300, 300), (1, 5000), (1, 1), (900, 30)],
+    ids=["tiny", "a document", "a step of decoding", "one pair", "few keys"],
+)
+def test_chosen_sizes_equal_the_reference(T, S):
     rng = np.random.default_rng(T)
-    q, k, v = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((B, T, H, D), (B, S, K, D), (B, S, K, E)))
-    d_out, d_lse = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((B, T, H, E), (B, T, H)))
-    q_tokens, k_tokens = packed_tokens(rng, B, T), packed_tokens(rng, B, S)
+    given = *arrays(rng, 3, T, S, 4, 2, 8, 6), random_tokens(rng, 3, T, "special"), random_tokens(rng, 3, S, "special")
+    options = {"mask": Causal(), "scale": 0.3}
+    tiled, dense = (with_gradient(functools.partial(form, **options)) for form in (xla.attention, reference.attention))
+    compare(tiled(*given), dense(*given), 2e-6)
 
-    def run(form):
-        call = lambda q, k, v: form(q, k, v, q_tokens, k_tokens, mask=mask, scale=0.3, softcap=softcap)
-        (out, lse), pull = jax.vjp(jax.jit(call), q, k, v)
-        return out, lse, *pull((d_out, jnp.where(lse == -jnp.inf, 0, d_lse)))
 
-    names = ("out", "lse", "dq", "dk", "dv")
-    for name, value, expected in zip(names, run(xla.attention), run(reference.attention), strict=True):
-        largest = np.abs(expected[np.isfinite(expected)]).max()
-        np.testing.assert_allclose(value, expected, rtol=0, atol=2e-6 * largest, err_msg=name)
+def test_bfloat16_is_within_two_percent():
+    rng = np.random.default_rng(0)
+    plan = xla.Plan(Causal(), 0.35, None, 32, 32, 2)
+    q, k, v, *rest = *arrays(rng, 2, 90, 90, 4, 2, 8, 8, jnp.bfloat16), *(random_tokens(rng, 2, 90, "packed"),) * 2
+    got = with_gradient(functools.partial(xla.planned, plan))(q, k, v, *rest)
+    assert [x.dtype for x in got] == [jnp.float32] * 2 + [jnp.bfloat16] * 3
+    wide = (x.astype(jnp.float32) for x in (q, k, v))
+    dense = with_gradient(functools.partial(reference.attention, mask=Causal(), scale=0.35))
+    compare(got, dense(*wide, *rest), 2e-2)
+
+
+@pytest.mark.parametrize("T, S", [(0, 5), (5, 0)])
+def test_nothing_to_attend(T, S):
+    q, k, v, *_ = arrays(np.random.default_rng(0), 1, T, S, 2, 1, 4, 3)
+    out, lse = xla.attention(q, k, v, whole_document(1, T), whole_document(1, S), mask=Causal(), scale=1.0)
+    assert out.shape == (1, T, 2, 3) and not out.any()
+    assert lse.shape == (1, T, 2) and np.isneginf(lse).all()
+
+
+def test_empty_tiles_are_never_read():
+    """NaN stands in every key tile that causality makes empty for the first queries: what is not read does no harm."""
+    rng = np.random.default_rng(0)
+    q, k, v, *_ = arrays(rng, 1, 32, 64, 1, 1, 8, 8)
+    k, v = (x.at[:, 32:].set(jnp.nan) for x in (k, v))
+    plan = xla.Plan(Causal(), 0.4, None, 16, 16, 1)
+    form = lambda q, k, v: xla.planned(plan, q, k, v, whole_document(1, 32), whole_document(1, 64))[0]
+    out, pull = jax.vjp(form, q, k, v)
+    assert np.isfinite(out).all()
+    dq, dk, dv = pull(jnp.ones_like(out))
+    assert np.isfinite(dq).all()
+    assert not dk[:, 32:].any() and not dv[:, 32:].any()
+
+
+def layered(form, checkpoint):
+    """Two attention layers scanned; weights [2, M, M]."""
+
+    def layer(x, weight):
+        q = (x @ weight).reshape(*x.shape[:2], 2, -1)
+        return x + form(q, q, q).reshape(x.shape), None
+
+    body = jax.checkpoint(layer) if checkpoint else layer
+    return lambda x, weights: jax.lax.scan(body, x, weights)[0]
+
+
+def test_scanned_layers_save_nothing_of_a_tile():
+    """Between forward and backward only what a layer takes and gives is kept: no axis of 7 query tiles or 16 tokens."""
+    T, M = 7 * 16, 20
+    plan, tokens = xla.Plan(Causal(), 0.3, None, 16, 16, 1), random_tokens(np.random.default_rng(0), 3, T, "packed")
+
+    def saved(x, weights, tokens):
+        form = lambda q, k, v: xla.planned(plan, q, k, v, tokens, tokens)[0]
+        return jax.vjp(layered(form, False), x, weights)[1]
+
+    x, weights = jax.ShapeDtypeStruct((3, T, M), jnp.float32), jax.ShapeDtypeStruct((2, M, M), jnp.float32)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(saved, x, weights, tokens))]
+    assert max(map(np.prod, shapes)) == 2 * 3 * T * M
+    assert not [shape for shape in shapes if {7, 16} & set(shape)]
+
+
+def test_checkpointed_layers_never_hold_the_masks_of_all_tiles():
+    """A scan over layers hoists what does not depend on the layer; masks of 7 query tiles x 112 keys would be T x S."""
+    T, M = 7 * 16, 20
+    plan, tokens = xla.Plan(Causal(), 0.3, None, 16, T, 1), whole_document(1, T)
+    form = lambda q, k, v: xla.planned(plan, q, k, v, tokens, tokens)[0]
+    gradient = jax.grad(lambda x, w: layered(form, True)(x, w).sum(), (0, 1))
+    jaxpr = jax.make_jaxpr(gradient)(jnp.zeros((1, T, M)), jnp.zeros((2, M, M)))
+    shapes = {variable.aval.shape for equation in equations(jaxpr.jaxpr) for variable in equation.outvars}
+    assert any({16, T} <= set(shape) for shape in shapes)  # a tile
+    assert not [shape for shape in shapes if {7, 16, T} <= set(shape)]
+
+
+def equations(jaxpr):
+    """All equations, at any depth."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def test_scanned_and_checkpointed_layers_equal_the_reference():
+    T, M = 40, 12
+    rng = np.random.default_rng(0)
+    x, weights = (jnp.asarray(rng.normal(size=s) / 3, jnp.float32) for s in ((2, T, M), (2, M, M)))
+    tokens, plan = random_tokens(rng, 2, T, "packed"), xla.Plan(Causal(), 0.3, None, 16, 16, 1)
+    forms = (
+        lambda q, k, v: xla.planned(plan, q, k, v, tokens, tokens)[0],
+        lambda q, k, v: reference.attention(q, k, v, tokens, tokens, mask=Causal(), scale=0.3)[0],
+    )
+    loss = lambda form: jax.jit(jax.grad(lambda x, w: jnp.square(layered(form, True)(x, w)).sum(), (0, 1)))
+    for value, expected in zip(*(loss(form)(x, weights) for form in forms), strict=True):
+        np.testing.assert_allclose(value, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+
+
+def test_shards_of_rows_and_heads_equal_the_whole():
+    """Inside shard_map, with its types of varying axes checked."""
+    rng = np.random.default_rng(0)
+    given = *arrays(rng, 4, 40, 40, 4, 2, 8, 8), *(random_tokens(rng, 4, 40, "special"),) * 2
+    run = with_gradient(functools.partial(xla.planned, xla.Plan(Causal(), 0.3, None, 16, 16, 1)))
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    by_head, by_row = PartitionSpec("data", None, "tensor"), PartitionSpec("data")
+    local = lambda *a: run(*a[:5], *jax.tree.map(lambda x: jax.lax.pcast(x, "tensor", to="varying"), a[5:]))
+    shards = jax.shard_map(local, mesh=mesh, in_specs=(*(by_head,) * 5, by_row, by_row), out_specs=by_head)
+    compare(jax.jit(shards)(*given), run(*given), 1e-6)
+
+
+def test_tiles_cover_the_length_with_little_padding():
+    for length in (1, 5, 127, 128, 129, 513, 1000, 4097, 131072):
+        for target in (128, 256, 4096):
+            size = tile_size(length, target)
+            count = -(-length // size)
+            assert size <= max(target, 16) and count * size - length < 16 * count
+            assert count > 1 or size == length
+
+
+def test_cut_and_uncut():
+    x = jnp.arange(4 * 21 * 6 * 3).reshape(4, 21, 6, 3)
+    tiled = cut(x, 8, 2, 3)
+    assert tiled.shape == (2, 3, 2, 3, 16, 3)
+    np.testing.assert_array_equal(tiled[1, 2, 0, 1, 8 + 4], x[2, 20, 3])  # row 2, token 20, second head of the second group
+    np.testing.assert_array_equal(uncut(tiled, 8, 21), x)
+    assert not tiled[:, 2, :, :, 5:8].any() and not tiled[:, 2, :, :, 13:].any()
