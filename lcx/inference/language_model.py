@@ -6,7 +6,7 @@ a result never depends on what else is in the list.
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -89,7 +89,7 @@ class LocalModel:
     def count(self, text: str) -> int:
         return len(self.tokenizer.encode(text))
 
-    def run(self, requests: Sequence[Request]) -> list[Result]:
+    def run(self, requests: Sequence[Any]) -> list[Result]:
         """Results in the order of the requests.
 
         Raises Unsupported, WindowOverflow or ValueError for a request that cannot be served, before anything runs.
@@ -166,7 +166,7 @@ class LocalModel:
             for first in range(0, len(members), size):
                 yield members[first : first + size], length, size
 
-    def _checked(self, request: Request) -> list[list[int]]:
+    def _checked(self, request: Any) -> list[list[int]]:
         """The ids of every text of a request that can be served."""
         if isinstance(request, Embed):
             rows = [self.encode(text) for text in request.texts]

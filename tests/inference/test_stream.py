@@ -1,24 +1,11 @@
 """Streaming gives the tokens of `generate`, and whole characters."""
 
 import pytest
-from flax import nnx
 
-from lcx.channels.glu import GLU
 from lcx.data.tokenizers import ByteTokenizer
 from lcx.inference.generate import generate
 from lcx.inference.sampling import Sampling
 from lcx.inference.stream import stream, text_of
-from lcx.mixers.attention import Attention
-from lcx.mixers.short_convolution import ShortConvolution
-from lcx.models.decoder import Decoder
-from lcx.models.layer import Layer
-
-
-@pytest.fixture(scope="module")
-def model():
-    layer = Layer(mixer=Attention(heads=2, kv_heads=1, head_dim=8), channel=GLU(hidden=32))
-    spec = Decoder(vocab=260, width=32, pattern=(layer,), periods=2, embed_mixer=ShortConvolution(), embed_scale=8.0)
-    return spec.build(rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, top_k=20)])

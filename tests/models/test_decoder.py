@@ -1,5 +1,7 @@
 """The decoder's options against each other and against a plain restatement."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,9 +32,24 @@ def batch(rows=2, length=9):
     return Batch(tokens=tokens, info=causal_info(np.ones_like(tokens)))
 
 
-def hidden(spec, given=None, **options):
-    model = spec.build(rngs=nnx.Rngs(0))
-    return jax.jit(lambda model, batch: model(batch, **options)[0])(model, given or batch())
+@functools.cache
+def built(spec):
+    return spec.build(rngs=nnx.Rngs(0))
+
+
+@functools.partial(jax.jit, static_argnames="upto")
+def forward(model, batch, upto):
+    return model(batch, upto=upto)[0]
+
+
+def hidden(spec, given=None, upto=None):
+    return forward(built(spec), given or batch(), upto)
+
+
+@functools.cache
+def value_and_gradient(spec):
+    loss = lambda model: jnp.square(model.logits(model(batch())[0])).sum()
+    return jax.jit(jax.value_and_grad(loss))(built(spec))
 
 
 def rms(x):
@@ -42,7 +59,7 @@ def rms(x):
 def test_restated_with_numpy():
     """Two pre-norm layers of grouped attention without rotation, and SwiGLU, in float64."""
     spec = edit(decoder(), "rope", None)
-    model, given = spec.build(rngs=nnx.Rngs(0)), batch()
+    model, given = built(spec), batch()
     state = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), nnx.to_pure_dict(nnx.state(model)))
     x, slot = state["embedding"][given.tokens], state["slots"][0]
     causal = np.tril(np.ones((9, 9), bool))
@@ -75,7 +92,7 @@ def test_residual_forms_by_hand():
 def test_residual_gain_scales_the_written_weights(cls):
     spec = next(iter(cls.examples()))
     one, other = (decoder(layer={"residual": residual}) for residual in (PreNorm(), spec))
-    first, second = (nnx.to_pure_dict(nnx.state(s.build(rngs=nnx.Rngs(0))))["slots"][0] for s in (one, other))
+    first, second = (nnx.to_pure_dict(nnx.state(built(s)))["slots"][0] for s in (one, other))
     np.testing.assert_allclose(second["mixer"]["output"], first["mixer"]["output"] * spec.gain, rtol=1e-6)
     np.testing.assert_array_equal(second["mixer"]["query"], first["mixer"]["query"])
     assert np.isfinite(hidden(other)).all()
@@ -94,21 +111,17 @@ def test_norms_in_bfloat16_keep_float32_statistics(norm):
 def test_pattern_of_periods_is_the_layers_in_order():
     """Two periods of one layer equal one period of two layers with the same parameters."""
     deep, wide = decoder(), edit(edit(decoder(), "periods", 1), "pattern", decoder().pattern * 2)
-    source, target = deep.build(rngs=nnx.Rngs(0)), wide.build(rngs=nnx.Rngs(0))
+    source, target = built(deep), wide.build(rngs=nnx.Rngs(0))
     held = nnx.to_pure_dict(nnx.state(source))
     state = nnx.state(target)
     split = {n: jax.tree.map(lambda leaf, n=n: leaf[n : n + 1], held["slots"][0]) for n in range(2)}
     nnx.replace_by_pure_dict(state, held | {"slots": split})
     nnx.update(target, state)
-    np.testing.assert_allclose(target(batch())[0], source(batch())[0], atol=1e-6)
+    np.testing.assert_allclose(forward(target, batch(), None), hidden(deep), atol=1e-6)
 
 
 @pytest.mark.parametrize("options", [{"remat": "full"}, {"remat": "dots"}, {"unroll": 2}, {"unroll": "all"}])
 def test_remat_and_unroll_change_nothing(options):
-    def value_and_gradient(spec):
-        loss = lambda model: jnp.square(model.logits(model(batch())[0])).sum()
-        return jax.jit(jax.value_and_grad(loss))(spec.build(rngs=nnx.Rngs(0)))
-
     (value, gradient), (other, others) = value_and_gradient(decoder()), value_and_gradient(decoder(**options))
     np.testing.assert_allclose(value, other, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(others), strict=True):
@@ -117,22 +130,22 @@ def test_remat_and_unroll_change_nothing(options):
 
 def test_bfloat16_is_close_and_parameters_stay_float32():
     spec = decoder(compute="bfloat16")
-    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(spec.build(rngs=nnx.Rngs(0))))} == {np.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(built(spec)))} == {np.dtype("float32")}
     np.testing.assert_allclose(hidden(spec).astype(jnp.float32), hidden(decoder()), atol=0.1)
 
 
 def test_heads_and_soft_cap():
     tied, untied = decoder(), decoder(head="untied", logit_softcap=2.0)
-    model = untied.build(rngs=nnx.Rngs(0))
+    model = built(untied)
     x = jnp.ones((3, 16)) * 5
     np.testing.assert_allclose(model.logits(x), 2 * np.tanh(x @ model.head[...] / 2), atol=1e-5)
-    count = lambda spec: sum(leaf.size for leaf in jax.tree.leaves(nnx.state(spec.build(rngs=nnx.Rngs(0)))))
+    count = lambda spec: sum(leaf.size for leaf in jax.tree.leaves(nnx.state(built(spec))))
     assert count(untied) - count(tied) == 16 * 32
 
 
 def test_embeds_replace_negative_tokens():
     given = batch()
-    spec, model = decoder(), decoder().build(rngs=nnx.Rngs(0))
+    spec, model = decoder(), built(decoder())
     table = np.asarray(model.embedding[...])
     tokens = np.where(np.arange(9) % 2 == 0, -1, given.tokens)
     mixed = Batch(tokens=tokens, info=given.info, embeds=table[given.tokens])
@@ -140,7 +153,7 @@ def test_embeds_replace_negative_tokens():
 
 
 def test_upto_gives_the_stream_between_layers():
-    spec, model = decoder(), decoder().build(rngs=nnx.Rngs(0))
+    spec, model = decoder(), built(decoder())
     np.testing.assert_allclose(hidden(spec, upto=0), model.embedding[...][batch().tokens], atol=1e-6)
     np.testing.assert_allclose(model.final_norm(hidden(spec, upto=2)), hidden(spec), atol=1e-6)
     with pytest.raises(ValueError, match="upto = 3: expected a multiple of 1 from 0 to 2"):
@@ -150,9 +163,9 @@ def test_upto_gives_the_stream_between_layers():
 
 
 def test_rebuild_keeps_parameters_and_refuses_others():
-    model = decoder().build(rngs=nnx.Rngs(0))
+    model = built(decoder())
     far = rebuild(model, edit(decoder(), "rope", LinearInterpolation(factor=4.0)))
-    assert not np.allclose(far(batch())[0], model(batch())[0], atol=1e-3)
+    assert not np.allclose(forward(far, batch(), None), hidden(decoder()), atol=1e-3)
     np.testing.assert_array_equal(far.embedding[...], model.embedding[...])
     with pytest.raises(SpecError, match="other parameters"):
         rebuild(model, edit(decoder(), "head", "untied"))

@@ -11,7 +11,7 @@ from lcx.attention.mask import Causal
 from lcx.objectives.language_modeling import LanguageModeling
 from lcx.training.flops import Counter, Work
 from lcx.training.metrics import Meter, Pending, TrainingDiverged
-from lcx.training.writers import JsonLines, Lines, TensorBoard, Writer, read_records
+from lcx.training.writers import Bar, JsonLines, Lines, TensorBoard, Writer, read_records
 
 COUNT = Counter(per_token=10, per_pair={Causal(): 2})
 
@@ -128,3 +128,12 @@ def test_event_files_supersede_what_follows_the_restored_step(tmp_path):
 def test_plain_line(capsys):
     Lines(steps=9).write({"step": 3, "loss": 1.25, "mfu_masked": 0.5, "mfu_full": 0.75})
     assert capsys.readouterr().err == "step 3/9 loss 1.2500 MFU 50.0% (75.0% counted full)\n"
+
+
+def test_bar_shows_the_step_and_the_figures(capsys):
+    bar = Bar(step=1, steps=5)
+    bar.write({"step": 3, "loss": 1.25})
+    bar.close()
+    shown = capsys.readouterr().err
+    assert "3/5" in shown
+    assert "loss 1.2500" in shown
