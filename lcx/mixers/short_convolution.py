@@ -2,6 +2,9 @@
 
 Supplies the previous-token features that plain attention needs thousands of steps to find (Mamba, 2023; H3, 2022). The
 current token is left out: the part is added to a residual stream that already carries it.
+
+It reads array neighbours, so without a state padding may stand before, between and behind documents, never inside one; in
+chunks fed with a state it may stand anywhere.
 """
 
 import dataclasses
