@@ -1,4 +1,4 @@
-"""Installs lcx and pallas_kernels; `configs` and `experiments` run from the checkout."""
+"""Installs the library (lcx, pallas_kernels) with its configs and programs."""
 
 from setuptools import find_packages, setup
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh
 
 from lcx.batch import Batch, causal_info
 from lcx.config_text import render
@@ -26,7 +26,7 @@ from lcx.training.experiment import Experiment
 from lcx.training.flops import counter
 from lcx.training.optimizer import groups
 from lcx.training.placement import batch_shardings
-from lcx.training.step import TrainStep, abstract_model, bind
+from lcx.training.step import abstract_model, bind
 
 
 def report(experiment: Experiment) -> str:
@@ -49,7 +49,7 @@ def figures(experiment: Experiment) -> dict[str, Any]:
     rows, length = data.batch_size, data.length
     count = counter(model, state)
     work, full = count.documents(rows, length), count.full(rows, length)
-    held = step_on(experiment, AbstractMesh(tuple(sizes(experiment.mesh).values()), AXES)).abstract_state()
+    held = experiment.training_step(AbstractMesh(tuple(sizes(experiment.mesh).values()), AXES)).abstract_state()
     parameters = sum(leaf.size for leaf in jax.tree.leaves(held.params))
     return {
         "parameters": parameters,
@@ -112,19 +112,6 @@ def abstract_batch(rows: int, length: int) -> Batch:
     return jax.eval_shape(zeros)
 
 
-def step_on(experiment: Experiment, mesh: Mesh | AbstractMesh) -> TrainStep:
-    """The training step of an experiment on a mesh."""
-    return TrainStep(
-        model=experiment.model,
-        objective=experiment.objective,
-        optimizer=experiment.optimizer,
-        mesh=mesh,
-        steps=experiment.steps,
-        accumulation=experiment.accumulation,
-        seed=experiment.seed,
-    )
-
-
 def compiled(experiment: Experiment, devices: Sequence[jax.Device]) -> dict[str, Any]:
     """Bytes a device of the compiled training step by kind, and the seconds it took. Raises SpecError if it does not fit."""
     mesh = experiment.mesh.build(devices)
@@ -133,7 +120,7 @@ def compiled(experiment: Experiment, devices: Sequence[jax.Device]) -> dict[str,
     batch = jax.tree.map(place, batch, batch_shardings(batch, experiment.model.rules, mesh))
     begin = time.perf_counter()
     try:
-        memory = step_on(experiment, mesh).compile(batch).memory_analysis()
+        memory = experiment.training_step(mesh).compile(batch).memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -12,7 +12,7 @@ import pytest
 from experiments import plan
 from experiments.program import run
 from lcx.parallel.mesh import MeshSpec
-from lcx.plan import activation_bytes, compiled, figures, step_on
+from lcx.plan import activation_bytes, compiled, figures
 from lcx.positions.rope import Rope
 from lcx.spec import edit, edits
 from lcx.support_table import base
@@ -26,7 +26,7 @@ def nbytes(tree):
 
 def test_parameters_and_bytes_are_those_of_the_state_that_training_makes():
     experiment = edit(base(), "mesh", MeshSpec(fsdp=2, tensor=2))
-    state = step_on(experiment, experiment.mesh.build()).init()
+    state = experiment.training_step(experiment.mesh.build()).init()
     found = figures(experiment)
     assert found["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(state.params))
     assert found["parameter bytes"] == nbytes(state.params)

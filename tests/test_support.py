@@ -15,7 +15,6 @@ from lcx.data.sources import TextFolder
 from lcx.mixers.short_convolution import ShortConvolution
 from lcx.parallel.mesh import MeshSpec
 from lcx.parts import parts
-from lcx.plan import step_on
 from lcx.positions.frequencies import FrequencyRule
 from lcx.spec import SpecError, edit, edits
 from lcx.support import RULES, broken, validate
@@ -149,7 +148,7 @@ def parameters():
 
 def totals(experiment, batch):
     """(sums, gradient over its largest entry) of the experiment on its mesh."""
-    step = step_on(experiment, experiment.mesh.build())
+    step = experiment.training_step(experiment.mesh.build())
     params = jax.device_put(parameters(), step.shardings.params)
     with jax.set_mesh(step.mesh):
         gradient, sums = jax.jit(step.totals)(params, batch, jax.random.key(0))

@@ -56,7 +56,7 @@ def train(steps: int = 2400, batch_size: int = 8) -> Experiment:
 
 
 @auto_config
-def evaluate(model: str = "reader") -> Evaluation:
+def evaluate(model: str = "runs/reader") -> Evaluation:
     """Recall over length and depth up to the window, and held-out perplexity."""
     return Evaluation(
         model=model,

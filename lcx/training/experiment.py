@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from jax.sharding import AbstractMesh, Mesh
+
 from lcx.data.pipeline import Pipeline
 from lcx.models.decoder import Decoder
 from lcx.objectives.language_modeling import LanguageModeling
@@ -12,6 +14,7 @@ from lcx.parallel.rules import Rules
 from lcx.spec import Spec, SpecError, edits, fingerprint
 from lcx.training.checkpoint import Checkpointing
 from lcx.training.optimizer import Optimizer
+from lcx.training.step import TrainStep
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,18 @@ class Experiment(Spec):
             self.check(getattr(self, field) >= 1, field, "at least 1")
         self.check(self.seed >= 0, "seed", "0 or a positive number")
         self.optimizer.learning_rate.build(self.steps)
+
+    def training_step(self, mesh: Mesh | AbstractMesh) -> TrainStep:
+        """The training step of this experiment on a mesh."""
+        return TrainStep(
+            model=self.model,
+            objective=self.objective,
+            optimizer=self.optimizer,
+            mesh=mesh,
+            steps=self.steps,
+            accumulation=self.accumulation,
+            seed=self.seed,
+        )
 
     def identity(self) -> dict[str, Any]:
         """What a run may not change when it goes on from a checkpoint, field by field. The mesh and whatever only decides how

@@ -58,15 +58,7 @@ def train(experiment: Experiment, run_dir: Path | str, *, devices: Sequence[jax.
     batches = iter(experiment.data.dataset(host=host, hosts=hosts))
     if jax.process_index() == 0:
         (run_dir / "data.json").write_text(json.dumps(experiment.data.counts(), indent=1) + "\n")
-    step = TrainStep(
-        model=experiment.model,
-        objective=experiment.objective,
-        optimizer=experiment.optimizer,
-        mesh=mesh,
-        steps=experiment.steps,
-        accumulation=experiment.accumulation,
-        seed=experiment.seed,
-    )
+    step = experiment.training_step(mesh)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(_Stop())
         checkpoints = stack.enter_context(Checkpoints(run_dir, experiment.checkpoint))
