@@ -17,7 +17,7 @@ VOCAB = 264  # 256 bytes and 3 marks, rounded up so that it divides over 8 devic
 
 
 @auto_config
-def toy(width: int = 128, layers: int = 2) -> Decoder:
+def toy(width: int = 128, layers: int = 2, taps: int = 4) -> Decoder:
     """Attention and SwiGLU layers, pre-norm, RoPE of base 10,000, a tied head."""
     return Decoder(
         vocab=VOCAB,
@@ -30,5 +30,5 @@ def toy(width: int = 128, layers: int = 2) -> Decoder:
         ),
         periods=layers,
         unroll="all",
-        embed_mixer=ShortConvolution(taps=4),
+        embed_mixer=ShortConvolution(taps=taps),
     )
