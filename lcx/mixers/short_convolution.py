@@ -3,8 +3,8 @@
 Supplies the previous-token features that plain attention needs thousands of steps to find (Mamba, 2023; H3, 2022). The
 current token is left out: the part is added to a residual stream that already carries it.
 
-It reads array neighbours, so without a state padding may stand before, between and behind documents, never inside one; in
-chunks fed with a state it may stand anywhere.
+It reads array neighbours, so without a state padding may stand before, between and behind documents; padding inside
+one gives NaN from there to the row's end, not an answer with taps missing. In chunks fed with a state it may stand anywhere.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lcx.batch import PADDING, Batch
 from lcx.mixers.mixer import Inherited, Mixer, MixerModule
@@ -55,7 +55,7 @@ class ShortConvolutionModule(MixerModule):
     def __call__(self, x: Float[Array, "B T M"], batch: Batch, state: ConvolutionState | None = None):
         index, segments = batch.info.index, batch.info.segments
         if state is None:
-            return self._convolve(x, index, segments), None, {}
+            return jnp.where(_torn(index, segments)[..., None], jnp.nan, self._convolve(x, index, segments)), None, {}
         x = jnp.concatenate([state.x.astype(x.dtype), x], axis=1)
         index = jnp.concatenate([state.index, index], axis=1)
         segments = jnp.concatenate([state.segments, segments], axis=1)
@@ -82,3 +82,13 @@ class ShortConvolutionModule(MixerModule):
             linked = (before(segments) == segments) & (segments != PADDING) & (before(index) == index - k)
             y = y + jnp.where(linked[..., None], before(x), 0) * kernel[k - 1]
         return y
+
+
+def _torn(index: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    """From the first token of a row that continues, behind padding, the document before that padding, to the row's end."""
+    places = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
+    last = jax.lax.cummax(jnp.where(segments != PADDING, places, -1), axis=1)
+    last = jnp.pad(last, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]  # the place of the last token before this one
+    before = jnp.take_along_axis(segments, jnp.maximum(last, 0), axis=1)
+    torn = (segments != PADDING) & (index > 0) & (last >= 0) & (last < places - 1) & (before == segments)
+    return jax.lax.cummax(torn.astype(jnp.int32), axis=1) > 0
