@@ -1,4 +1,4 @@
-"""Models that can come with the package (none does yet): a run folder with `weights.npz` in place of checkpoints.
+"""Models that come with the package: a run folder with `weights.npz` in place of checkpoints.
 
 `lcx/assets/<name>/` holds config.json and config.txt (the experiment that trained it), weights.npz, metrics.jsonl and
 curve.png. Wherever a trained run is asked for, its name serves as the folder.
