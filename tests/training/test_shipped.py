@@ -1,14 +1,19 @@
-"""A shipped folder gives back the parameters that were exported, and refuses a model that is another."""
+"""A shipped folder gives back the parameters that were exported, and refuses a model that is another; the reader retrieves."""
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
-from configs.models import byte
+from configs.models import byte, reader
+from lcx.data.recall import Needles
+from lcx.evaluation.evaluation import Evaluation, evaluate
+from lcx.evaluation.report import select
+from lcx.evaluation.tasks.retrieval import Retrieval
 from lcx.spec import SpecError, edit
 from lcx.training import shipped
 from lcx.training.checkpoint import latest, load_model
+from lcx.training.run_folder import read_config
 
 SPEC = byte.toy(width=32, layers=1)
 
@@ -38,3 +43,21 @@ def test_a_model_is_a_folder_or_a_name(folder):
     assert shipped.run_folder(folder) == folder
     with pytest.raises(SpecError, match="model 'nobody': no such run folder, nor a shipped model"):
         shipped.run_folder("nobody")
+
+
+def test_the_reader_retrieves(tmp_path):
+    evaluation = Evaluation(
+        model="reader",
+        lengths=(512,),
+        tasks=(
+            Retrieval(name="passkey", generator=Needles(), examples_each=32),
+            Retrieval(name="multi_key", generator=Needles(needles=8, queries=1), examples_each=32),
+        ),
+    )
+    exact = {row["task"]: row["value"] for row in select(evaluate(evaluation, tmp_path), metric="exact")}
+    assert exact["passkey"] >= 0.95 and exact["multi_key"] >= 0.9
+
+
+def test_the_reader_is_what_its_config_trains():
+    folder = shipped.run_folder("reader")
+    assert read_config(folder) == reader.train() and latest(folder) == reader.train().steps
