@@ -1,7 +1,7 @@
 """Models that come with the package: a run folder with `weights.npz` in place of checkpoints.
 
 `lcx/assets/<name>/` holds config.json and config.txt (the experiment that trained it), weights.npz, metrics.jsonl and
-curve.png. Wherever a trained run is asked for, its name serves as the folder.
+curve.png. Where `run_folder` reads a model, its name serves as the folder.
 """
 
 import shutil

@@ -50,12 +50,12 @@ def test_the_reader_retrieves(tmp_path):
         model="reader",
         lengths=(512,),
         tasks=(
-            Retrieval(name="passkey", generator=Needles(), examples_each=32),
-            Retrieval(name="multi_key", generator=Needles(needles=8, queries=1), examples_each=32),
+            Retrieval(name="passkey", generator=Needles(), examples_each=64),
+            Retrieval(name="multi_key", generator=Needles(needles=8, queries=1), examples_each=64),
         ),
     )
     exact = {row["task"]: row["value"] for row in select(evaluate(evaluation, tmp_path), metric="exact")}
-    assert exact["passkey"] >= 0.95 and exact["multi_key"] >= 0.9
+    assert exact["passkey"] >= 0.95 and exact["multi_key"] >= 0.95
 
 
 def test_the_reader_is_what_its_config_trains():
