@@ -2,6 +2,7 @@
 
     python -m experiments.generate --run_dir=runs/quick --prompt='def main(' --max_new=200 --temperature=0.8
     echo 'import os' | python -m experiments.generate --run_dir=runs/quick
+    python -m experiments.generate --run_dir=reader --prompt='def main('     # a model that comes with the package
 
 Another rope or cache than the trained one is an edit, the parameters stay:
     --config=config_file:runs/quick/config.json --config='set:model.rope=YaRN(factor=4.0, original_length=256)'
@@ -34,7 +35,7 @@ def define(values: flags.FlagValues) -> None:
 
 def main(arguments: Arguments) -> None:
     asked = arguments.flags
-    experiment = arguments.spec(Experiment)
+    experiment = arguments.spec(Experiment, folder=run_folder)
     validate(experiment)
     sampling = Sampling(temperature=asked.temperature, top_k=asked.top_k, top_p=asked.top_p)
     if arguments.dry_run:

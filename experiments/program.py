@@ -47,13 +47,13 @@ class Arguments:
 
     flags: flags.FlagValues
 
-    def spec(self, kind: type[Kind]) -> Kind:
-        """The config, built: from --config, or from the run folder if that is all there is. Raises SpecError."""
+    def spec(self, kind: type[Kind], *, folder: Callable[[Path], Path] = Path) -> Kind:
+        """The config, built: from --config, or from `folder(run_dir)` if that is all there is. Raises SpecError."""
         directives = self.flags["config"]
         if directives.present:
             spec = build(directives.value)
         elif self.flags.run_dir:
-            spec = read_config(self.run_dir)
+            spec = read_config(folder(self.run_dir))
         else:
             raise SpecError("--config is missing: expected --config=config:<name>, or --run_dir of an earlier run")
         if not isinstance(spec, kind):
