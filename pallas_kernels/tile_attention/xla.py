@@ -51,14 +51,14 @@ def attention(
 
 
 def plan(q_shape: tuple[int, ...], k_shape: tuple[int, ...], mask: Mask, scale: float, softcap: float | None) -> Plan:
-    """Sizes measured by `bench`: on a CPU the scores of a step (rows x heads x tile) should fit its second-level cache.
+    """Sizes measured by `bench`. Few queries get longer key tiles; rows share a list of tiles until a step has enough work.
 
-    Few queries get longer key tiles. Short rows share a list of tiles, so that a step has enough work.
+    On a CPU wide key tiles win over small ones that fit the cache: XLA runs the small batched products on one thread.
     """
     (B, T, H, _), S = q_shape, k_shape[1]
     if jax.default_backend() == "cpu":
-        q_target = k_target = 128 if max(T, S) <= 1024 else 256
-        work = 1 << 18
+        q_target, k_target = (128, 128) if max(T, S) <= 512 else (256, 512)
+        work = 1 << 20
     else:
         q_target, k_target, work = 512, 1024, 1 << 23
     q_size = tile_size(T, q_target)

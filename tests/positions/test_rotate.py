@@ -66,3 +66,10 @@ def test_axes_drive_their_own_channels():
     rule = Frequencies(inv_freq=np.ones(2), axis=np.asarray([1, 0], np.int32))
     got = rotate(x, jnp.asarray([[[0.0, np.pi / 2]]]), rule)[0, 0, 0]
     np.testing.assert_allclose(got, [-1, 1, 1, 1], atol=1e-6)  # pair 0 turns a quarter by axis 1, pair 1 stays
+
+
+def test_nothing_turns_at_position_zero():
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(1, 3, 2, 6)), jnp.float32)
+    rule = frequencies(geometric(100.0, 4), factor=1.5)
+    got = rotate(x, jnp.zeros((1, 3, 1)), rule)
+    np.testing.assert_array_equal(got, np.concatenate([1.5 * x[..., :4], x[..., 4:]], axis=-1))
