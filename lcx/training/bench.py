@@ -41,7 +41,7 @@ SHAPES = (
     Shape(width=256, layers=4, heads=4, hidden=768, vocab=264, rows=4, length=512),
     Shape(width=512, layers=8, heads=8, hidden=1408, vocab=2048, rows=2, length=512),
 )
-ROUNDS, STEPS = 3, 6
+ROUNDS, WARM, STEPS = 3, 3, 10  # a process settles over its first steps
 HUGE_PAGES = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # as the programs start; for both sides
 
 
@@ -123,10 +123,11 @@ def side(name: str, shape: Shape, begin: float) -> dict:
     once, count = {"lcx": lcx_step, "torch": torch_step}[name](shape)
     once()
     first, seconds = time.perf_counter() - begin, []
-    for _ in range(STEPS):
+    for _ in range(WARM + STEPS):
         start = time.perf_counter()
         loss = once()
         seconds.append(time.perf_counter() - start)
+    seconds = seconds[WARM:]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"parameters": count, "first": first, "seconds": seconds, "peak": peak, "loss": loss}
 
