@@ -48,4 +48,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, define)
+    launch(main)

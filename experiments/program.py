@@ -74,12 +74,12 @@ class Arguments:
 Main = Callable[[Arguments], int | None]
 
 
-def launch(main: Main, define: Define | None = None) -> None:
-    """Runs a program to its exit status. `define` adds its own flags; the docstring of its module is its help."""
+def launch(main: Main) -> None:
+    """Runs a program to its exit status. `define(flag values)` of its module adds flags; the module's docstring is its help."""
     _with_huge_pages()
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("lcx").setLevel(logging.INFO)
-    sys.exit(run(main, sys.argv[1:], define))
+    sys.exit(run(main, sys.argv[1:]))
 
 
 def _with_huge_pages() -> None:
@@ -91,13 +91,13 @@ def _with_huge_pages() -> None:
         os.execve(sys.executable, sys.orig_argv, os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"})
 
 
-def run(main: Main, argv: list[str], define: Define | None = None) -> int:
+def run(main: Main, argv: list[str]) -> int:
     """`main` over the parsed command line; its exit status. Only `REFUSALS` become one line."""
-    name = Path(inspect.getfile(main)).stem
+    name, module = Path(inspect.getfile(main)).stem, inspect.getmodule(main)
     try:
-        arguments = Arguments(_parse(name, argv, define))
+        arguments = Arguments(_parse(name, argv, getattr(module, "define", None)))
         if arguments.flags.help:
-            print(_help(inspect.getmodule(main).__doc__ or "", arguments.flags))
+            print(_help(module.__doc__ or "", arguments.flags))
             return 0
         return main(arguments) or 0
     except REFUSALS as error:

@@ -2,6 +2,7 @@
 
     python -m experiments.train --config=config:recipes.quick_text.quick --run_dir=runs/quick
     python -m experiments.train --run_dir=runs/quick        # repeats or continues the run from its folder alone
+    python -m experiments.train --multihost --config=...    # the same command on every host of a slice or cluster
 
 Prints one JSON object at the end. Exit status: 0 complete, 2 refused, 143 stopped by SIGTERM after saving a checkpoint.
 """
@@ -9,13 +10,19 @@ Prints one JSON object at the end. Exit status: 0 complete, 2 refused, 143 stopp
 import json
 
 import jax
+from absl import flags
 
 from experiments.program import Arguments, launch
+from lcx.parallel.hosts import join
 from lcx.plan import report
 from lcx.support import validate
 from lcx.training.experiment import Experiment
 from lcx.training.loop import train
 from lcx.training.run_folder import open_run
+
+
+def define(values: flags.FlagValues) -> None:
+    flags.DEFINE_bool("multihost", False, "join the other hosts, each of which runs this command", flag_values=values)
 
 
 def main(arguments: Arguments) -> int:
@@ -24,6 +31,8 @@ def main(arguments: Arguments) -> int:
     if arguments.dry_run:
         print(report(experiment))
         return 0
+    if arguments.flags.multihost:
+        join()
     validate(experiment, jax.device_count())
     run_dir = open_run(arguments.run_dir, experiment)
     result = train(experiment, run_dir)

@@ -32,7 +32,7 @@ assert (np.delete(turned - x, still, axis=-1) != 0).all()
 quick = "--config=config:recipes.quick_text.quick"
 assert run(train.main, [quick, "--config=set:model.rope=PartialRope(kept=1.5)"]) == 2
 assert run(train.main, [quick, "--config=set:model.rope=PartialRope(kept=0.5)", "--dry_run"]) == 0
-assert run(plan.main, ["--support"], plan.define) == 0
+assert run(plan.main, ["--support"]) == 0
 """
 
 

@@ -1,4 +1,4 @@
-"""Imports go only downward: pallas_kernels < lcx < configs < experiments, and inside lcx the order below."""
+"""Imports go only downward: pallas_kernels < lcx < configs < experiments < tpu_scripts, and inside lcx the order below."""
 
 import ast
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HOUSE = ("pallas_kernels", "lcx", "configs", "experiments")
+HOUSE = ("pallas_kernels", "lcx", "configs", "experiments", "tpu_scripts")
 LCX = (
     ("spec", "record", "batch", "parallel", "linear", "norms", "parts", "config", "config_text"),
     ("positions", "attention"),

@@ -72,14 +72,14 @@ def test_compiled_bytes_cover_the_state():
 
 
 def test_the_support_table_is_printed(capsys):
-    assert run(plan.main, ["--support"], plan.define) == 0
+    assert run(plan.main, ["--support"]) == 0
     assert "| mask: Window " in capsys.readouterr().out
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the tpu extra is installed")
 def test_without_the_compiler_the_message_names_the_extra(capsys):
     argv = ["--config=config:recipes.quick_text.quick", "--topology=v5e:1x1"]
-    assert run(plan.main, argv, plan.define) == 2
+    assert run(plan.main, argv) == 2
     assert "plan: --topology=v5e:1x1 needs the TPU compiler: install the `tpu` extra" in capsys.readouterr().err
 
 

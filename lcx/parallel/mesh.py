@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from lcx.parallel.hosts import check_joined
 from lcx.spec import Spec, SpecError
 
 AXES = ("data", "fsdp", "context", "tensor")
@@ -31,6 +32,7 @@ class MeshSpec(Spec):
 
     def build(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
         """The mesh over `devices` (default: all). Raises SpecError unless the devices suffice; many hosts need all of them."""
+        check_joined()
         given = list(jax.devices() if devices is None else devices)
         if self.size > len(given) or (jax.process_count() > 1 and self.size != len(given)):
             shape = " x ".join(f"{axis} {getattr(self, axis)}" for axis in AXES)

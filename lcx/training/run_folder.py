@@ -18,6 +18,7 @@ import jax
 
 from lcx.config import build, dumps, loads
 from lcx.config_text import first_difference, render
+from lcx.parallel.hosts import check_shared
 from lcx.spec import Spec, SpecError, fingerprint
 
 CONFIG = "config.json"
@@ -46,6 +47,7 @@ def open_run(path: Path | str, spec: Spec) -> Path:
             (path / "config.txt").write_text(render(spec) + "\n")
             (path / "config.json.tmp").write_text(dumps(spec))
             (path / "config.json.tmp").replace(path / CONFIG)
+    check_shared(path)
     return path
 
 

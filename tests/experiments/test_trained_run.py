@@ -60,7 +60,7 @@ def test_a_complete_run_is_not_trained_again(trained, capsys):
 
 
 def test_generation_streams_what_the_model_says(trained, capsys):
-    assert run(generate.main, [f"--run_dir={trained}", "--prompt=number", "--max_new=8"], generate.define) == 0
+    assert run(generate.main, [f"--run_dir={trained}", "--prompt=number", "--max_new=8"]) == 0
     experiment = read_config(trained)
     tokenizer = experiment.data.tokenizer
     model = load_model(trained, experiment.model)
@@ -78,14 +78,14 @@ def test_generation_streams_what_the_model_says(trained, capsys):
     ],
 )
 def test_what_cannot_be_generated_is_told_in_one_line(trained, argv, message, capsys):
-    assert run(generate.main, [f"--run_dir={trained}", *argv], generate.define) == 2
+    assert run(generate.main, [f"--run_dir={trained}", *argv]) == 2
     out, err = capsys.readouterr()
     assert out == "" and message in err and err.count("\n") == 1
 
 
 def test_the_prompt_may_come_from_standard_input(trained, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("number"))
-    assert run(generate.main, [f"--run_dir={trained}", "--max_new=1"], generate.define) == 0
+    assert run(generate.main, [f"--run_dir={trained}", "--max_new=1"]) == 0
     assert capsys.readouterr().out.startswith("number")
 
 

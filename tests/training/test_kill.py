@@ -12,7 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
-import runs
+import tiny_runs as runs
 
 from lcx.training.checkpoint import folder, restore_params
 from lcx.training.step import TrainStep

@@ -9,7 +9,7 @@ import time
 import jax
 import numpy as np
 import pytest
-import runs
+import tiny_runs as runs
 
 from lcx.training.checkpoint import latest
 from lcx.training.loop import train
