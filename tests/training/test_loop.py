@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
-from runs import experiment
+from tiny_runs import experiment
 
 from lcx.spec import SpecError, edit
 from lcx.training import loop
