@@ -70,18 +70,27 @@ class Batch:
 
 
 def causal_info(segments: Int[AnyArray, "B T"], start: Int[AnyArray, "B"] | None = None) -> TokenInfo:
-    """TokenInfo of ordinary causal text: index restarts in every run of one segment; order and positions are the index.
+    """TokenInfo of ordinary causal text: index counts the tokens of a segment; order and positions are the index.
 
     `start [B]` is the index of each row's first non-padding token, whose segment then continues a prompt; default 0.
     Padding (segment 0) may stand anywhere; its index is 0 and it is never visible. Works on NumPy and JAX arrays.
     """
     segments = jnp.asarray(segments, jnp.int32)
-    real = segments != PADDING
-    begins = jnp.concatenate([real[:, :1], real[:, 1:] & (segments[:, 1:] != segments[:, :-1])], axis=1)
-    column = jnp.arange(segments.shape[1], dtype=jnp.int32)[None]
-    first = jax.lax.cummax(jnp.where(begins, column, 0), axis=1)
-    index = jnp.where(real, column - first, 0)
+    index = document_index(segments)
     if start is not None:
-        continued = real & (first == jnp.argmax(real, axis=1, keepdims=True))
-        index = index + jnp.where(continued, jnp.asarray(start, jnp.int32)[:, None], 0)
+        real = segments != PADDING
+        first = jnp.take_along_axis(segments, jnp.argmax(real, axis=1, keepdims=True), axis=1)
+        index = index + jnp.where(real & (segments == first), jnp.asarray(start, jnp.int32)[:, None], 0)
     return TokenInfo(index=index, order=index, positions=index[..., None].astype(jnp.float32), segments=segments)
+
+
+def document_index(segments: Int[AnyArray, "B T"]) -> Int[AnyArray, "B T"]:
+    """How many tokens of its own segment stand before each token, whatever stands between them; 0 for padding."""
+    xp, cummax = (jnp, jax.lax.cummax) if isinstance(segments, jax.Array) else (np, np.maximum.accumulate)
+    order = xp.argsort(segments, axis=1, stable=True)
+    grouped = xp.take_along_axis(segments, order, axis=1)
+    begins = xp.concatenate([xp.ones_like(grouped[:, :1], bool), grouped[:, 1:] != grouped[:, :-1]], axis=1)
+    column = xp.broadcast_to(xp.arange(segments.shape[1], dtype=xp.int32), segments.shape)
+    place = column - cummax(xp.where(begins, column, 0), axis=1)
+    index = xp.take_along_axis(place, xp.argsort(order, axis=1), axis=1)
+    return xp.where(segments != PADDING, index, 0).astype(xp.int32)

@@ -29,8 +29,7 @@ class Spec:
             value = getattr(self, name)
             if not matches(value, hint):
                 self.fail(name, value, describe(hint))
-            if type(value) is int and not matches(value, _without_float(hint)):
-                object.__setattr__(self, name, float(value))  # equal specs then print and fingerprint alike
+            object.__setattr__(self, name, _settled(value, hint))  # equal specs then print and fingerprint alike
         self.validate()
 
     def validate(self) -> None:
@@ -88,6 +87,20 @@ def _edit(node: Any, keys: tuple[str, ...], value: Any, path: str) -> Any:
 def _hints(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _settled(value: Any, hint: Any) -> Any:
+    """A value that matches its annotation, with every integer that stands for a float made one, in tuples too."""
+    if type(value) is int:
+        return value if matches(value, _without_float(hint)) else float(value)
+    if type(value) is tuple:
+        choices = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+        for choice in choices:
+            if typing.get_origin(choice) is tuple and matches(value, choice):
+                arguments = typing.get_args(choice)
+                each = arguments[:1] * len(value) if arguments[-1:] == (Ellipsis,) else arguments
+                return tuple(map(_settled, value, each))
+    return value
 
 
 @functools.cache

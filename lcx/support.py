@@ -16,6 +16,7 @@ from lcx.data.sources import Source, SourceError
 from lcx.mixers.attention import Attention
 from lcx.parallel.mesh import AXES, MeshSpec
 from lcx.positions.frequencies import FrequencyRule
+from lcx.positions.rope import Rope
 from lcx.spec import Spec, SpecError
 from lcx.training.experiment import Experiment
 from lcx.training.placement import parameter_shardings
@@ -66,6 +67,32 @@ def _parameters_divide(experiment: Experiment) -> Iterator[str]:
             yield from _divides(experiment, path, value, getattr(experiment.model.rules, axis))
 
 
+def _queries_find_their_keys(experiment: Experiment) -> Iterator[str]:
+    rules, mesh = experiment.model.rules, sizes(experiment.mesh)
+    split = lambda axes: [axis for axis in axes if mesh[axis] > 1]
+    queries, keys = split(rules.heads), split(rules.kv_heads)
+    for path, mixer in _attentions(experiment) if queries != keys else ():
+        if keys:
+            yield f"model.rules.kv_heads = {rules.kv_heads}: expected the axes of model.rules.heads, {rules.heads}, or none"
+            continue
+        group, own = mixer.heads // mixer.kv_heads, mixer.heads // math.prod(mesh[axis] for axis in queries)
+        if own and group % own and own % group:
+            yield (
+                f"{path}.kv_heads = {mixer.kv_heads}: expected the {own} query heads of a device to be part of one key head's "
+                f"{group}, or a multiple of them"
+            )
+
+
+def _activations_lie_on_the_mesh(experiment: Experiment) -> Iterator[str]:
+    rules = experiment.model.rules
+    for name in ("heads", "kv_heads", "hidden", "vocab"):
+        if taken := set(getattr(rules, name)) & {*rules.batch, *rules.sequence}:
+            axis = next(axis for axis in AXES if axis in taken)
+            if sizes(experiment.mesh)[axis] > 1:
+                expected = f"expected axes apart from those of batch and sequence ({axis})"
+                yield f"model.rules.{name} = {getattr(rules, name)}: {expected}"
+
+
 def _sequence_divides(experiment: Experiment) -> Iterator[str]:
     yield from _divides(experiment, "data.length", experiment.data.length, experiment.model.rules.sequence)
 
@@ -104,6 +131,12 @@ def _heads_rotate(experiment: Experiment) -> Iterator[str]:
                 yield f"{path}.head_dim = {mixer.head_dim} does not fit its rope: {error}"
 
 
+def _rope_is_read(experiment: Experiment) -> Iterator[str]:
+    read = any(mixer.rope == "model" for _, mixer in _attentions(experiment))
+    if not read and experiment.model.rope not in (None, Rope()):
+        yield f"model.rope = {experiment.model.rope}: no layer of this model reads it; set the rope of its mixers"
+
+
 def _rows_fit(experiment: Experiment) -> Iterator[str]:
     data = experiment.data
     for i, kind in enumerate(data.mixture):
@@ -121,12 +154,15 @@ def _roles_exist(experiment: Experiment) -> Iterator[str]:
 
 RULES: Mapping[str, Rule] = {
     "every sharded parameter axis is a multiple of the mesh axes that shard it": _parameters_divide,
+    "key heads lie on the mesh as their query heads do, or every device has them": _queries_find_their_keys,
+    "an activation's channels lie on other mesh axes than its tokens": _activations_lie_on_the_mesh,
     "the row length is a multiple of the mesh axes that shard the sequence": _sequence_divides,
     "the batch is a multiple of the mesh axes that shard it, times accumulation": _rows_divide,
     "every mesh axis shards something": _mesh_is_used,
     "the vocabulary holds every id of the tokenizer": _vocabulary_holds_tokens,
     "positions are integers that float32 holds": _positions_are_exact,
     "every head has channels that its rope can rotate": _heads_rotate,
+    "the model's rope is read by some layer": _rope_is_read,
     "a row is long enough for the recall sequences that fill it": _rows_fit,
     "a mask hides only roles that tokens have": _roles_exist,
 }

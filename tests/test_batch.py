@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lcx.batch import causal_info
+from lcx.batch import causal_info, document_index
 
 
 def test_index_restarts_in_every_document():
@@ -16,3 +16,12 @@ def test_start_continues_a_prompt():
     segments = np.asarray([[0, 1, 1, 0], [1, 1, 2, 2], [0, 0, 0, 0]])
     info = causal_info(segments, start=np.asarray([7, 2, 5]))
     assert info.index.tolist() == [[0, 7, 8, 0], [2, 3, 0, 1], [0, 0, 0, 0]]
+
+
+def test_a_document_goes_on_behind_padding_and_other_segments():
+    segments = np.asarray([[1, 1, 0, 1, 2, 1, -1, 2], [0, 3, 3, 0, 0, 3, -2, -1]])
+    counted = [[0, 1, 0, 2, 0, 3, 0, 1], [0, 0, 1, 0, 0, 2, 0, 0]]
+    assert causal_info(segments).index.tolist() == counted
+    assert document_index(segments).tolist() == counted
+    started = causal_info(segments, start=np.asarray([5, 9])).index.tolist()
+    assert started == [[5, 6, 0, 7, 0, 8, 0, 1], [0, 9, 10, 0, 0, 11, 0, 0]]

@@ -80,3 +80,14 @@ def test_fingerprint_follows_equality():
     assert fingerprint(Outer()) == fingerprint(Outer(parts=(Inner(), Inner(size=2))))
     assert fingerprint(Outer()) != fingerprint(edit(Outer(), "rate", 0.25))
     assert Outer(rate=1) == Outer(rate=1.0) and fingerprint(Outer(rate=1)) == fingerprint(Outer(rate=1.0))
+
+
+def test_integers_in_tuples_of_floats_print_alike():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Shares(Spec):
+        at: tuple[float, ...] | None = None
+        pair: tuple[int, float] = (1, 2.0)
+
+    given, same = Shares(at=(0, 1), pair=(3, 4)), Shares(at=(0.0, 1.0), pair=(3, 4.0))
+    assert given == same and fingerprint(given) == fingerprint(same)
+    assert repr(given.pair) == "(3, 4.0)"

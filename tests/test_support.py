@@ -16,6 +16,7 @@ from lcx.mixers.short_convolution import ShortConvolution
 from lcx.parallel.mesh import MeshSpec
 from lcx.parts import parts
 from lcx.positions.frequencies import FrequencyRule
+from lcx.positions.yarn import YaRN
 from lcx.spec import SpecError, edit, edits
 from lcx.support import RULES, broken, validate
 from lcx.support_table import base, kinds, refusal, support_table
@@ -54,6 +55,27 @@ LAYER = "model.pattern[0]"
             [("data.length", 16), ("data.mixture[0].rows", Needles())],
             "data.mixture[0].rows does not fit data.length: Needles: length = 16: expected at least",
         ),
+        (
+            [("mesh", MeshSpec(tensor=2)), ("model.rules.heads", ()), (f"{LAYER}.mixer.heads", 4)],
+            "model.rules.kv_heads = ('tensor',): expected the axes of model.rules.heads, (), or none",
+        ),
+        (
+            [
+                ("mesh", MeshSpec(tensor=2)),
+                ("model.rules.kv_heads", ()),
+                (f"{LAYER}.mixer.heads", 12),
+                (f"{LAYER}.mixer.kv_heads", 3),
+            ],
+            "mixer.kv_heads = 3: expected the 6 query heads of a device to be part of one key head's 4, or a multiple of them",
+        ),
+        (
+            [("mesh", MeshSpec(context=2)), ("model.rules.hidden", ("context",))],
+            "model.rules.hidden = ('context',): expected axes apart from those of batch and sequence (context)",
+        ),
+        (
+            [(f"{LAYER}.mixer.rope", "none"), ("model.rope", YaRN(factor=8.0, original_length=128))],
+            "no layer of this model reads it; set the rope of its mixers",
+        ),
         ([(f"{LAYER}.mixer.head_dim", 5)], "model.pattern[0].mixer.head_dim = 5 does not fit its rope: Rope.rotary"),
     ],
 )
@@ -70,7 +92,7 @@ def test_each_rule_is_broken_by_something_and_the_base_breaks_none():
             ("mesh", MeshSpec(context=3, tensor=5)),
             ("model.rules.heads", ()),
             ("model.rules.kv_heads", ()),
-            ("model.rules.hidden", ()),
+            ("model.rules.hidden", ("context",)),
             ("model.rules.vocab", ()),
             ("model.rules.width", ("context",)),
             ("model.vocab", 7),
@@ -82,7 +104,10 @@ def test_each_rule_is_broken_by_something_and_the_base_breaks_none():
         ],
     )
     short = edits(base(), [("data.length", 16), ("data.mixture[0].rows", Needles())])
-    assert [name for name, rule in RULES.items() if not [*rule(wrong), *rule(short)]] == []
+    apart = edits(base(), [("mesh", MeshSpec(tensor=2)), ("model.rules.heads", ())])
+    unread = edits(base(), [(f"{LAYER}.mixer.rope", "none"), ("model.rope", YaRN(factor=8.0, original_length=128))])
+    broken_by = lambda rule: [sentence for config in (wrong, short, apart, unread) for sentence in rule(config)]
+    assert [name for name, rule in RULES.items() if not broken_by(rule)] == []
     assert list(broken(base())) == []
 
 

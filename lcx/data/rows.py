@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from lcx.batch import Batch, TokenInfo
+from lcx.batch import Batch, TokenInfo, document_index
 from lcx.data.tokenizers import Tokenizer
 from lcx.spec import Spec
 
@@ -90,9 +90,6 @@ class JoinedRows(RowSet):
 def collate(rows: Sequence[Row]) -> Batch:
     """A batch of NumPy arrays. Index, order and positions restart in every segment of a row."""
     tokens, targets, weights, segments = (np.stack(field) for field in zip(*rows, strict=True))
-    index = np.zeros_like(segments)
-    starts = np.concatenate([np.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1)
-    column = np.arange(segments.shape[1], dtype=np.int32)
-    index = np.where(segments != 0, column - np.maximum.accumulate(np.where(starts, column, 0), axis=1), 0).astype(np.int32)
+    index = document_index(segments)
     info = TokenInfo(index=index, order=index, positions=index[..., None].astype(np.float32), segments=segments)
     return Batch(tokens=tokens, info=info, targets=targets, loss_weights=weights)

@@ -44,7 +44,8 @@ def text_of(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
     for token in ids:
         taken.append(token)
         text = tokenizer.decode(taken)
-        whole = text.rstrip("\ufffd") if len(text) - len(text.rstrip("\ufffd")) <= 3 else text
+        held = min(len(text) - len(text.rstrip("\ufffd")), 3)  # the bytes of a character that may still be completed
+        whole = text[: len(text) - held]
         if len(whole) > len(shown):
             yield whole[len(shown) :]
             shown = whole

@@ -5,6 +5,7 @@ the project is called as this one is: `model(batch, state=None, upto=None) -> (h
 """
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import jax
@@ -56,6 +57,7 @@ class Decoder(Spec):
     def validate(self):
         for field in ("vocab", "width", "periods"):
             self.check(getattr(self, field) >= 1, field, "at least 1")
+        self.check(0 < self.embed_scale < math.inf, "embed_scale", "a positive number")
         self.check(len(self.pattern) >= 1, "pattern", "at least one layer")
         self.check(self.logit_softcap is None or self.logit_softcap > 0, "logit_softcap", "a positive number or None")
         divides = self.unroll == "all" or (self.unroll >= 1 and self.periods % self.unroll == 0)
@@ -155,8 +157,8 @@ def lookup(table: Float[Array, "V M"], tokens: Int[Array, "B T"], rules: Rules) 
     """Rows of the embedding; negative tokens give zeros. On a mesh each device looks in its own share of the vocabulary."""
 
     def local(table, tokens):
-        for axis in rules.vocab if ambient_mesh() is not None else ():
-            tokens = tokens - jax.lax.axis_index(axis) * table.shape[0]
+        if ambient_mesh() is not None and rules.vocab:
+            tokens = tokens - jax.lax.axis_index(rules.vocab) * table.shape[0]
         found = (tokens >= 0) & (tokens < table.shape[0])
         rows = jnp.where(found[..., None], jnp.take(table, jnp.where(found, tokens, 0), axis=0), 0)
         return rows if ambient_mesh() is None else jax.lax.psum(rows, rules.vocab)

@@ -37,6 +37,8 @@ class YaRN(FrequencyRule):
         self.check(self.original_length >= 1, "original_length", "at least 1 token")
         self.check(self.fast > self.slow > 0, "fast", f"more turns than slow = {self.slow}, which must be positive")
         self.check(self.truncate or self.ramp != "rotations", "truncate", "True: the rotations ramp has no ends to round")
+        numeric = isinstance(self.temperature, float)
+        self.check(not numeric or self.temperature > 0, "temperature", "'yarn', 'none' or a positive number")
         both = (self.mscale is None) == (self.mscale_all_dim is None)
         self.check(both, "mscale", "set together with mscale_all_dim or not at all")
         self.check(self.mscale is None or self.temperature == "yarn", "temperature", "'yarn' where mscale is set")
@@ -62,6 +64,7 @@ class YaRN(FrequencyRule):
         low, high = (self._channel(rotation, rotary_dim) for rotation in (self.fast, self.slow))
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
+        self.check(high >= 0, "original_length", f"at least the {2 * math.pi * self.slow:.3g} tokens of `slow` turns")
         low, high = max(low, 0), min(high, rotary_dim - 1)
         if low == high:
             high += 0.001

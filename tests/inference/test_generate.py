@@ -69,14 +69,14 @@ def test_bfloat16(model):
     np.testing.assert_allclose([row.logprobs[0] for row in rows], [row.logprobs[0] for row in full], atol=0.1)
 
 
-def test_padding_in_a_chunk_is_not_read(model):
+@pytest.mark.parametrize("parts", [(slice(0, 5),), (slice(0, 3), slice(3, 5))])
+def test_padding_in_a_chunk_is_not_read(model, parts):
     """The same tokens with padding behind, before and between them, and a row that reads nothing."""
     ids = np.asarray([[7, 8, 9, 0, 0], [0, 0, 7, 8, 9], [7, 8, 0, 9, 0], [7, 8, 9, 1, 2]], np.int32)
     segments = np.asarray([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [1, 1, 0, 1, 0], [0, 0, 0, 0, 0]], np.int32)
-    # Padding between the tokens of a document is made by two chunks, since the index restarts behind it.
     read = Consumed(last=jnp.ones((4, 32)), state=model.init_state(4, 8), seen=jnp.zeros(4, jnp.int32))
     read = jax.tree.map(jnp.copy, read)
-    for part in (slice(0, 3), slice(3, 5)):
+    for part in parts:
         read = feed(model, jnp.asarray(ids[:, part]), jnp.asarray(segments[:, part]), read)
     assert read.seen.tolist() == [3, 3, 3, 0]
     np.testing.assert_allclose(read.last[1:3], jnp.stack([read.last[0]] * 2), atol=1e-5)

@@ -34,3 +34,8 @@ def test_bytes_that_are_no_text_are_shown_as_such():
     assert "".join(text_of([97, 255, 255, 255, 255, 98, 0xF0, 0x9F], ByteTokenizer())) == ByteTokenizer().decode(
         [97, 255, 255, 255, 255, 98, 0xF0, 0x9F]
     )
+
+
+def test_a_character_behind_bytes_that_are_no_text():
+    ids = [0x80, 0x80, 0x80, 0xC3, 0xA9, 120]
+    assert "".join(text_of(ids, ByteTokenizer())) == ByteTokenizer().decode(ids)

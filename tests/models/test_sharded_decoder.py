@@ -16,16 +16,34 @@ from lcx.mixers.short_convolution import ShortConvolution
 from lcx.models.decoder import Decoder
 from lcx.models.layer import Layer
 from lcx.parallel.mesh import AXES, MeshSpec
+from lcx.parallel.rules import Rules
 
 MESHES = [MeshSpec(**{a: 2, b: 4 if b == "context" else 2}) for a, b in itertools.combinations(AXES, 2)]
 
 
-def decoder() -> Decoder:
+PAIR = ("fsdp", "tensor")
+RULES = {
+    "keys on every device": (Rules(kv_heads=()), MeshSpec(tensor=4)),
+    "keys on every device, two of them a device": (Rules(kv_heads=()), MeshSpec(tensor=2)),
+    "vocabulary over two axes": (Rules(batch=("data",), width=(), vocab=("fsdp", "tensor")), MeshSpec(fsdp=2, tensor=2)),
+    "heads over two axes": (
+        Rules(batch=("data",), width=(), heads=("fsdp", "tensor"), kv_heads=()),
+        MeshSpec(fsdp=2, tensor=2),
+    ),
+    "sequence over two axes": (Rules(batch=("fsdp",), sequence=("context", "data")), MeshSpec(data=2, context=2)),
+}
+
+
+def decoder(rules: Rules = Rules(), heads: int = 4) -> Decoder:
+    window = Sink(size=1) | Window(size=4)
     layers = (
-        Layer(mixer=Attention(heads=4, kv_heads=2, head_dim=8), channel=GLU(hidden=32)),
-        Layer(mixer=Attention(heads=2, kv_heads=2, head_dim=8, mask=Sink(size=1) | Window(size=4)), channel=GLU(hidden=16)),
+        Layer(mixer=Attention(heads=heads, kv_heads=2, head_dim=8), channel=GLU(hidden=32)),
+        Layer(
+            mixer=Attention(heads=heads // 2, kv_heads=2, head_dim=8, mask=window),
+            channel=GLU(hidden=16),
+        ),
     )
-    return Decoder(vocab=64, width=16, pattern=layers, periods=2, embed_mixer=ShortConvolution(taps=2))
+    return Decoder(vocab=64, width=16, pattern=layers, periods=2, embed_mixer=ShortConvolution(taps=2), rules=rules)
 
 
 def batch() -> Batch:
@@ -53,7 +71,18 @@ def unsharded():
 @pytest.mark.parametrize("spec", MESHES, ids=lambda spec: "-".join(a for a in AXES if getattr(spec, a) > 1))
 def test_sharded_equals_unsharded(spec, unsharded):
     with jax.set_mesh(spec.build()):
-        sharded = outputs(decoder().build(rngs=nnx.Rngs(0)), batch())
+        close(outputs(decoder().build(rngs=nnx.Rngs(0)), batch()), unsharded)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_other_rules(name):
+    rules, spec = RULES[name]
+    with jax.set_mesh(spec.build()):
+        sharded = outputs(decoder(rules, heads=8).build(rngs=nnx.Rngs(0)), batch())
+    close(sharded, outputs(decoder(heads=8).build(rngs=nnx.Rngs(0)), batch()))
+
+
+def close(sharded, unsharded):
     real = np.asarray(batch().info.segments > 0)
     np.testing.assert_allclose(sharded[1][real], unsharded[1][real], atol=1e-5)
     for got, wanted in zip(jax.tree.leaves(sharded[2]), jax.tree.leaves(unsharded[2]), strict=True):

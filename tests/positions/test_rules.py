@@ -88,3 +88,8 @@ def test_odd_rotary_channels_are_refused():
 def test_impossible_yarn_is_refused(wrong):
     with pytest.raises(SpecError, match=next(iter(wrong))):
         YaRN(**({"factor": 2.0, "original_length": 128} | wrong))
+
+
+def test_yarn_refuses_a_window_in_which_no_channel_turns():
+    with pytest.raises(SpecError, match=r"YaRN.original_length = 2: expected at least the 6.28 tokens"):
+        YaRN(factor=8.0, original_length=2).frequencies(32, 16)

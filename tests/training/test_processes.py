@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import jax
@@ -60,3 +62,24 @@ def test_sigterm_to_one_process_stops_both_at_one_step(start, tmp_path):
     os.kill(pair[1].pid, signal.SIGTERM)
     assert ends(pair) == [143, 143]
     assert latest(tmp_path) == read_records(log)[-1]["step"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_command_on_two_hosts(tmp_path, shared):
+    """`experiments.train --multihost`; hosts that do not share the run folder are refused, each with one line."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    changes = ("mesh.data=2", "steps=2", "log_every=1", "optimizer.learning_rate.warmup=1", "data.batch_size=4")
+    config = ["--config=config:recipes.quick_text.quick", *(f"--config=set:{change}" for change in changes)]
+    pair = []
+    for host in (0, 1):
+        job = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(host)}
+        one_device = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": ""}
+        folder = tmp_path / ("run" if shared else f"run{host}")
+        command = [sys.executable, "-m", "experiments.train", "--multihost", *config, f"--run_dir={folder}"]
+        pair.append(subprocess.Popen(command, env={**os.environ, **one_device, **job}, stderr=subprocess.PIPE, text=True))
+    said = [process.communicate(timeout=120)[1] for process in pair]
+    assert [process.returncode for process in pair] == ([0, 0] if shared else [2, 2]), said
+    assert shared or all("process 1 does not see what process 0 writes" in lines and "Traceback" not in lines for lines in said)
