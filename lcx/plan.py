@@ -107,9 +107,8 @@ def compared(runs: dict[str, Experiment]) -> str:
     for name, experiment in runs.items():
         found = figures(experiment)
         alike.setdefault(listed({figure: found[figure] for figure in COMPACT}), []).append(name)
-    return "\n\n".join(
-        f"{', '.join(names)}, each\n{text}" if names[1:] else f"{names[0]}\n{text}" for text, names in alike.items()
-    )
+    heads = ((names[0] if len(names) == 1 else f"each of {'; '.join(names)}", text) for text, names in alike.items())
+    return "\n\n".join(f"{head}\n{text}" for head, text in heads)
 
 
 def wavelengths(model: Decoder, length: int) -> dict[str, str]:

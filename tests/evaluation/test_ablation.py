@@ -172,7 +172,7 @@ def test_parameters_trained_again_are_compared_with_the_rows(ablation, finished,
 def retrain(folder):
     """Training that comes to other parameters than the folder's config would."""
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    return train(edit(read_config(folder), "seed", 7), folder)
+    return train(edit(read_config(folder), "optimizer.learning_rate.peak", 3e-3), folder)
 
 
 def test_a_training_told_to_stop_goes_on(ablation, tmp_path, monkeypatch, capsys):
