@@ -3,17 +3,20 @@
     python -m experiments.ablate --config=config:ablations.rope_extension.quickstart
 
 Leaves results.jsonl (one tidy row a measurement), table.md and plots in the folder, and prints the table.
-Exit status: 0 complete, 2 refused.
+Exit status: 0 complete, 2 refused, 143 stopped by SIGTERM, in training after saving a checkpoint; finished rows stay.
 """
+
+import signal
+import sys
 
 import jax
 
 from experiments.program import Arguments, launch
 from lcx.config_text import render
-from lcx.evaluation.ablation import Ablation, run
-from lcx.plan import report
+from lcx.evaluation.ablation import Ablation, Stopped, run
+from lcx.plan import compared
 from lcx.support import validate
-from lcx.training.run_folder import open_run
+from lcx.training.experiment import Experiment
 
 
 def main(arguments: Arguments) -> int:
@@ -22,15 +25,28 @@ def main(arguments: Arguments) -> int:
     for experiment in experiments:
         validate(experiment)
     if arguments.dry_run:
-        print(render(ablation), report(experiments[0]), sep="\n\n")
+        print(render(ablation), compared(training_runs(ablation)), sep="\n\n")
         return 0
     for experiment in experiments:
         validate(experiment, jax.device_count())
-    run_dir = open_run(arguments.run_dir, ablation)
-    run(ablation, run_dir)
+    run_dir = arguments.run_dir
+    try:
+        run(ablation, run_dir)
+    except Stopped as stopped:
+        print(f"ablate: {stopped}", file=sys.stderr)
+        return 128 + signal.SIGTERM
     print((run_dir / "table.md").read_text())
     print(f"table, plots and rows: {run_dir}")
     return 0
+
+
+def training_runs(ablation: Ablation) -> dict[str, Experiment]:
+    """What is trained, by name: every arm, and every variant of it that is fine-tuned."""
+    found = {}
+    for arm in ablation.arms:
+        found[arm.name] = ablation.experiment(arm)
+        found |= {f"{arm.name}, {v.name}": ablation.experiment(arm, v) for v in ablation.variants if v.finetune}
+    return found
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ Leaves results.jsonl (one tidy row a number) and table.md in the folder, and pri
 from experiments.program import Arguments, launch
 from lcx.config_text import render
 from lcx.evaluation.evaluation import Evaluation, evaluate
+from lcx.plan import listed, model_figures
 from lcx.support import validate
-from lcx.training.run_folder import open_run
 
 
 def main(arguments: Arguments) -> None:
@@ -19,8 +19,9 @@ def main(arguments: Arguments) -> None:
     validate(experiment)
     if arguments.dry_run:
         print(render(evaluation, "config"), render(experiment.model, "model"), sep="\n\n")
+        print("", listed(model_figures(experiment.model, evaluation.lengths)), sep="\n")
         return
-    run_dir = open_run(arguments.run_dir, evaluation)
+    run_dir = arguments.run_dir
     evaluate(evaluation, run_dir)
     print((run_dir / "table.md").read_text())
     print(f"table and rows: {run_dir}")

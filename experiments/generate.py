@@ -16,6 +16,7 @@ from experiments.program import Arguments, launch
 from lcx.config_text import render
 from lcx.inference.sampling import Sampling
 from lcx.inference.stream import stream, text_of
+from lcx.plan import listed, model_figures
 from lcx.spec import SpecError
 from lcx.support import validate
 from lcx.training.checkpoint import load_model
@@ -39,7 +40,8 @@ def main(arguments: Arguments) -> None:
     validate(experiment)
     sampling = Sampling(temperature=asked.temperature, top_k=asked.top_k, top_p=asked.top_p)
     if arguments.dry_run:
-        print(f"{render(experiment.model, 'model')}\n{render(sampling, 'sampling')}")
+        print(f"{render(experiment.model, 'model')}\n{render(sampling, 'sampling')}\n")
+        print(listed(model_figures(experiment.model, (experiment.data.length,))))
         return
     tokenizer = experiment.data.tokenizer
     prompt = sys.stdin.read() if asked.prompt is None else asked.prompt

@@ -31,8 +31,12 @@ from lcx.training.step import abstract_model, bind
 
 def report(experiment: Experiment) -> str:
     """The resolved config, every field, and its figures."""
-    lines = [f"{name:<48} {shown(value)}" for name, value in figures(experiment).items()]
-    return "\n".join([render(experiment, "config"), "", f"{'fingerprint':<48} {fingerprint(experiment)}", *lines])
+    return f"{render(experiment, 'config')}\n\n{listed({'fingerprint': fingerprint(experiment)} | figures(experiment))}"
+
+
+def listed(found: dict[str, Any]) -> str:
+    """Figures, one a line."""
+    return "\n".join(f"{name:<48} {shown(value)}" for name, value in found.items())
 
 
 def shown(value: Any) -> str:
@@ -69,6 +73,42 @@ def figures(experiment: Experiment) -> dict[str, Any]:
         "training FLOPs of the run, visible pairs only": count.train(work) * experiment.steps,
         **wavelengths(model, length),
     }
+
+
+def model_figures(model: Decoder, lengths: Sequence[int]) -> dict[str, Any]:
+    """Sizes and work of using a trained model, by name: a forward pass over a row, and the state that a row decodes with."""
+    graph, state = abstract_model(model)
+    params, count = nnx.to_pure_dict(state), counter(model, state)
+    found: dict[str, Any] = {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "  of them embeddings": _embeddings(state),
+        "parameter bytes": _bytes(params),
+    }
+    for length in lengths:
+        held = jax.eval_shape(lambda p, length=length: bind(graph, state, p).init_state(1, length), params)
+        found[f"forward FLOPs a row of {length}, visible pairs only"] = count.forward(count.documents(1, length))
+        found[f"forward FLOPs a row of {length}, all pairs"] = count.forward(count.full(1, length))
+        found[f"state bytes a row of {length}"] = _bytes(held)
+    return found | wavelengths(model, max(lengths))
+
+
+COMPACT = (
+    "parameters",
+    "parameter, gradient, optimizer bytes a device",
+    "activation bytes kept for backward, all devices",
+    "tokens of the run",
+    "training FLOPs of the run, visible pairs only",
+)
+
+
+def compared(runs: dict[str, Experiment]) -> str:
+    """The figures that tell what training runs cost, side by side; runs of one cost share a block."""
+    alike: dict[str, list[str]] = {}
+    for name, experiment in runs.items():
+        found = figures(experiment)
+        alike.setdefault(listed({figure: found[figure] for figure in COMPACT}), []).append(name)
+    heads = ((names[0] if len(names) == 1 else f"each of {'; '.join(names)}", text) for text, names in alike.items())
+    return "\n\n".join(f"{head}\n{text}" for head, text in heads)
 
 
 def wavelengths(model: Decoder, length: int) -> dict[str, str]:

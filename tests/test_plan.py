@@ -12,7 +12,7 @@ import pytest
 from experiments import plan
 from experiments.program import run
 from lcx.parallel.mesh import MeshSpec
-from lcx.plan import activation_bytes, compiled, figures
+from lcx.plan import activation_bytes, compared, compiled, figures, model_figures
 from lcx.positions.rope import Rope
 from lcx.spec import edit, edits
 from lcx.support_table import base
@@ -46,6 +46,22 @@ def test_flops_of_both_conventions_by_hand():
     assert found["training FLOPs a step, visible pairs only"] == 3 * (256 * 2 * matrices + visible * pair)
     assert found["training FLOPs a step, all pairs"] == 3 * (256 * 2 * matrices + every * pair)
     assert found["tokens a step"] == 256
+
+
+def test_figures_of_a_model_in_use_by_hand():
+    """The same layer: a forward pass is a third of training; the state holds 2 heads of 16 keys and values, and its places."""
+    found, trained = model_figures(base().model, (64, 128)), figures(base())
+    assert found["parameters"] == trained["parameters"] and found["parameter bytes"] == trained["parameter bytes"]
+    assert 12 * found["forward FLOPs a row of 64, visible pairs only"] == trained["training FLOPs a step, visible pairs only"]
+    assert 12 * found["forward FLOPs a row of 64, all pairs"] == trained["training FLOPs a step, all pairs"]
+    grown = found["state bytes a row of 128"] - found["state bytes a row of 64"]
+    assert grown == 64 * (2 * 2 * 16 + 5) * 4
+
+
+def test_runs_of_one_cost_share_a_block():
+    roped, long = edit(base(), "model.rope", Rope(base=9.0)), edit(base(), "steps", 2 * base().steps)
+    heads = [block.splitlines()[0] for block in compared({"a": base(), "b": roped, "c": long}).split("\n\n")]
+    assert heads == ["each of a; b", "c"]
 
 
 def test_wavelengths_by_hand():

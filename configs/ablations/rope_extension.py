@@ -37,6 +37,7 @@ from lcx.positions.linear import LinearInterpolation
 from lcx.positions.ntk import NTK
 from lcx.positions.rope import Rope
 from lcx.positions.yarn import YaRN
+from lcx.training.checkpoint import Checkpointing
 from lcx.training.experiment import Experiment
 from lcx.training.optimizer import AdamW
 from lcx.training.schedules import Constant, Cosine
@@ -63,6 +64,7 @@ def base(steps: int = 450) -> Experiment:
         ),
         optimizer=AdamW(learning_rate=Cosine(peak=3e-3, warmup=30)),
         steps=steps,
+        checkpoint=Checkpointing(every=150),
         log_every=50,
     )
 

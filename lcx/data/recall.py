@@ -26,6 +26,7 @@ from lcx.spec import Spec
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 STREAM = 1 << 30  # examples in a stream: more than any run reads
+SAMPLED = 16  # of them, for counts
 MOST_LETTERS = 13  # 26^13 keys can still be numbered in 64 bits
 
 Split = Literal["train", "test"]
@@ -37,7 +38,12 @@ class TaskDoesNotFit(ValueError):
     def __init__(self, spec: Spec, length: int, minimum: int, maximum: int | None = None):
         accepted = f"at least {minimum} tokens" if maximum is None else f"{minimum} to {maximum} tokens, or more key_letters"
         super().__init__(f"{type(spec).__name__}: length = {length}: expected {accepted}")
-        self.minimum, self.maximum = minimum, maximum
+        self.spec, self.length, self.minimum, self.maximum = spec, length, minimum, maximum
+
+    def beside(self, room: int) -> "TaskDoesNotFit":
+        """The same of a length that has to hold `room` tokens beside the instance."""
+        most = None if self.maximum is None else self.maximum + room
+        return TaskDoesNotFit(self.spec, self.length + room, self.minimum + room, most)
 
 
 class RecallExample(NamedTuple):
@@ -104,6 +110,12 @@ class RecallRows(RowSet):
         for start, stop in answers:
             weights[start - 1 : stop - 1] = self._spec.answer_weight
         return Row(tokens, targets, weights, segments)
+
+    def counts(self) -> dict[str, int]:
+        """Of the first rows of the endless stream; an example is never split or cut."""
+        kept = sum(int((self[i].segments > 0).sum()) for i in range(SAMPLED))
+        counts = {"rows_sampled": SAMPLED, "tokens": kept, "tokens_split": 0, "tokens_dropped": 0}
+        return counts | {"tokens_padded": SAMPLED * self._length - kept}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,35 +2,37 @@
 
 An arm is another training run; a variant is another way to use an arm's parameters: an edit of its model, with or without
 some steps of fine-tuning. Every finished measurement is a few rows of `results.jsonl`; what is already there is not done
-again. Ends in `table.md` and plots.
+again, and rows of parameters that are no longer the ones in the folder are refused. Ends in `table.md` and plots; `time.json`
+holds the time of every start.
 """
 
 import dataclasses
 import functools
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 from flax import nnx
 
 from lcx.config_text import first_difference
+from lcx.evaluation.checks import Edits, check_inputs, check_lengths, check_names, digest, edited, used
 from lcx.evaluation.panels import Panel, report
 from lcx.evaluation.report import append_rows, read_rows
 from lcx.evaluation.stopwatch import Stopwatch
 from lcx.evaluation.tasks.task import Row, Task
 from lcx.inference.language_model import LocalModel
 from lcx.models.decoder import Decoder
-from lcx.spec import Spec, SpecError, edits, fingerprint
+from lcx.spec import Spec, SpecError, fingerprint
 from lcx.training.checkpoint import latest, load_model
 from lcx.training.experiment import Experiment
 from lcx.training.loop import train
 from lcx.training.run_folder import CONFIG, open_run, read_config
 from lcx.training.step import abstract_model
 
-Edits = tuple[tuple[str, Any], ...]  # (path, value) pairs, applied in order
+
+class Stopped(Exception):
+    """A training run was told to stop, and has saved a checkpoint to go on from. The message is one line."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,8 +47,8 @@ class Arm(Spec):
 class Variant(Spec):
     """A way to use an arm's parameters. stage and scale only tell variants of one method apart in tables and plots.
 
-    edits: of the arm's model. lengths: to measure at. finetune: edits that turn the arm's experiment into a fine-tuning from
-    its parameters (steps, length, learning rate); empty: zero-shot.
+    edits: of the arm's model or `data.tokenizer`. lengths: to measure at. finetune: edits that turn the arm's experiment into a
+    fine-tuning from its parameters (steps, length, learning rate); empty: zero-shot.
     """
 
     method: str
@@ -57,8 +59,7 @@ class Variant(Spec):
     finetune: Edits = ()
 
     def validate(self):
-        distinct = len(set(self.lengths)) == len(self.lengths) >= 1
-        self.check(distinct and min(self.lengths) >= 1, "lengths", "distinct lengths of at least 1 token, at least one")
+        check_lengths(self, self.lengths)
 
     @property
     def name(self) -> str:
@@ -86,9 +87,7 @@ class Ablation(Spec):
             ("tasks", [task.name for task in self.tasks]),
             ("panels", [panel.title for panel in self.panels]),
         ):
-            self.check(len(names) >= 1 and len(set(names)) == len(names), field, f"distinct names, at least one; got {names}")
-            files = field == "panels" or all(re.fullmatch(r"\w[\w .,+=-]*", name) for name in names)
-            self.check(files, field, f"names that can be files: letters, digits, blanks and . , + = - ; got {names}")
+            check_names(self, field, names, files=field != "panels")
         cells = [(v.stage, v.method, length) for v in self.variants for length in v.lengths]
         if twice := [cell for cell in cells if cells.count(cell) > 1]:
             self.fail("variants", twice[0], "stage, method and length to name one variant, since tables show them")
@@ -99,16 +98,14 @@ class Ablation(Spec):
                 self.experiment(arm, variant)
 
     def experiment(self, arm: Arm, variant: Variant | None = None) -> Experiment:
-        """The experiment of an arm, or of a variant of it. Raises SpecError if an edit is impossible or would do nothing."""
+        """The experiment of an arm, or of a variant of it. Raises SpecError if an edit is impossible, is of a rope that no
+        layer reads or, in a variant, of what measuring does not read."""
         name = arm.name if variant is None else f"{arm.name}, {variant.name}"
         try:
-            trained = edits(self.base, arm.edits)
+            trained = edited(self.base, arm.edits)
             if variant is None:
                 return trained
-            used = edits(trained, variant.edits)
-            if changed := first_difference(dataclasses.replace(used, model=trained.model), trained):
-                raise SpecError(f"Variant.edits change {changed}: expected edits of the model; others belong to finetune")
-            return edits(used, variant.finetune)
+            return edited(used(trained, variant.edits, "Variant.edits"), variant.finetune)
         except SpecError as error:
             raise SpecError(f"ablation, {name}: {error}") from None
 
@@ -120,15 +117,14 @@ class Ablation(Spec):
 def run(ablation: Ablation, run_dir: Path | str, say: Callable[[str], None] = print) -> list[Row]:
     """Trains, measures and reports what is not there yet; returns all rows. `say` gets progress and the time split.
 
-    Before anything is trained, raises SpecError if the folder holds another config's rows or training runs or a variant has
-    other parameters than its arm, and the task's own error if one does not fit a length. RuntimeError if a training run was
-    told to stop.
+    Before anything is trained or written, raises SpecError if the folder holds another config's rows or training runs, rows of
+    other parameters than its training runs have, or a variant has other parameters than its arm, and the task's own error if
+    one does not fit a length. Stopped if a training run was told to stop.
     """
     if jax.process_count() > 1:
         raise SpecError(f"ablation: {jax.process_count()} processes: expected one, which may have many devices")
     run_dir = Path(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with Stopwatch() as watch:
+    with Stopwatch(run_dir / "time.json") as watch:
         return _Run(ablation, run_dir, say, watch).go()
 
 
@@ -137,10 +133,12 @@ class _Run:
         self.ablation, self.run_dir, self.say, self.watch = ablation, run_dir, say, watch
         self.results = run_dir / "results.jsonl"
         self.key = fingerprint(ablation.identity())
+        self.measured: dict[Path, set[str]] = {}  # parameters that rows stand on, by the folder that holds them
 
     def go(self) -> list[Row]:
         todo = self._todo()
         self._check(todo)
+        open_run(self.run_dir, self.ablation)
         for arm, variant, jobs in todo:
             self._measure(arm, variant, jobs)
         rows = read_rows(self.results)
@@ -157,6 +155,9 @@ class _Run:
             raise SpecError(
                 f"{self.results} holds rows of config {other.pop()}, this one is {self.key}: give another --run_dir"
             )
+        folders = {(arm.name, v.name): self._folder(arm, v) for arm in self.ablation.arms for v in self.ablation.variants}
+        for row in rows:
+            self.measured.setdefault(folders[row["arm"], row["variant"]], set()).add(row.get("parameters", "unknown"))
         done = {(row["arm"], row["variant"], row["task"], row["length"]) for row in rows}
         todo = []
         for arm in self.ablation.arms:
@@ -174,9 +175,22 @@ class _Run:
             mine, theirs = _parameters(trained.model), _parameters(used.model)
             if differing := sorted(str(path) for path, _ in mine.items() ^ theirs.items()):
                 raise SpecError(f"ablation, {arm.name}, {variant.name}: other parameters than the arm's: {differing[0]}")
-        given = [(self.ablation.experiment(arm).data.tokenizer, *job) for arm, _, jobs in todo for job in jobs]
-        for tokenizer, task, length in dict.fromkeys(given):
-            task.inputs(tokenizer, length)
+        self._check_rows()
+        tokenizer = lambda arm, variant: self.ablation.experiment(arm, variant).data.tokenizer
+        check_inputs((tokenizer(arm, variant), *job) for arm, variant, jobs in todo for job in jobs)
+
+    def _check_rows(self) -> None:
+        """Rows are of the parameters that their folders hold, where these are still there."""
+        pairs = [(arm, variant) for arm in self.ablation.arms for variant in self.ablation.variants]
+        for folder, experiment in {self._folder(*pair): self.ablation.experiment(*pair) for pair in pairs}.items():
+            if folder in self.measured and _trained(folder, experiment):
+                self._check_measured(folder, load_model(folder, experiment.model))
+
+    def _check_measured(self, folder: Path, model: nnx.Module) -> None:
+        found = digest(model)
+        if other := self.measured.get(folder, set()) - {found}:
+            sides = f"rows of parameters {other.pop()} of {folder}, which now holds {found}"
+            raise SpecError(f"{self.results} holds {sides}: it was trained again; give another --run_dir")
 
     def _check_folder(self, experiment: Experiment, folder: Path) -> None:
         if (folder / CONFIG).is_file():
@@ -186,6 +200,7 @@ class _Run:
 
     def _measure(self, arm: Arm, variant: Variant, jobs: list[tuple[Task, int]]) -> None:
         model = self._model(arm, variant)
+        parameters = digest(model)
         tokenizer = self.ablation.experiment(arm, variant).data.tokenizer
         for task, length in jobs:
             begin = time.perf_counter()
@@ -193,7 +208,8 @@ class _Run:
                 rows = task.measure(LocalModel(model, tokenizer, window=length), length)
             took = time.perf_counter() - begin
             label = {"arm": arm.name, "variant": variant.name, "method": variant.method, "stage": variant.stage}
-            label |= {"scale": variant.scale, "config": self.key, "seconds": round(took, 3)}
+            label |= {"scale": variant.scale, "config": self.key, "parameters": parameters}
+            label |= {"seconds": round(took, 3)}
             append_rows(self.results, [label | row for row in rows])
             self.say(f"{arm.name}, {variant.name}, {task.name} at {length}: {took:.1f} s")
 
@@ -203,20 +219,29 @@ class _Run:
         self._train(self.ablation.experiment(arm), folder, arm, "train")
         if variant.finetune:
             experiment = dataclasses.replace(experiment, init_from=str(folder))
-            folder = folder / variant.folder
+            folder = self._folder(arm, variant)
             self._train(experiment, folder, arm, "fine-tune")
         return load_model(folder, experiment.model)
 
+    def _folder(self, arm: Arm, variant: Variant) -> Path:
+        """Where the parameters of a variant are."""
+        return self.run_dir / arm.name / (variant.folder if variant.finetune else "")
+
     def _train(self, experiment: Experiment, folder: Path, arm: Arm, kind: str) -> None:
         self._check_folder(experiment, folder)
-        if (folder / CONFIG).is_file() and latest(folder) == experiment.steps:
+        if _trained(folder, experiment):
             return
         open_run(folder, experiment)
         self.say(f"{kind} {folder.name}: {experiment.steps} steps")
         with self.watch.on(arm.name, kind):
             result = train(experiment, folder)
         if result.status != "completed":
-            raise RuntimeError(f"{folder}: training was told to stop at step {result.step}; start again to go on")
+            raise Stopped(f"{folder}: saved at step {result.step}; start again to go on")
+        self._check_measured(folder, result.model)
+
+
+def _trained(folder: Path, experiment: Experiment) -> bool:
+    return (folder / CONFIG).is_file() and latest(folder) == experiment.steps
 
 
 @functools.cache

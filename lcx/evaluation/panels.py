@@ -10,7 +10,7 @@ from lcx.evaluation.tasks.task import Row, Task
 from lcx.spec import Spec
 
 _CELL = ("arm", "stage", "method", "length")  # one number each
-_MEASURED = ("value", "low", "high", "count", "examples", "seconds", "variant", "scale")
+_MEASURED = ("value", "low", "high", "count", "examples", "seconds", "parameters", "variant", "scale")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,10 @@
 
 import collections
 import contextlib
+import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 
@@ -11,10 +13,16 @@ COMPILE = "/jax/core/compile/backend_compile_duration"  # JAX's name of the even
 
 
 class Stopwatch:
-    """Seconds by owner and kind of work. A context: outside it, compilation is not heard."""
+    """Seconds by owner and kind of work, kept in the JSON file `path` from start to start. What a kill cuts does not count.
 
-    def __init__(self):
+    A context: outside it, compilation is not heard.
+    """
+
+    def __init__(self, path: Path | None = None):
+        self.path = path
         self.seconds: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+        if path is not None and path.exists():
+            self.seconds |= {owner: collections.Counter(spent) for owner, spent in json.loads(path.read_text()).items()}
         self._compiled = 0.0
 
     def __enter__(self) -> "Stopwatch":
@@ -33,11 +41,18 @@ class Stopwatch:
         finally:
             took, compiling = time.perf_counter() - begin, self._compiled - compiled
             self.seconds[owner] += collections.Counter({kind: took - compiling, "compile": compiling})
+            self._keep()
 
     def lines(self) -> list[str]:
         """One line an owner, the longest first in each."""
         spent = lambda kinds: ", ".join(f"{kind} {seconds:.1f} s" for kind, seconds in kinds.most_common())
         return [f"{owner}: {kinds.total():.1f} s: {spent(kinds)}" for owner, kinds in self.seconds.items()]
+
+    def _keep(self) -> None:
+        if self.path is not None:
+            new = self.path.with_name(self.path.name + ".tmp")
+            new.write_text(json.dumps(self.seconds, indent=1) + "\n")
+            new.replace(self.path)
 
     def _hear(self, event: str, seconds: float, **_) -> None:
         if event == COMPILE:

@@ -85,6 +85,24 @@ def test_epochs_are_shuffled_anew(pipeline):
     assert seen[:rows] != seen[rows:]
 
 
+def test_tokens_of_recall_are_counted_in_a_sample():
+    counts = Pipeline(mixture=(Weighted(rows=Records()), Weighted(rows=Needles())), length=128, batch_size=2).counts()
+    assert (counts["mixture[0].rows_sampled"], counts["mixture[0].tokens_padded"]) == (16, 16 * 8)
+    assert counts["mixture[0].tokens"] == 16 * 120
+    assert (counts["mixture[1].tokens"], counts["mixture[1].tokens_padded"]) == (16 * 128, 0)
+    assert counts["mixture[1].tokens_dropped"] == counts["mixture[1].tokens_split"] == 0
+
+
+def test_short_rows_that_fill_no_whole_row_are_dropped(pipeline):
+    """225 tokens make 12 rows of 20, of which the last two with their 5 tokens, and 2 x 20 - 5 of padding, fall off."""
+    joined = Joined(rows_of=pipeline.mixture[0].rows, parts=5)
+    counts = Pipeline(mixture=(Weighted(rows=joined),), length=100, batch_size=1).counts()
+    assert (counts["mixture[0].tokens"], counts["mixture[0].rows_left_over"]) == (225, 2)
+    assert (counts["mixture[0].tokens_dropped"], counts["mixture[0].tokens_padded"]) == (25, 0)
+    recall = Pipeline(mixture=(Weighted(rows=Joined(rows_of=Records(), parts=5)),), length=100, batch_size=1).counts()
+    assert recall["mixture[0].tokens_dropped"] == 0 and recall["mixture[0].rows_left_over"] == 4
+
+
 def test_impossible_pipelines_are_refused(pipeline):
     with pytest.raises(ValueError, match="host 0 of 3 cannot take its share of batch_size = 8"):
         pipeline.dataset(hosts=3)

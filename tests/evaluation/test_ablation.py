@@ -2,10 +2,13 @@
 
 import re
 import shutil
+import signal
 
+import jaxtyping
 import pytest
 
 from configs.models import byte
+from experiments import ablate, program
 from lcx.data.packing import PackedText
 from lcx.data.pipeline import Pipeline, Weighted
 from lcx.data.recall import Records, TaskDoesNotFit
@@ -21,10 +24,12 @@ from lcx.inference.language_model import LocalModel
 from lcx.positions.linear import LinearInterpolation
 from lcx.positions.rope import Rope
 from lcx.spec import SpecError, edit, edits
-from lcx.training.checkpoint import load_model
+from lcx.training import loop
+from lcx.training.checkpoint import latest, load_model
 from lcx.training.experiment import Experiment
+from lcx.training.loop import train
 from lcx.training.optimizer import AdamW
-from lcx.training.run_folder import read_config
+from lcx.training.run_folder import open_run, read_config
 from lcx.training.schedules import Constant
 
 
@@ -127,19 +132,83 @@ def test_variants_read_the_same_parameters(stopped):
     assert by_stage["zero-shot"] != by_stage["fine-tuned"]
 
 
-def test_the_time_split_names_every_arm(stopped):
+def test_the_time_split_names_every_arm_over_all_starts(stopped, ablation, finished):
     split = [line for line in stopped[3] if re.match(r"(one|two): [\d.]+ s: ", line)]
     assert [line.partition(":")[0] for line in split] == ["one", "two"]
-    assert all(f"{kind} " in split[1] for kind in ("train", "fine-tune", "evaluate", "compile"))
+    assert all(f"{kind} " in line for line in split for kind in ("train", "fine-tune", "evaluate", "compile"))
+    said = []
+    run(ablation, finished, say=said.append)
+    assert said == split
 
 
 def test_a_finished_ablation_is_left_alone(ablation, finished, monkeypatch):
-    for name in ("train", "append_rows", "load_model"):
+    for name in ("train", "append_rows"):
         monkeypatch.setattr(module, name, nothing)
     said, rows = [], read_rows(finished / "results.jsonl")
-    assert run(ablation, finished, say=said.append) == rows and said == []
+    assert run(ablation, finished, say=said.append) == rows
     with pytest.raises(SpecError, match=r"holds rows of config .*: give another --run_dir"):
         run(edit(ablation, "base.seed", 5), finished)
+
+
+@pytest.mark.parametrize("trained", ["one", "one/fine-tuned-interpolation-x1"])
+def test_rows_of_other_parameters_are_refused(ablation, finished, trained, monkeypatch):
+    """The same config may have been trained again by another version."""
+    monkeypatch.setattr(module, "append_rows", nothing)
+    retrain(finished / trained)
+    with pytest.raises(SpecError, match=rf"rows of parameters \w+ of .*/{trained}, which now holds \w+: .*another --run_dir"):
+        run(ablation, finished)
+
+
+def test_parameters_trained_again_are_compared_with_the_rows(ablation, finished, monkeypatch):
+    results = finished / "results.jsonl"
+    results.write_text("".join(line for line in results.read_text().splitlines(keepends=True) if '"length": 16,' in line))
+    shutil.rmtree(finished / "one")
+    monkeypatch.setattr(module, "append_rows", nothing)
+    monkeypatch.setattr(module, "train", lambda _, folder: retrain(folder))
+    with pytest.raises(SpecError, match="rows of parameters"):
+        run(ablation, finished, say=lambda _: None)
+
+
+def retrain(folder):
+    """Training that comes to other parameters than the folder's config would."""
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return train(edit(read_config(folder), "optimizer.learning_rate.peak", 3e-3), folder)
+
+
+def test_a_training_told_to_stop_goes_on(ablation, tmp_path, monkeypatch, capsys):
+    class Stopping(loop._Stop):
+        def requested(self, step):
+            signal.raise_signal(signal.SIGTERM)
+            return super().requested(step)
+
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    open_run(tmp_path, ablation)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_Stop", Stopping)
+        assert program.run(ablate.main, [f"--run_dir={tmp_path}"]) == 143
+    err = capsys.readouterr().err.splitlines()
+    assert err[-1] == f"ablate: {tmp_path}/one: saved at step 1; start again to go on" and "Traceback" not in err
+    starts = []
+    monkeypatch.setattr(module, "train", lambda _, folder: starts.append(latest(folder)) or pytest.skip())
+    with pytest.raises(pytest.skip.Exception):
+        program.run(ablate.main, [f"--run_dir={tmp_path}"])
+    assert starts == [1]
+
+
+def test_a_dry_run_shows_what_every_training_costs(ablation, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    open_run(tmp_path, ablation)
+    assert program.run(ablate.main, [f"--run_dir={tmp_path}", "--dry_run"]) == 0
+    blocks = [block.splitlines() for block in capsys.readouterr().out.split("\n\n")[1:]]
+    assert [block[0] for block in blocks] == [
+        "one",
+        "one, fine-tuned interpolation x1",
+        "two",
+        "two, fine-tuned interpolation x1",
+    ]
+    counts = [int(block[1].removeprefix("parameters").replace(",", "")) for block in blocks]
+    assert counts[0] == counts[1] == counts[2] + 4 * 32 and counts[2] == counts[3]
+    assert all(any(line.startswith("training FLOPs of the run") for line in block) for block in blocks)
 
 
 def test_panels_may_change_without_another_measurement(ablation, finished, monkeypatch):
@@ -188,6 +257,7 @@ def test_what_cannot_be_measured_is_found_before_training(ablation, tmp_path, mo
     monkeypatch.setattr(module, "train", lambda *_: pytest.fail("trained"))
     with pytest.raises(error, match=message):
         run(edits(ablation, changes), tmp_path / "run", say=lambda _: None)
+    assert not (tmp_path / "run").exists()
 
 
 def test_impossible_ablations_are_refused(ablation):
@@ -197,6 +267,8 @@ def test_impossible_ablations_are_refused(ablation):
         SpecError, match=r"one, zero-shot none x1: Variant.edits change seed: 3 against 0: expected edits of the"
     ):
         edit(ablation, "variants[0].edits", (("seed", 3),))
+    with pytest.raises(SpecError, match=r"one, zero-shot none x1: an edit of model.rope changes nothing: expected a layer"):
+        edit(ablation, "base.model.pattern[0].mixer.rope", "none")
     with pytest.raises(SpecError, match=r"Panel\.task = 'txt': expected one of text, records"):
         edit(ablation, "panels[0].task", "txt")
     with pytest.raises(SpecError, match=r"Panel\.metric = 'exact': expected one of nll"):

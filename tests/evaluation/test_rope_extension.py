@@ -42,6 +42,11 @@ def test_arms_differ_in_the_convolution_alone_and_are_small():
         assert 400_000 < sum(sizes) < 600_000
 
 
+def test_a_killed_quickstart_loses_at_most_a_third_of_an_arm():
+    base = quickstart().base
+    assert base.checkpoint.every <= base.steps / 3
+
+
 def test_no_document_is_trained_on_and_measured_with():
     ablation = quickstart()
     read, measured = ablation.base.data.mixture[0].rows.source, ablation.tasks[0].source

@@ -23,6 +23,15 @@ def test_compilation_counts_apart_from_the_work():
     assert spent["compile"] == compiled, "outside of its context nothing is heard"
 
 
+def test_the_time_of_earlier_starts_is_kept(tmp_path):
+    for _ in range(2):
+        with Stopwatch(tmp_path / "time.json") as watch, watch.on("arm", "train"):
+            time.sleep(0.02)
+    again = Stopwatch(tmp_path / "time.json")
+    assert again.seconds == watch.seconds and again.seconds["arm"]["train"] >= 0.04
+    again.seconds["other"].update({"train": 1.0})
+
+
 def test_lines_by_hand():
     watch = Stopwatch()
     watch.seconds["one"].update({"train": 2.0, "evaluate": 12.25, "compile": 3.0})

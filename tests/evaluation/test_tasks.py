@@ -58,11 +58,23 @@ def test_the_first_integer_counts_where_the_exact_answer_does_not():
     class Wordy(Uniform):
         def generate(self, prompts, max_new):
             values = [re.search(r"Key \w+ is (\d+)", self.tokenizer.decode(prompt))[1] for prompt in prompts]
-            answers = [f"It is {value}." for value in values]
-            return [Generated(self.encode(answer), [0.0] * len(answer), "stop") for answer in answers]
+            answers = [self.encode(f"It is {value}.")[:max_new] for value in values]
+            return [Generated(answer, [0.0] * len(answer), "stop") for answer in answers]
 
     rows = Retrieval(name="needle", generator=Needles(), examples_each=4, mode="greedy").measure(Wordy(), 150)
     assert {row["metric"]: row["value"] for row in rows} == {"exact": 0, "first_integer": 1}
+
+
+def test_prompt_and_greedy_answer_fit_the_length():
+    class Window(Uniform):
+        def generate(self, prompts, max_new):
+            assert all(len(prompt) + max_new <= 50 for prompt in prompts) and max_new == 5 + 16
+            return super().generate(prompts, max_new)
+
+    task = Retrieval(name="needle", generator=Needles(), examples_each=4, mode="greedy")
+    task.measure(Window(), 50)
+    with pytest.raises(TaskDoesNotFit, match="Needles: length = 49: expected at least 50 tokens"):
+        task.inputs(Uniform.tokenizer, 49)
 
 
 def test_forced_scores_by_hand():

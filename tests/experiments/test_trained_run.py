@@ -2,20 +2,27 @@
 
 import io
 import json
+import shutil
 
+import jax
 import pytest
+from flax import nnx
 
 from experiments import evaluate, generate, train
 from experiments.program import run
 from lcx.data.sources import TextFolder
+from lcx.evaluation.checks import digest
 from lcx.evaluation.report import read_rows
 from lcx.evaluation.tasks.perplexity import Perplexity
 from lcx.inference.generate import generate as batched
 from lcx.inference.language_model import LocalModel
+from lcx.spec import edit, fingerprint
+from lcx.training import loop
 from lcx.training.checkpoint import load_model
-from lcx.training.run_folder import read_config
+from lcx.training.run_folder import open_run, read_config
 
 STEPS = 3
+PERPLEXITY = "Perplexity(source=TextFolder(path='{}'), windows={}, buckets=2)"
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +47,7 @@ def trained(text, tmp_path_factory):
 
 
 def evaluation(trained, text, run_dir, *more):
-    tasks = f"(Perplexity(source=TextFolder(path='{text}'), windows=3, buckets=2),)"
+    tasks = f"({PERPLEXITY.format(text, 3)},)"
     return [
         f"--config=config:recipes.quick_text.evaluate(model='{trained}')",
         f"--config=set:tasks={tasks}",
@@ -97,10 +104,53 @@ def test_evaluation_measures_the_checkpoint_once(trained, text, tmp_path, capsys
     experiment = read_config(trained)
     model = load_model(trained, experiment.model)
     wanted = [row for n in (16, 64) for row in task.measure(LocalModel(model, experiment.data.tokenizer, window=n), n)]
-    assert rows == [{"model": str(trained), "step": STEPS} | row for row in wanted]
+    label = {"model": str(trained), "step": STEPS, "experiment": fingerprint(experiment), "parameters": digest(model)}
+    assert rows == [label | row for row in wanted]
     assert "| bucket last half |" in capsys.readouterr().out
     assert run(evaluate.main, argv) == 0
     assert read_rows(tmp_path / "e" / "results.jsonl") == rows
+
+
+@pytest.mark.parametrize("changed", ["experiment", "parameters"])
+def test_a_model_trained_again_does_not_give_the_old_numbers(trained, text, tmp_path, changed, capsys):
+    """Another config to the same step, and the same config to other parameters."""
+    model = shutil.copytree(trained, tmp_path / "model")
+    argv = evaluation(model, text, tmp_path / "e")
+    assert run(evaluate.main, argv) == 0
+    shutil.rmtree(model / "checkpoints")
+    again = edit(read_config(model), "seed", 1)
+    if changed == "experiment":
+        shutil.rmtree(model)
+        open_run(model, again)
+    loop.train(again, model)
+    before = (tmp_path / "e" / "results.jsonl").read_bytes()
+    capsys.readouterr()
+    assert run(evaluate.main, argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert f"holds rows of {changed} " in err and "give another --run_dir" in err
+    assert (tmp_path / "e" / "results.jsonl").read_bytes() == before
+
+
+def test_a_refused_evaluation_leaves_nothing_behind(trained, text, tmp_path, capsys):
+    argv = evaluation(trained, text, tmp_path / "e")
+    tasks = f"(Retrieval(name='needle', generator=Needles(), examples_each=1), {PERPLEXITY.format(text, 50)})"
+    assert run(evaluate.main, [*argv, f"--config=set:tasks={tasks}", "--config=set:lengths=(40, 8)"]) == 2
+    assert "Needles: length = 8: expected at least 34 tokens" in capsys.readouterr().err
+    assert run(evaluate.main, [*argv, f"--config=set:tasks={tasks}", "--config=set:lengths=(40, 1000)"]) == 2
+    assert "Perplexity.windows = 50: expected at most what the source has" in capsys.readouterr().err
+    assert not (tmp_path / "e").exists()
+    assert run(evaluate.main, argv) == 0
+
+
+def test_dry_runs_show_what_the_model_costs(trained, text, tmp_path, capsys):
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(load_model(trained, read_config(trained).model))))
+    for main, argv in ((evaluate.main, evaluation(trained, text, tmp_path / "e")), (generate.main, [f"--run_dir={trained}"])):
+        assert run(main, [*argv, "--dry_run"]) == 0
+        out = capsys.readouterr().out
+        assert f"{'parameters':<48} {parameters:,}\n" in out and f"{'parameter bytes':<48} {4 * parameters:,}\n" in out
+        assert "forward FLOPs a row of 64, all pairs" in out or main is generate.main
+    assert not (tmp_path / "e").exists()
 
 
 def test_evaluation_goes_on_where_it_was_cut(trained, text, tmp_path):
@@ -127,13 +177,22 @@ def test_an_edit_reads_the_parameters_with_another_rope(trained, text, tmp_path)
         (['--config=set:edits=(("model.rop", None),)'], "Decoder has no field 'rop'"),
         (['--config=set:edits=(("model.width", 64),)'], "in the checkpoint"),
         (["--config=set:step=2"], f"no checkpoint of step 2; there are [{STEPS}]"),
-        (["--config=set:lengths=()"], "Evaluation.lengths = (): expected at least one length"),
+        (['--config=set:edits=(("data.length", 4096),)'], "Evaluation.edits change data.length: 4096 against 32"),
+        (['--config=set:edits=(("objective.z_loss", 1.0),)'], "Evaluation.edits change objective.z_loss: 1.0 against"),
+        (
+            ['--config=set:edits=(("model.pattern[0].mixer.rope", "none"), ("model.rope", Rope(base=9.0)))'],
+            "an edit of model.rope changes nothing",
+        ),
+        (["--config=set:lengths=()"], "Evaluation.lengths = (): expected distinct lengths"),
+        (["--config=set:lengths=(16, 16)"], "Evaluation.lengths = (16, 16): expected distinct lengths"),
+        (["--config=set:tasks[0].name=p/q"], "expected names that can be files"),
         (["--config=set:model=nowhere"], "model 'nowhere': no such run folder, nor a shipped model"),
         (["--config=set:tasks[0].source.path=nowhere"], "TextFolder.path = 'nowhere': there is no such folder"),
         (["--config=set:tasks[0].windows=5000"], "Perplexity.windows = 5000: expected at most what the source has"),
     ],
 )
 def test_what_cannot_be_evaluated_is_told_in_one_line(trained, text, tmp_path, more, message, capsys):
-    assert run(evaluate.main, evaluation(trained, text, tmp_path, *more)) == 2
+    assert run(evaluate.main, evaluation(trained, text, tmp_path / "e", *more)) == 2
+    assert not (tmp_path / "e").exists()
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1

@@ -2,8 +2,8 @@
 
 `teacher_forced` scores every answer of a sequence given what truly stands before it: exact (all its tokens are the model's
 first choice), token accuracy and nats a token. `greedy` generates the first answer and compares: exact, and the first integer
-of its text. The two exact matches agree for one answer, since a first wrong token is what counts; the forced form is far
-cheaper.
+of its text, for which the model has room to say more than the answer. The two exact matches agree for one answer, since a
+first wrong token is what counts; the forced form is far cheaper.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from lcx.data.recall import Needles, Recall, RecallExample, Records
+from lcx.data.recall import Needles, Recall, RecallExample, Records, TaskDoesNotFit
 from lcx.evaluation.scorers import first_integer, forced_exact, forced_nll, forced_token_accuracy, prefix_match
 from lcx.evaluation.tasks.task import ANSWERS, NLL, TOKENS, Row, Task
 from lcx.inference.language_model import TokenModel
@@ -20,15 +20,18 @@ from lcx.inference.language_model import TokenModel
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Retrieval(Task):
     """generator: makes the sequences. examples_each: how many at a length, or at a length and depth where `depths` places the
-    first answer; then only that answer counts.
+    first answer; then only that answer counts. room: tokens beyond the answer's that a greedy answer may take; the sequences
+    are shorter by them, so that prompt and answer fit the length.
     """
 
     generator: Recall
     examples_each: int = 32
     depths: tuple[float, ...] = ()
     mode: Literal["teacher_forced", "greedy"] = "teacher_forced"
+    room: int = 16
 
     def validate(self):
+        self.check(self.room >= 0, "room", "0 or a positive number")
         self.check(self.examples_each >= 1, "examples_each", "at least 1")
         inside = all(0 <= depth <= 1 for depth in self.depths) and len(set(self.depths)) == len(self.depths)
         self.check(inside, "depths", "distinct numbers from 0 (the start) to 1")
@@ -43,8 +46,12 @@ class Retrieval(Task):
 
     def inputs(self, tokenizer, length) -> dict[float | None, list[RecallExample]]:
         """Examples by depth, which is None where it is free. Raises TaskDoesNotFit."""
-        make = lambda i, depth: self.generator.example(tokenizer, length, i, seed=self.seed, split="test", depth=depth)
-        return {depth: [make(i, depth) for i in range(self.examples_each)] for depth in self.depths or (None,)}
+        room = self.room if self.mode == "greedy" else 0
+        make = lambda i, depth: self.generator.example(tokenizer, length - room, i, seed=self.seed, split="test", depth=depth)
+        try:
+            return {depth: [make(i, depth) for i in range(self.examples_each)] for depth in self.depths or (None,)}
+        except TaskDoesNotFit as error:
+            raise error.beside(room) from None
 
     def measure(self, model, length):
         rows, measure = [], self._greedy if self.mode == "greedy" else self._forced
@@ -73,7 +80,7 @@ class Retrieval(Task):
             start, stop = example.answers[0]
             prompts.append(example.ids[:start].tolist())
             answers.append(example.ids[start:stop].tolist())
-        made = [row.ids for row in model.generate(prompts, max(map(len, answers)))]
+        made = [row.ids for row in model.generate(prompts, max(map(len, answers)) + self.room)]
         decode = model.tokenizer.decode
         pairs = list(zip(made, answers, strict=True))
         exact = [prefix_match(ids, answer) for ids, answer in pairs]

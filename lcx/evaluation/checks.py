@@ -1,0 +1,79 @@
+"""What is refused before anything is trained, measured or written: one set of checks for evaluations and ablations."""
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from lcx.config_text import first_difference
+from lcx.data.tokenizers import Tokenizer
+from lcx.evaluation.tasks.task import Task
+from lcx.spec import Spec, SpecError, edits
+from lcx.training.experiment import Experiment
+
+Edits = tuple[tuple[str, Any], ...]  # (path, value) pairs, applied in order
+
+
+def check_names(spec: Spec, field: str, names: Sequence[str], *, files: bool = True) -> None:
+    """Raises SpecError for `field` unless its parts have distinct names, at least one; with `files`, names for files."""
+    spec.check(len(names) >= 1 and len(set(names)) == len(names), field, f"distinct names, at least one; got {names}")
+    fit = not files or all(re.fullmatch(r"\w[\w .,+=-]*", name) for name in names)
+    spec.check(fit, field, f"names that can be files: letters, digits, blanks and . , + = - ; got {names}")
+
+
+def check_lengths(spec: Spec, lengths: Sequence[int]) -> None:
+    """Raises SpecError for the field `lengths` unless each can be measured at, and once."""
+    distinct = len(set(lengths)) == len(lengths) >= 1
+    spec.check(distinct and min(lengths) >= 1, "lengths", "distinct lengths of at least 1 token, at least one")
+
+
+def check_inputs(jobs: Iterable[tuple[Tokenizer, Task, int]]) -> None:
+    """Raises a task's own error where it, or its source, does not fit a length."""
+    for tokenizer, task, length in dict.fromkeys(jobs):
+        task.inputs(tokenizer, length)
+
+
+def edited(experiment: Experiment, changes: Edits) -> Experiment:
+    """`lcx.spec.edits`. Raises SpecError if an edit is impossible, or is of a `model.rope` that no layer reads."""
+    changed = edits(experiment, changes)
+    if any(re.match(r"model\.rope\b", path) for path, _ in changes) and not _reads_rope(changed.model):
+        raise SpecError('an edit of model.rope changes nothing: expected a layer with rope = "model"; edit the layers\' own')
+    return changed
+
+
+def used(trained: Experiment, changes: Edits, field: str) -> Experiment:
+    """A trained experiment edited in what measuring reads: its model and tokenizer.
+
+    Raises SpecError as `edited`, and if `field`, which holds the edits, changes anything else.
+    """
+    changed = edited(trained, changes)
+    data = dataclasses.replace(changed.data, tokenizer=trained.data.tokenizer)
+    if other := first_difference(dataclasses.replace(changed, model=trained.model, data=data), trained):
+        raise SpecError(f"{field} change {other}: expected edits of the model or data.tokenizer, since nothing else is read")
+    return changed
+
+
+def digest(model: nnx.Module) -> str:
+    """Sixteen hex digits that identify the parameters: their names, types, shapes and values."""
+    found = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model))):
+        array = np.asarray(leaf)
+        found.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        found.update(array.tobytes())
+    return found.hexdigest()[:16]
+
+
+def _reads_rope(part: Any) -> bool:
+    """Whether a part, or one below it, takes its model's rope."""
+    if isinstance(part, tuple):
+        return any(map(_reads_rope, part))
+    if not isinstance(part, Spec):
+        return False
+    return getattr(part, "rope", None) == "model" or any(
+        _reads_rope(getattr(part, field.name)) for field in dataclasses.fields(part)
+    )
