@@ -8,9 +8,11 @@ Everything a person can get wrong raises `SpecError`, one line.
 
 import dataclasses
 import difflib
+import json
 import re
 import typing
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import fiddle
@@ -90,11 +92,31 @@ def dumps(spec: Spec) -> str:
 def loads(text: str) -> Tree:
     """The tree of `dumps`. Raises SpecError if the text is none, or names a part that this version does not have."""
     try:
-        return serialization.load_json(text, pyref_policy=ONLY_PARTS)
+        held = json.loads(text)
+    except ValueError as error:
+        raise SpecError(f"not a config of this version: not JSON: {error}") from None
+    if not isinstance(held, dict) or not {"root", "objects"} <= held.keys():
+        found = f"an object of {', '.join(map(repr, held)) or 'nothing'}" if isinstance(held, dict) else repr(held)
+        raise SpecError(f"not a config of this version: expected what a run writes as config.json, found {found[:120]}")
+    try:
+        tree = serialization.load_json(text, pyref_policy=ONLY_PARTS)
     except (ValueError, KeyError, AttributeError, ImportError, TypeError) as error:
         raise SpecError(f"not a config of this version: {type(error).__name__}: {error}") from error
     except (serialization.DeserializationError, serialization.PyrefPolicyError) as error:
         raise SpecError(f"not a config of this version: {error}") from error
+    if not isinstance(tree, fiddle.Buildable):
+        raise SpecError(f"not a config of this version: expected a config, found {tree!r}")
+    return tree
+
+
+def load_file(path: Path) -> Tree:
+    """The tree in a file of `dumps`. Raises SpecError as `loads` does, and for a file that cannot be read as text."""
+    try:
+        return loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpecError(f"cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise SpecError(f"not a config: not UTF-8 at byte {error.start}") from None
 
 
 class _OnlyParts(serialization.PyrefPolicy):

@@ -5,7 +5,9 @@ version, step, steps of the run, identity). A step folder appears complete or no
 shardings, so a checkpoint of eight devices restores on any mesh.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +74,15 @@ class Checkpoints:
         self._manager.save(step, args=items, force=True)
 
     def restore(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """(state in the shapes and shardings of `target`, data state). Raises SpecError if the parameters are others."""
+        """(state in the shapes and shardings of `target`, data state). Raises SpecError if the parameters are others, or the
+        checkpoint is damaged."""
         _compare(self._manager, step, target.params)
-        items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(target.params),
-            optimizer=ocp.args.StandardRestore(target.optimizer),
-            data=ocp.args.JsonRestore(),
-        )
-        found = self._manager.restore(step, args=items)
+        args = {
+            "params": ocp.args.StandardRestore(target.params),
+            "optimizer": ocp.args.StandardRestore(target.optimizer),
+            "data": ocp.args.JsonRestore(),
+        }
+        found = {name: _item(self._manager, step, name, arg) for name, arg in args.items()}
         count = jax.device_put(jax.numpy.asarray(step, jax.numpy.int32), target.step.sharding)
         return TrainState(params=found["params"], optimizer=found["optimizer"], step=count), found["data"]
 
@@ -117,7 +120,7 @@ def restore_params(run_dir: Path | str, target: Any, *, step: int | None = None)
             raise SpecError(f"{folder(run_dir)}: no checkpoint of step {step}; there are {sorted(manager.all_steps())}")
         _meta(manager, step)
         _compare(manager, step, target)
-        return manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(target)))["params"]
+        return _item(manager, step, "params", ocp.args.StandardRestore(target))
 
 
 def load_model(run_dir: Path | str, spec: Decoder, *, step: int | None = None, mesh: Mesh | None = None) -> nnx.Module:
@@ -139,7 +142,7 @@ def _manager(run_dir: Path | str, **options: Any) -> ocp.CheckpointManager:
 
 
 def _meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    meta = _item(manager, step, "meta", ocp.args.JsonRestore())
     if meta.get("layout") != LAYOUT:
         raise SpecError(
             f"{manager.directory}/{step}: checkpoint layout {meta.get('layout')}; this version reads layout {LAYOUT}"
@@ -147,9 +150,32 @@ def _meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     return meta
 
 
+def _item(manager: ocp.CheckpointManager, step: int, name: str, args: ocp.args.CheckpointArgs) -> Any:
+    with _readable(manager, step, name):
+        return manager.restore(step, args=ocp.args.Composite(**{name: args}))[name]
+
+
+@contextlib.contextmanager
+def _readable(manager: ocp.CheckpointManager, step: int, name: str) -> Iterator[None]:
+    """Turns whatever goes wrong while an item is read into one SpecError that says which other step there is."""
+    path = Path(manager.directory) / str(step)
+    try:
+        if not (path / name).is_dir():
+            raise FileNotFoundError("it is not there")
+        yield
+    except (SpecError, MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:  # Orbax and TensorStore raise nothing narrower
+        reason = (str(error).splitlines() or [""])[0][:200]
+        others = [other for other in manager.all_steps() if other != step]
+        advice = f"delete {path} to go on from step {max(others)}, or ask for that step" if others else "there is no other step"
+        raise SpecError(f"{path}: {name} cannot be read ({type(error).__name__}: {reason}); {advice}") from error
+
+
 def _compare(manager: ocp.CheckpointManager, step: int, target: Any) -> None:
     """Raises SpecError, naming the first difference, unless the checkpoint holds the target's parameters."""
-    held = _shapes(manager.item_metadata(step)["params"].tree)
+    with _readable(manager, step, "params"):
+        held = _shapes(manager.item_metadata(step)["params"].tree)
     wanted = _shapes(target)
     for name in sorted(held.keys() | wanted.keys()):
         if held.get(name) != wanted.get(name):

@@ -1,6 +1,7 @@
 """Checkpoints: exact on other device counts, unharmed by what the run does next, and refused when they do not fit."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -114,6 +115,59 @@ def test_another_layout_is_refused(decoder, tmp_path):
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {"layout": 99}))
     with pytest.raises(SpecError, match="checkpoint layout 99; this version reads layout 1"):
         load_model(tmp_path, decoder)
+
+
+def no_item(name):
+    return lambda step: shutil.rmtree(step / name)
+
+
+def garbage(name, pattern):
+    def damage(step):
+        for path in (step / name).rglob(pattern):
+            if path.is_file():
+                path.write_bytes(b"garbage")
+
+    return damage
+
+
+DAMAGE = {
+    "no params": no_item("params"),
+    "no optimizer": no_item("optimizer"),
+    "no data": no_item("data"),
+    "no meta": no_item("meta"),
+    "garbage in the arrays": garbage("params", "d/*"),
+    "garbage in the arrays' index": garbage("params", "manifest.ocdbt"),
+    "garbage in the shapes": garbage("params", "_METADATA"),
+    "garbage in the meta": garbage("meta", "metadata"),
+    "garbage in the data": garbage("data", "metadata"),
+}
+
+
+@pytest.fixture(scope="module")
+def two(decoder, tmp_path_factory):
+    """A run folder with checkpoints of the steps 3 and 4."""
+    run_dir = tmp_path_factory.mktemp("two")
+    with Checkpoints(run_dir, Checkpointing()) as checkpoints:
+        for number in (3, 4):
+            checkpoints.save(numbered(step_of(decoder, MeshSpec())), step=number, data={}, meta={})
+    return run_dir
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_told_in_one_line_with_the_step_that_is_left(decoder, two, tmp_path, damage):
+    run_dir = tmp_path / "run"
+    shutil.copytree(two, run_dir)
+    target = step_of(decoder, MeshSpec()).abstract_state()
+    damage(folder(run_dir) / "4")
+    with Checkpoints(run_dir, Checkpointing()) as checkpoints, pytest.raises(SpecError) as error:
+        checkpoints.meta(4)
+        checkpoints.restore(4, target)
+    message = str(error.value)
+    assert f"{folder(run_dir)}/4: " in message and "\n" not in message and len(message) < 500
+    assert f"cannot be read ({type(error.value.__cause__).__name__}: " in message
+    assert f"delete {folder(run_dir)}/4 to go on from step 3" in message
+    shutil.rmtree(folder(run_dir) / "4")
+    assert int(load_model(run_dir, decoder).embedding[0, 0]) >= 1
 
 
 def test_checkpoint_of_layout_1_still_loads():
