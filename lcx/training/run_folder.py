@@ -124,13 +124,13 @@ def _held(path: Path) -> Spec | None:
     try:
         if not path.exists():
             return None
-        names = {child.name for child in path.iterdir() if not _empty_folder(child)} if path.is_dir() else set()
+        held = {child.name for child in path.iterdir() if not _left_empty(child)} if path.is_dir() else set()
     except OSError as error:
         raise SpecError(f"run folder {path}: cannot be read: {error.strerror}; give another --run_dir") from None
     if not path.is_dir():
         raise SpecError(f"run folder {path}: is a file; give another --run_dir")
     if not (path / CONFIG).is_file():
-        if names - _NO_RUN_YET:
+        if held - _NO_RUN_YET:
             raise SpecError(f"run folder {path}: holds files but no {CONFIG}; give a new or empty --run_dir")
         return None
     try:
@@ -139,8 +139,9 @@ def _held(path: Path) -> Spec | None:
         raise SpecError(f"{path / CONFIG}: {error}") from None
 
 
-def _empty_folder(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
+def _left_empty(path: Path) -> bool:
+    """Whether this is a folder that a training made and, cut off or refused, put nothing in."""
+    return (path.parent / LOCK).exists() and path.is_dir() and not any(path.iterdir())
 
 
 def _make(path: Path) -> None:
