@@ -1,17 +1,19 @@
 """Checkpoints of a run, written asynchronously by Orbax.
 
 `RUN/checkpoints/STEP/` holds four items: `params`, `optimizer`, `data` (the iterator's state, json) and `meta` (json: layout
-version, step, steps of the run, identity). A step folder appears complete or not at all. Restoring always takes target
-shardings, so a checkpoint of eight devices restores on any mesh.
+version, step, steps of the run, identity, a checksum of every array). A step folder appears complete or not at all.
+Restoring always takes target shardings, so a checkpoint of eight devices restores on any mesh.
 """
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
@@ -69,7 +71,7 @@ class Checkpoints:
             params=ocp.args.StandardSave(state.params),
             optimizer=ocp.args.StandardSave(state.optimizer),
             data=ocp.args.JsonSave(data),
-            meta=ocp.args.JsonSave({"layout": LAYOUT, "step": step} | meta),
+            meta=ocp.args.JsonSave({"layout": LAYOUT, "step": step, "checksums": _checksums(state)} | meta),
         )
         self._manager.save(step, args=items, force=True)
 
@@ -83,6 +85,8 @@ class Checkpoints:
             "data": ocp.args.JsonRestore(),
         }
         found = {name: _item(self._manager, step, name, arg) for name, arg in args.items()}
+        for name in ("params", "optimizer"):
+            _verify(self._manager, step, name, found[name])
         count = jax.device_put(jax.numpy.asarray(step, jax.numpy.int32), target.step.sharding)
         return TrainState(params=found["params"], optimizer=found["optimizer"], step=count), found["data"]
 
@@ -120,7 +124,9 @@ def restore_params(run_dir: Path | str, target: Any, *, step: int | None = None)
             raise SpecError(f"{folder(run_dir)}: no checkpoint of step {step}; there are {sorted(manager.all_steps())}")
         _meta(manager, step)
         _compare(manager, step, target)
-        return _item(manager, step, "params", ocp.args.StandardRestore(target))
+        params = _item(manager, step, "params", ocp.args.StandardRestore(target))
+        _verify(manager, step, "params", params)
+        return params
 
 
 def load_model(run_dir: Path | str, spec: Decoder, *, step: int | None = None, mesh: Mesh | None = None) -> nnx.Module:
@@ -158,11 +164,14 @@ def _item(manager: ocp.CheckpointManager, step: int, name: str, args: ocp.args.C
 @contextlib.contextmanager
 def _readable(manager: ocp.CheckpointManager, step: int, name: str) -> Iterator[None]:
     """Turns whatever goes wrong while an item is read into one SpecError that says which other step there is."""
-    path = Path(manager.directory) / str(step)
+    path, before = Path(manager.directory) / str(step), sys.unraisablehook
+    late = lambda found: None if "Event loop is closed" in str(found.exc_value) else before(found)
+    sys.unraisablehook = late  # after the first failure TensorStore's other reads report to a loop that has ended
     try:
         if not (path / name).is_dir():
             raise FileNotFoundError("it is not there")
         yield
+        sys.unraisablehook = before
     except (SpecError, MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:  # Orbax and TensorStore raise nothing narrower
@@ -170,6 +179,32 @@ def _readable(manager: ocp.CheckpointManager, step: int, name: str) -> Iterator[
         others = [other for other in manager.all_steps() if other != step]
         advice = f"delete {path} to go on from step {max(others)}, or ask for that step" if others else "there is no other step"
         raise SpecError(f"{path}: {name} cannot be read ({type(error).__name__}: {reason}); {advice}") from error
+
+
+def _checksums(state: TrainState) -> dict[str, dict[str, int]]:
+    """Of every array, where one process holds them whole."""
+    if jax.process_count() > 1:
+        return {}
+    return {name: _sums(getattr(state, name)) for name in ("params", "optimizer")}
+
+
+def _sums(tree: Any) -> dict[str, int]:
+    """The sum of every array's words, modulo 2^32: any one altered word shows, and the sharding does not matter."""
+    sums = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        shards = [np.asarray(shard.data) for shard in leaf.addressable_shards if shard.replica_id == 0]
+        words = [np.add.reduce(shard.reshape(-1).view(f"u{shard.itemsize}"), dtype=np.uint32) for shard in shards]
+        sums[jax.tree_util.keystr(path)] = sum(map(int, words)) % (1 << 32)
+    return sums
+
+
+def _verify(manager: ocp.CheckpointManager, step: int, name: str, tree: Any) -> None:
+    """Raises SpecError if an array is not the one that was saved. Earlier versions and several processes keep no checksums."""
+    held = _meta(manager, step).get("checksums", {}).get(name, {}) if jax.process_count() == 1 else {}
+    with _readable(manager, step, name):
+        for leaf, found in (_sums(tree) if held else {}).items():
+            if held.get(leaf, found) != found:
+                raise ValueError(f"{leaf} is not what was saved: its checksum differs")
 
 
 def _compare(manager: ocp.CheckpointManager, step: int, target: Any) -> None:
