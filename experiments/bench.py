@@ -3,6 +3,8 @@
 python -m experiments.bench
 """
 
+import argparse
+import importlib.util
 import subprocess
 import sys
 
@@ -13,7 +15,12 @@ BENCHES = {
 }
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
+    argparse.ArgumentParser("bench", description=__doc__, allow_abbrev=False).parse_args(argv)
+    for package in ("torch", "transformers"):
+        if importlib.util.find_spec(package) is None:
+            print(f"bench: needs {package}: use `make bench`", file=sys.stderr)
+            return 2
     for title, module in BENCHES.items():
         print(f"## {title}\n", flush=True)
         status = subprocess.run([sys.executable, "-m", module]).returncode

@@ -1,7 +1,11 @@
 """Writes a trained run as a folder to ship: config, weights in one file, log and training curve.
 
 python -m experiments.convert --run_dir=runs/reader --to=lcx/assets/reader
+
+--to is a new folder; --run_dir may name a shipped model. Exit status: 0 written, 2 refused.
 """
+
+from pathlib import Path
 
 from absl import flags
 
@@ -10,7 +14,7 @@ from lcx.evaluation.report import curve
 from lcx.spec import SpecError
 from lcx.training.checkpoint import latest, load_model
 from lcx.training.experiment import Experiment
-from lcx.training.shipped import export
+from lcx.training.shipped import export, run_folder
 
 
 def define(values: flags.FlagValues) -> None:
@@ -18,14 +22,21 @@ def define(values: flags.FlagValues) -> None:
 
 
 def main(arguments: Arguments) -> None:
-    experiment, target = arguments.spec(Experiment), arguments.flags.to
+    experiment, target = arguments.spec(Experiment, folder=run_folder), arguments.flags.to
     if target is None:
         raise SpecError("--to is missing: expected the folder to write")
-    model = load_model(arguments.run_dir, experiment.model)
+    if Path(target).exists():
+        raise SpecError(f"--to={target}: exists already: expected a new folder")
+    folder = run_folder(arguments.run_dir)
+    model = load_model(folder, experiment.model)
     if arguments.dry_run:
-        print(f"would write {arguments.run_dir} at step {latest(arguments.run_dir)} to {target}")
+        print(f"would write {folder} at step {latest(folder)} to {target}")
         return
-    size = export(model, latest(arguments.run_dir), arguments.run_dir, target)
+    try:
+        Path(target).mkdir(parents=True)
+    except OSError as error:
+        raise SpecError(f"--to={target}: cannot be made: {error.strerror}") from None
+    size = export(model, latest(folder), folder, target)
     curve(f"{target}/curve.png", f"{target}/metrics.jsonl")
     print(f"{target}: {size:,} bytes of weights")
 

@@ -30,7 +30,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token", flag_values=values)
     flags.DEFINE_integer("top_k", None, "sample among the k likeliest", flag_values=values)
     flags.DEFINE_float("top_p", None, "sample among the fewest whose mass reaches p", flag_values=values)
-    flags.DEFINE_integer("seed", 0, "of the samples", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "of the samples", lower_bound=0, upper_bound=2**32 - 1, flag_values=values)
     flags.DEFINE_integer("step", None, "checkpoint of this step; default: the newest", flag_values=values)
 
 

@@ -6,8 +6,9 @@
     --config='set:model.rope=YaRN(factor=4.0, original_length=128)'
     --config=fiddler:ablations.rope_extension.longer(2)   a function under `configs` that edits the config
 
-They apply from left to right and the parts are built once, at the end. Exit status: 0 success, 2 a config or command line that
-cannot work, told in one line before anything is compiled; any other failure keeps its traceback.
+They apply from left to right and the parts are built once, at the end. Exit status: 0 success, 1 training diverged, told in one
+line, 2 a config or command line that cannot work, told in one line before anything is compiled, 141 standard output was closed
+by its reader; any other failure keeps its traceback, with status 1.
 """
 
 import ast
@@ -19,24 +20,28 @@ import logging
 import os
 import pkgutil
 import re
+import signal
 import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import fiddle
 from absl import flags
 from fiddle import absl_flags
 
 import configs
-from lcx.config import ONLY_PARTS, assign, build, loads, suggestion
-from lcx.config_text import parse
+from lcx.config import ONLY_PARTS, accepted_at, assign, build, load_file, suggestion
+from lcx.config_text import NoSuchPart, parse
 from lcx.data.recall import TaskDoesNotFit
 from lcx.data.sources import SourceError
 from lcx.spec import Spec, SpecError, describe, matches
+from lcx.training.metrics import TrainingDiverged
 from lcx.training.run_folder import read_config
 
 REFUSALS = (SpecError, SourceError, TaskDoesNotFit, flags.Error)  # faults of the command line, the config or the data it names
+FAILURES = (TrainingDiverged,)  # what may happen to a run that was right to start, and needs no traceback
 Kind = TypeVar("Kind", bound=Spec)
 Define = Callable[[flags.FlagValues], None]
 
@@ -92,29 +97,42 @@ def _with_huge_pages() -> None:
 
 
 def run(main: Main, argv: list[str]) -> int:
-    """`main` over the parsed command line; its exit status. Only `REFUSALS` become one line."""
+    """`main` over the parsed command line; its exit status. Only `REFUSALS` and `FAILURES` become one line."""
     name, module = Path(inspect.getfile(main)).stem, inspect.getmodule(main)
     try:
         arguments = Arguments(_parse(name, argv, getattr(module, "define", None)))
         if arguments.flags.help:
             print(_help(module.__doc__ or "", arguments.flags))
             return 0
-        return main(arguments) or 0
-    except REFUSALS as error:
+        status = main(arguments) or 0
+        sys.stdout.flush()
+        return status
+    except (*REFUSALS, *FAILURES) as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, REFUSALS) else 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush fails too
+        return 128 + signal.SIGPIPE
 
 
 def _parse(name: str, argv: list[str], define: Define | None) -> flags.FlagValues:
     own = flags.FlagValues()
-    config = ConfigFlag(name="config", parser=flags.ArgumentParser(), serializer=None, help_string="config, fiddler or set")
+    words = "config:<name> or config_file:<path>, then any of set:<field>=<value> and fiddler:<name>, from left to right"
+    config = ConfigFlag(name="config", parser=flags.ArgumentParser(), serializer=None, help_string=words)
     flags.DEFINE_flag(config, flag_values=own)
     flags.DEFINE_string("run_dir", None, "folder of the run; default runs/<config name>", flag_values=own)
     flags.DEFINE_bool("dry_run", False, "print the resolved config and its figures, and stop", flag_values=own)
     flags.DEFINE_bool("help", False, "print this", flag_values=own)
     if define is not None:
         define(own)
-    extra = own([name, *argv])[1:]
+    try:
+        extra = own([name, *argv])[1:]
+    except flags.IllegalFlagValueError as error:
+        given = re.match(r"flag --(\w+)=(.*?): ", str(error), re.DOTALL)
+        accepted = given and own[given[1]].parser.syntactic_help
+        if not accepted:
+            raise
+        raise SpecError(f"--{given[1]}={given[2]}: expected {accepted}") from None
     if extra:
         raise SpecError(f"{extra[0]!r} is no flag: expected --name=value")
     if not flags.FLAGS.is_parsed():
@@ -146,7 +164,7 @@ class ConfigFlag(absl_flags.FiddleFlag):
             raise SpecError(f"--config={arguments} comes first: expected config:<name> or config_file:<path> before it")
         elif command == "fiddler":
             _check_call(expression, skip=1)
-            directives = [arguments, "fiddler:lcx.config.expand"]
+            directives = [f"fiddler:experiments.program.edit_with({expression!r})", "fiddler:lcx.config.expand"]
         elif command == "set" and "=" in expression:
             path, _, text = expression.partition("=")
             directives = [f"fiddler:experiments.program.set_field({path!r}, {text!r})"]
@@ -159,8 +177,21 @@ def set_field(tree: Any, path: str, text: str) -> Any:
     """What `--config=set:path=text` does."""
     try:
         return assign(tree, path, parse(text))
+    except NoSuchPart as error:
+        raise SpecError(f"--config=set:{path}={text}: {error} Expected {accepted_at(tree, path)}") from None
     except SpecError as error:
         raise SpecError(f"--config=set:{path}={text}: {error}") from None
+
+
+def edit_with(tree: Any, expression: str) -> Any:
+    """What `--config=fiddler:expression` does."""
+    function, args, kwargs = _check_call(expression, skip=1)
+    try:
+        edited = function(tree, *args, **kwargs)
+    except (AttributeError, LookupError, TypeError) as error:
+        kind = fiddle.get_callable(tree).__name__
+        raise SpecError(f"--config=fiddler:{expression}: does not fit this config of type {kind}: {error}") from error
+    return tree if edited is None else edited
 
 
 def config_names() -> list[str]:
@@ -177,21 +208,23 @@ def _is_config(name: str, value: Any, module: str) -> bool:
 
 
 def _config_folder(expression: str) -> Path:
-    return Path("runs") / _check_call(expression, skip=0)
+    _check_call(expression, skip=0)
+    return Path("runs") / expression.partition("(")[0]
 
 
 def _file_folder(path: str) -> Path:
     if not Path(path).is_file():
         raise SpecError(f"--config=config_file:{path}: there is no such file")
     try:
-        loads(Path(path).read_text())
+        load_file(Path(path))
     except SpecError as error:
         raise SpecError(f"--config=config_file:{path}: {error}") from None
     return Path(path).parent
 
 
-def _check_call(expression: str, skip: int) -> str:
-    """The name in `name` or `name(literals)`, after checking that it exists under `configs` and takes these arguments."""
+def _check_call(expression: str, skip: int) -> tuple[Callable, list[Any], dict[str, Any]]:
+    """The function and arguments of `name` or `name(literals)`, after checking that it exists under `configs` and takes these
+    arguments after its first `skip`."""
     match = re.fullmatch(r"([A-Za-z_][\w.]*)(\(.*\))?", expression)
     if match is None:
         raise SpecError(f"{expression!r} is no config: expected a name, or name(argument=value)")
@@ -203,8 +236,10 @@ def _check_call(expression: str, skip: int) -> str:
         kwargs = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
     except (SyntaxError, ValueError, AttributeError):
         raise SpecError(f"{expression!r}: expected literals in the parentheses") from None
-    function = getattr(function, "func", function)  # beneath auto_config
-    signature, hints = inspect.signature(function), typing.get_type_hints(function)
+    beneath = getattr(function, "func", function)  # auto_config
+    if skip and beneath is not function:
+        raise SpecError(f"{expression!r} is a config: expected a function that edits one, such as edits.windowed(64)")
+    signature, hints = inspect.signature(beneath), typing.get_type_hints(beneath)
     try:
         bound = signature.bind(*[None] * skip, *args, **kwargs).arguments
     except TypeError as error:
@@ -212,7 +247,7 @@ def _check_call(expression: str, skip: int) -> str:
     for argument, value in list(bound.items())[skip:]:
         if not matches(value, hints.get(argument, Any)):
             raise SpecError(f"{expression!r}: {argument} = {value!r}: expected {describe(hints[argument])}")
-    return name
+    return function, args, kwargs
 
 
 def _resolve(name: str) -> Callable:

@@ -4,7 +4,8 @@
     python -m experiments.train --run_dir=runs/quick        # repeats or continues the run from its folder alone
     python -m experiments.train --multihost --config=...    # the same command on every host of a slice or cluster
 
-Prints one JSON object at the end. Exit status: 0 complete, 2 refused, 143 stopped by SIGTERM after saving a checkpoint.
+Prints one JSON object at the end. Exit status: 0 complete, 1 diverged, 2 refused, 143 stopped by SIGTERM after saving a
+checkpoint.
 """
 
 import json
@@ -18,7 +19,6 @@ from lcx.plan import report
 from lcx.support import validate
 from lcx.training.experiment import Experiment
 from lcx.training.loop import train
-from lcx.training.run_folder import open_run
 
 
 def define(values: flags.FlagValues) -> None:
@@ -34,9 +34,8 @@ def main(arguments: Arguments) -> int:
     if arguments.flags.multihost:
         join()
     validate(experiment, jax.device_count())
-    run_dir = open_run(arguments.run_dir, experiment)
-    result = train(experiment, run_dir)
-    print(json.dumps({"run_dir": str(run_dir), "status": result.status, **result.metrics}))
+    result = train(experiment, arguments.run_dir)
+    print(json.dumps({"run_dir": str(arguments.run_dir), "status": result.status, **result.metrics}))
     return result.exit_status
 
 

@@ -8,15 +8,19 @@ Everything a person can get wrong raises `SpecError`, one line.
 
 import dataclasses
 import difflib
+import inspect
+import json
 import re
 import typing
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import fiddle
 from fiddle.experimental import serialization
 
-from lcx.spec import Spec, SpecError, describe
+from lcx.parts import parts
+from lcx.spec import Spec, SpecError, describe, matches
 
 Tree = Any  # fiddle.Config over a Spec class, tuple of trees, or a plain value
 
@@ -77,6 +81,8 @@ def build(tree: Tree, path: str = "") -> Any:
         for field in dataclasses.fields(cls):
             if field.name not in values and field.default is field.default_factory is dataclasses.MISSING:
                 raise SpecError(f"{cls.__name__}.{field.name} is missing: expected {accepted(cls, field.name)}")
+            if field.name in values and not matches(value := values[field.name], typing.get_type_hints(cls)[field.name]):
+                raise SpecError(f"{cls.__name__}.{field.name} = {value!r:.120}: expected {accepted(cls, field.name)}")
         return cls(**values)
     except SpecError as error:
         raise SpecError(f"{path}: {error}" if path else str(error)) from None
@@ -90,11 +96,31 @@ def dumps(spec: Spec) -> str:
 def loads(text: str) -> Tree:
     """The tree of `dumps`. Raises SpecError if the text is none, or names a part that this version does not have."""
     try:
-        return serialization.load_json(text, pyref_policy=ONLY_PARTS)
+        held = json.loads(text)
+    except ValueError as error:
+        raise SpecError(f"not a config of this version: not JSON: {error}") from None
+    if not isinstance(held, dict) or not {"root", "objects"} <= held.keys():
+        found = f"an object of {', '.join(map(repr, held)) or 'nothing'}" if isinstance(held, dict) else repr(held)
+        raise SpecError(f"not a config of this version: expected what a run writes as config.json, found {found[:120]}")
+    try:
+        tree = serialization.load_json(text, pyref_policy=ONLY_PARTS)
     except (ValueError, KeyError, AttributeError, ImportError, TypeError) as error:
         raise SpecError(f"not a config of this version: {type(error).__name__}: {error}") from error
     except (serialization.DeserializationError, serialization.PyrefPolicyError) as error:
         raise SpecError(f"not a config of this version: {error}") from error
+    if not isinstance(tree, fiddle.Buildable):
+        raise SpecError(f"not a config of this version: expected a config, found {tree!r}")
+    return tree
+
+
+def load_file(path: Path) -> Tree:
+    """The tree in a file of `dumps`. Raises SpecError as `loads` does, and for a file that cannot be read as text."""
+    try:
+        return loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpecError(f"cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise SpecError(f"not a config: not UTF-8 at byte {error.start}") from None
 
 
 class _OnlyParts(serialization.PyrefPolicy):
@@ -115,13 +141,27 @@ def is_spec_class(value: Any) -> bool:
 
 
 def accepted(cls: type[Spec], field: str) -> str:
-    """What a field takes, in words."""
-    return describe(typing.get_type_hints(cls)[field])
+    """What a field takes, in words: `FrequencyRule or None (Rope, YaRN)`, the parts of an abstract kind by name."""
+    hint = typing.get_type_hints(cls)[field]
+    kinds = [kind for kind in (typing.get_args(hint) or (hint,)) if inspect.isabstract(kind) and is_spec_class(kind)]
+    names = [part.__name__ for kind in kinds for part in parts(kind)]
+    return describe(hint) + (f" ({', '.join(names)})" if names else "")
+
+
+def accepted_at(tree: Tree, path: str) -> str:
+    """What the field at `path` takes, in words. Raises SpecError if there is no such field."""
+    assign(tree, path, None)
+    *keys, last = re.findall(r"\w+", path)
+    for key in keys:
+        tree = tree[int(key)] if key.isdigit() else getattr(tree, key)
+    return "an element" if last.isdigit() else accepted(fiddle.get_callable(tree), last)
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
     """' Did you mean x?' for the nearest known names, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    spelt = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(name, list(spelt.values()), n=3, cutoff=0.6)
+    close = close or [spelt[each] for each in difflib.get_close_matches(name.lower(), list(spelt), n=3, cutoff=0.6)]
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
 

@@ -19,13 +19,19 @@ from lcx.spec import Spec, SpecError
 _OPERATORS = {ast.BitAnd: "And", ast.BitOr: "Or"}  # of masks
 
 
+class NoSuchPart(SpecError):
+    """A text names a part that there is not."""
+
+
 def parse(text: str) -> Tree:
     """The value that `text` stands for. Raises SpecError for an expression over something that is no part."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
         node = ast.parse(text.strip(), mode="eval").body
-    except SyntaxError:
+    except SyntaxError as error:
+        if "never closed" in error.msg or "unmatched" in error.msg or "does not match" in error.msg:
+            raise SpecError(f"{text!r}: {error.msg}; a string with brackets needs quotes") from None
         return text
     if any(isinstance(child, ast.Call) for child in ast.walk(node)):
         return expand(_value(node))
@@ -115,5 +121,5 @@ def _class(name: str) -> type[Spec]:
     if len(found) > 1:
         raise SpecError(f"{name!r} is ambiguous: {' or '.join(f'{cls.__module__}.{cls.__name__}' for cls in found)}")
     if not found:
-        raise SpecError(f"there is no part {name!r}.{suggestion(name, [cls.__name__ for cls in parts()])}")
+        raise NoSuchPart(f"there is no part {name!r}.{suggestion(name, [cls.__name__ for cls in parts()])}")
     return found[0]

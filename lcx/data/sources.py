@@ -5,14 +5,16 @@
 
 import abc
 import dataclasses
+import functools
 import glob
 import hashlib
 import json
 import os
 import sysconfig
 import tokenize
-from collections.abc import Callable
-from typing import BinaryIO, Literal, SupportsIndex
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, Literal, SupportsIndex
 
 from lcx.spec import Spec
 
@@ -54,9 +56,34 @@ class Source(Spec, abc.ABC):
             raise SourceError(f"{self}: none of its {len(names)} documents falls into split {self.split!r}")
         return Documents(kept, read)
 
+    def content(self) -> dict[str, int]:
+        """`bytes` of all documents and a `crc32` over their names and texts. Raises SourceError if one cannot be read."""
+        documents, size, check = self.documents(), 0, 0
+        for i, name in enumerate(documents.names):
+            text = documents[i].encode(errors="surrogatepass")
+            size, check = size + len(text), zlib.crc32(text, zlib.crc32(f"{name}/{len(text)}/".encode(), check))
+        return {"bytes": size, "crc32": check}
+
     @abc.abstractmethod
     def index(self) -> tuple[list[str], Callable[[str], str]]:
         """All names in a fixed order, and how to read one."""
+
+
+def contents(spec: Any, path: str) -> dict[str, int]:
+    """`content()` of every source in a spec, by its path, such as `mixture[0].rows.source.crc32`; each is read once."""
+    read = functools.cache(lambda source: source.content())
+    return {f"{place}.{name}": value for place, source in _sources(spec, path) for name, value in read(source).items()}
+
+
+def _sources(value: Any, path: str) -> Iterator[tuple[str, Source]]:
+    if isinstance(value, Source):
+        yield path, value
+    elif isinstance(value, Spec):
+        for field in dataclasses.fields(value):
+            yield from _sources(getattr(value, field.name), f"{path}.{field.name}")
+    elif isinstance(value, tuple):
+        for i, element in enumerate(value):
+            yield from _sources(element, f"{path}[{i}]")
 
 
 def is_heldout(name: str) -> bool:
@@ -119,7 +146,8 @@ class JsonLines(Source):
 
     def index(self):
         if not os.path.isfile(self.path):
-            raise SourceError(f"JsonLines.path = {self.path!r}: there is no such file")
+            found = "is a folder: expected a file" if os.path.isdir(self.path) else "there is no such file"
+            raise SourceError(f"JsonLines.path = {self.path!r}: {found}")
         places: dict[str, tuple[int, int]] = {}
         start = 0
         with _open(self.path) as file:
@@ -136,9 +164,11 @@ class JsonLines(Source):
             value = json.loads(_decode(line, place))
         except json.JSONDecodeError as error:
             raise SourceError(f"{place}: not JSON: {error}") from None
-        if not isinstance(value, dict) or not isinstance(value.get(self.field), str):
+        if not isinstance(value, dict) or self.field not in value:
             found = ", ".join(value) if isinstance(value, dict) else type(value).__name__
             raise SourceError(f"{place}: no text field {self.field!r}; it has {found}")
+        if not isinstance(value[self.field], str):
+            raise SourceError(f"{place}: field {self.field!r} is of type {type(value[self.field]).__name__}: expected text")
         if not value[self.field]:
             raise SourceError(f"{place}: field {self.field!r} is empty; a document needs text")
         return value[self.field]

@@ -231,7 +231,6 @@ class _Run:
         self._check_folder(experiment, folder)
         if _trained(folder, experiment):
             return
-        open_run(folder, experiment)
         self.say(f"{kind} {folder.name}: {experiment.steps} steps")
         with self.watch.on(arm.name, kind):
             result = train(experiment, folder)

@@ -165,7 +165,7 @@ def heatmap(path: Path, rows: Sequence[Row], *, title: str) -> None:
 def curve(path: Path | str, metrics: Path | str) -> None:
     """The training loss of a `metrics.jsonl` over steps."""
     rows = [row for row in read_rows(Path(metrics)) if "loss" in row]
-    figure = _figure(5, 3.4)
+    figure = _figure(5.0, 3.4)
     axis = figure.subplots()
     axis.plot([row["step"] for row in rows], [row["loss"] for row in rows], lw=1.5)
     axis.set(xlabel="step", ylabel="loss (nats, weighted)", yscale="log")

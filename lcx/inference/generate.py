@@ -19,6 +19,7 @@ from lcx.inference.sampling import Sampling
 from lcx.inference.shapes import bucket, right_padded
 from lcx.models.decoder import DecoderModel
 from lcx.record import record
+from lcx.spec import SpecError
 
 ASK_EVERY = 32  # tokens decoded before `until` is asked again
 
@@ -115,7 +116,7 @@ def prefill(model: DecoderModel, prompts: Sequence[Sequence[int]], rows: int, ne
 
 def checked_seed(seed: int) -> int:
     if not 0 <= seed < 1 << 32:
-        raise ValueError(f"seed = {seed}: expected 0 to 2^32 - 1")
+        raise SpecError(f"seed = {seed}: expected 0 to 2^32 - 1")
     return seed
 
 

@@ -1,15 +1,19 @@
 """Checkpoints of a run, written asynchronously by Orbax.
 
 `RUN/checkpoints/STEP/` holds four items: `params`, `optimizer`, `data` (the iterator's state, json) and `meta` (json: layout
-version, step, steps of the run, identity). A step folder appears complete or not at all. Restoring always takes target
-shardings, so a checkpoint of eight devices restores on any mesh.
+version, step, steps of the run, identity, a checksum of every array). A step folder appears complete or not at all.
+Restoring always takes target shardings, so a checkpoint of eight devices restores on any mesh.
 """
 
+import contextlib
 import dataclasses
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
@@ -67,19 +71,22 @@ class Checkpoints:
             params=ocp.args.StandardSave(state.params),
             optimizer=ocp.args.StandardSave(state.optimizer),
             data=ocp.args.JsonSave(data),
-            meta=ocp.args.JsonSave({"layout": LAYOUT, "step": step} | meta),
+            meta=ocp.args.JsonSave({"layout": LAYOUT, "step": step, "checksums": _checksums(state)} | meta),
         )
         self._manager.save(step, args=items, force=True)
 
     def restore(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """(state in the shapes and shardings of `target`, data state). Raises SpecError if the parameters are others."""
+        """(state in the shapes and shardings of `target`, data state). Raises SpecError if the parameters are others, or the
+        checkpoint is damaged."""
         _compare(self._manager, step, target.params)
-        items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(target.params),
-            optimizer=ocp.args.StandardRestore(target.optimizer),
-            data=ocp.args.JsonRestore(),
-        )
-        found = self._manager.restore(step, args=items)
+        args = {
+            "params": ocp.args.StandardRestore(target.params),
+            "optimizer": ocp.args.StandardRestore(target.optimizer),
+            "data": ocp.args.JsonRestore(),
+        }
+        found = {name: _item(self._manager, step, name, arg) for name, arg in args.items()}
+        for name in ("params", "optimizer"):
+            _verify(self._manager, step, name, found[name])
         count = jax.device_put(jax.numpy.asarray(step, jax.numpy.int32), target.step.sharding)
         return TrainState(params=found["params"], optimizer=found["optimizer"], step=count), found["data"]
 
@@ -117,7 +124,9 @@ def restore_params(run_dir: Path | str, target: Any, *, step: int | None = None)
             raise SpecError(f"{folder(run_dir)}: no checkpoint of step {step}; there are {sorted(manager.all_steps())}")
         _meta(manager, step)
         _compare(manager, step, target)
-        return manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(target)))["params"]
+        params = _item(manager, step, "params", ocp.args.StandardRestore(target))
+        _verify(manager, step, "params", params)
+        return params
 
 
 def load_model(run_dir: Path | str, spec: Decoder, *, step: int | None = None, mesh: Mesh | None = None) -> nnx.Module:
@@ -139,7 +148,7 @@ def _manager(run_dir: Path | str, **options: Any) -> ocp.CheckpointManager:
 
 
 def _meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    meta = _item(manager, step, "meta", ocp.args.JsonRestore())
     if meta.get("layout") != LAYOUT:
         raise SpecError(
             f"{manager.directory}/{step}: checkpoint layout {meta.get('layout')}; this version reads layout {LAYOUT}"
@@ -147,9 +156,61 @@ def _meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     return meta
 
 
+def _item(manager: ocp.CheckpointManager, step: int, name: str, args: ocp.args.CheckpointArgs) -> Any:
+    with _readable(manager, step, name):
+        return manager.restore(step, args=ocp.args.Composite(**{name: args}))[name]
+
+
+@contextlib.contextmanager
+def _readable(manager: ocp.CheckpointManager, step: int, name: str) -> Iterator[None]:
+    """Turns whatever goes wrong while an item is read into one SpecError that says which other step there is."""
+    path, before = Path(manager.directory) / str(step), sys.unraisablehook
+    late = lambda found: None if "Event loop is closed" in str(found.exc_value) else before(found)
+    sys.unraisablehook = late  # after the first failure TensorStore's other reads report to a loop that has ended
+    try:
+        if not (path / name).is_dir():
+            raise FileNotFoundError("it is not there")
+        yield
+        sys.unraisablehook = before
+    except (SpecError, MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:  # Orbax and TensorStore raise nothing narrower
+        reason = (str(error).splitlines() or [""])[0][:200]
+        others = [other for other in manager.all_steps() if other != step]
+        advice = f"delete {path} to go on from step {max(others)}, or ask for that step" if others else "there is no other step"
+        raise SpecError(f"{path}: {name} cannot be read ({type(error).__name__}: {reason}); {advice}") from error
+
+
+def _checksums(state: TrainState) -> dict[str, dict[str, int]]:
+    """Of every array, where one process holds them whole."""
+    if jax.process_count() > 1:
+        return {}
+    return {name: _sums(getattr(state, name)) for name in ("params", "optimizer")}
+
+
+def _sums(tree: Any) -> dict[str, int]:
+    """The sum of every array's words, modulo 2^32: any one altered word shows, and the sharding does not matter."""
+    sums = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        shards = [np.asarray(shard.data) for shard in leaf.addressable_shards if shard.replica_id == 0]
+        words = [np.add.reduce(shard.reshape(-1).view(f"u{shard.itemsize}"), dtype=np.uint32) for shard in shards]
+        sums[jax.tree_util.keystr(path)] = sum(map(int, words)) % (1 << 32)
+    return sums
+
+
+def _verify(manager: ocp.CheckpointManager, step: int, name: str, tree: Any) -> None:
+    """Raises SpecError if an array is not the one that was saved. Earlier versions and several processes keep no checksums."""
+    held = _meta(manager, step).get("checksums", {}).get(name, {}) if jax.process_count() == 1 else {}
+    with _readable(manager, step, name):
+        for leaf, found in (_sums(tree) if held else {}).items():
+            if held.get(leaf, found) != found:
+                raise ValueError(f"{leaf} is not what was saved: its checksum differs")
+
+
 def _compare(manager: ocp.CheckpointManager, step: int, target: Any) -> None:
     """Raises SpecError, naming the first difference, unless the checkpoint holds the target's parameters."""
-    held = _shapes(manager.item_metadata(step)["params"].tree)
+    with _readable(manager, step, "params"):
+        held = _shapes(manager.item_metadata(step)["params"].tree)
     wanted = _shapes(target)
     for name in sorted(held.keys() | wanted.keys()):
         if held.get(name) != wanted.get(name):

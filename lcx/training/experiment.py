@@ -1,8 +1,12 @@
 """Experiment: the root config of a training run."""
 
 import dataclasses
+import os
+from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from lcx.data.pipeline import Pipeline
@@ -12,15 +16,19 @@ from lcx.objectives.objective import Objective
 from lcx.parallel.mesh import MeshSpec
 from lcx.parallel.rules import Rules
 from lcx.spec import Spec, SpecError, edits, fingerprint
+from lcx.training import shipped
 from lcx.training.checkpoint import Checkpointing
 from lcx.training.optimizer import Optimizer
 from lcx.training.step import TrainStep
+
+SEEDS = 1 << 32  # `jax.random.key` takes a seed modulo this
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment(Spec):
     """steps: optimizer updates. accumulation: micro-batches that each update splits the rows of a batch into. seed: of the
-    initial parameters. log_every: steps a record. init_from: folder of a run whose newest parameters are the initial ones.
+    initial parameters. log_every: steps a record; a checkpoint ends one early. init_from: folder of a run, or the name of a
+    shipped model, whose newest parameters are the initial ones.
     """
 
     model: Decoder
@@ -38,7 +46,7 @@ class Experiment(Spec):
     def validate(self):
         for field in ("steps", "accumulation", "log_every"):
             self.check(getattr(self, field) >= 1, field, "at least 1")
-        self.check(self.seed >= 0, "seed", "0 or a positive number")
+        self.check(0 <= self.seed < SEEDS, "seed", f"0 to 2^32 - 1 = {SEEDS - 1}, which JAX tells apart")
         self.optimizer.learning_rate.build(self.steps)
 
     def training_step(self, mesh: Mesh | AbstractMesh) -> TrainStep:
@@ -64,19 +72,37 @@ class Experiment(Spec):
             "seed": self.seed,
         }
 
-    def check_continues(self, meta: dict[str, Any]) -> None:
-        """Raises SpecError unless this experiment goes on from the checkpoint with this meta as the run that wrote it would."""
+    def origin(self, run_dir: Path) -> list[str] | None:
+        """Names of what the initial parameters are from: `init_from`, its folder, and that relative to the run's own, which
+        stays where the two are moved together."""
+        if self.init_from is None:
+            return None
+        known = Path(self.init_from).is_dir() or self.init_from in shipped.names()
+        folder = os.path.realpath(shipped.run_folder(self.init_from) if known else self.init_from)
+        return [self.init_from, folder, os.path.relpath(folder, os.path.realpath(run_dir))]
+
+    def check_continues(self, meta: dict[str, Any], run_dir: Path) -> None:
+        """Raises SpecError unless this experiment goes on in `run_dir` from the checkpoint with this meta as the run that wrote
+        it would.
+        """
         mine, theirs = self.identity(), meta["identity"]
         if changed := [name for name in mine if mine[name] != theirs.get(name)]:
             raise SpecError(
                 f"experiment: {', '.join(changed)} changed since the checkpoint of step {meta['step']}; "
                 "restore the config, or start another run with init_from"
             )
+        before, now = meta.get("init_from"), self.origin(run_dir)  # earlier versions did not keep it
+        if "init_from" in meta and before != now and not set(before or ()) & set(now or ()):
+            began = f"with {before[0]!r}" if before else "without"
+            raise SpecError(
+                f"Experiment.init_from = {self.init_from!r}: the run began {began}; restore it, or give another --run_dir"
+            )
         if meta["step"] > self.steps:
             raise SpecError(f"Experiment.steps = {self.steps}: the run has made {meta['step']} already; it cannot go back")
-        before, now = (self.optimizer.learning_rate.build(steps) for steps in (meta["steps"], self.steps))
-        differs = [n for n in range(meta["step"]) if float(before(n)) != float(now(n))] if meta["steps"] != self.steps else []
-        if differs:
+        updates = jnp.arange(meta["step"])
+        rates = (self.optimizer.learning_rate.build(steps)(updates) for steps in (meta["steps"], self.steps))
+        differs = np.flatnonzero(np.not_equal(*(np.broadcast_to(rate, updates.shape) for rate in rates)))
+        if len(differs):
             raise SpecError(
                 f"Experiment.steps = {self.steps}: the run began with {meta['steps']}, which gave step {differs[0]} another "
                 "learning rate; only a schedule that is the same so far (constant, WSD before its decay) can go on with others"

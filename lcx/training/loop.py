@@ -1,13 +1,15 @@
 """The training loop: resume, step, log, save, stop.
 
-A run lives in a folder: `metrics.jsonl`, `tensorboard/`, `checkpoints/`, and `data.json` (tokens kept, split, padded and
-dropped). Calling `train` again with the same folder goes on from the newest checkpoint, to the same parameters, bit for bit
-on a CPU, as a run that was never interrupted.
+A run lives in a folder: its config (run_folder.py), `metrics.jsonl`, `tensorboard/`, `checkpoints/`, and `data.json` (tokens
+kept, split, padded and dropped; bytes and checksum of every source). Calling `train` again with the same folder goes on from
+the newest checkpoint, to the same parameters, bit for bit on a CPU, as a run that was never interrupted. A start that is
+refused leaves what the folder holds as it was.
 """
 
 import contextlib
 import dataclasses
 import json
+import logging
 import signal
 import threading
 import time
@@ -19,13 +21,20 @@ import jax
 from flax import nnx
 from jax.experimental import multihost_utils
 
+from lcx.data.sources import contents
+from lcx.spec import SpecError
 from lcx.training.checkpoint import Checkpoints, restore_params
 from lcx.training.experiment import Experiment
 from lcx.training.flops import counter
 from lcx.training.metrics import Meter, Pending
 from lcx.training.placement import host_rows, place_batch
+from lcx.training.run_folder import check_config, claim, record_start
+from lcx.training.shipped import run_folder
 from lcx.training.step import TrainState, TrainStep
 from lcx.training.writers import JsonLines, Record, TensorBoard, Writer, read_records, terminal
+
+METRICS, DATA = "metrics.jsonl", "data.json"
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,23 +57,37 @@ class TrainResult:
 def train(experiment: Experiment, run_dir: Path | str, *, devices: Sequence[jax.Device] | None = None) -> TrainResult:
     """Trains, or goes on training, in `run_dir`, on `devices` (default: all, as many as the mesh needs).
 
-    Raises SpecError if the config does not fit the devices or the checkpoint; TrainingDiverged at a non-finite loss, gradient
-    or parameter; ValueError if a batch has no loss weight or the data end early.
+    Before it changes what the folder holds, raises SpecError if the config does not fit the devices, the folder or its newest
+    checkpoint, the data are others than those it began with, or another process trains in the folder, and SourceError if the
+    data cannot be read. Later TrainingDiverged at a non-finite loss, gradient or parameter; ValueError if a batch has no loss
+    weight or the data end early.
     """
     run_dir = Path(run_dir).absolute()
-    run_dir.mkdir(parents=True, exist_ok=True)
+    check_config(run_dir, experiment)
     mesh = experiment.mesh.build(devices)
     host, hosts = host_rows(experiment.data.batch_size, experiment.model.rules, mesh)
-    batches = iter(experiment.data.dataset(host=host, hosts=hosts))
-    if jax.process_index() == 0:
-        (run_dir / "data.json").write_text(json.dumps(experiment.data.counts(), indent=1) + "\n")
     step = experiment.training_step(mesh)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(_Stop())
+        stack.enter_context(claim(run_dir))
         checkpoints = stack.enter_context(Checkpoints(run_dir, experiment.checkpoint))
-        state, start = _begin(experiment, step, checkpoints, batches)
+        newest = checkpoints.latest()
+        if newest is not None:
+            experiment.check_continues(checkpoints.meta(newest), run_dir)
+        _records(run_dir)
+        counts = contents(experiment.data, "data") | experiment.data.counts()
+        if newest is not None:
+            _check_data(run_dir / DATA, counts)
+        batches = iter(experiment.data.dataset(host=host, hosts=hosts))
+        state = _begin(experiment, step, checkpoints, newest, batches)
+        if jax.process_index() == 0:
+            record_start(run_dir, experiment)
+            if newest is None or not (run_dir / DATA).exists():
+                (run_dir / DATA).write_text(json.dumps(counts, indent=1) + "\n")
+            if newest is not None:
+                _log.info("resumed at step %d", newest)
         run = _Run(experiment, step, checkpoints, batches, hosts, run_dir)
-        return run.go(state, start, stop, stack)
+        return run.go(state, newest or 0, stop, stack)
 
 
 class _Run:
@@ -88,7 +111,7 @@ class _Run:
             meter.add(Pending(number, results, *work))
             stopping = stop.requested(number)
             if stopping or number == experiment.steps or experiment.checkpoint.due(number):
-                meter.collect()
+                meter.finish()
                 self._save(state, number)
             if stopping:
                 break
@@ -118,7 +141,7 @@ class _Run:
         writers: list[Writer] = []
         if jax.process_index() == 0:
             writers = [
-                JsonLines(self.run_dir / "metrics.jsonl", step=start),
+                JsonLines(self.run_dir / METRICS, step=start),
                 TensorBoard(self.run_dir / "tensorboard", step=start),
                 terminal(step=start, steps=self.experiment.steps),
             ]
@@ -137,26 +160,45 @@ class _Run:
 
     def _last_record(self) -> Record:
         """What an earlier process wrote last."""
-        path = self.run_dir / "metrics.jsonl"
-        records = read_records(path) if path.exists() else []
+        records = _records(self.run_dir)
         return records[-1] if records else {}
 
     def _save(self, state: TrainState, number: int) -> None:
         meta = {"steps": self.experiment.steps, "identity": self.experiment.identity()}
+        meta["init_from"] = self.experiment.origin(self.run_dir)
         self.checkpoints.save(state, step=number, data=self.batches.get_state(), meta=meta)
 
 
-def _begin(experiment: Experiment, step: TrainStep, checkpoints: Checkpoints, batches: Iterator) -> tuple[TrainState, int]:
-    """The state to go on from and the updates it has behind it; the data are set to the batch that follows."""
-    found = checkpoints.latest()
-    if found is not None:
-        experiment.check_continues(checkpoints.meta(found))
-        state, data = checkpoints.restore(found, step.abstract_state())
+def _begin(
+    experiment: Experiment, step: TrainStep, checkpoints: Checkpoints, newest: int | None, batches: Iterator
+) -> TrainState:
+    """The state to go on from, of checkpoint `newest` or a first one; the data are set to the batch that follows."""
+    if newest is not None:
+        state, data = checkpoints.restore(newest, step.abstract_state())
         batches.set_state(data)
-        return state, found
+        return state
     if experiment.init_from is not None:
-        return step.start(restore_params(experiment.init_from, step.abstract_state().params)), 0
-    return step.init(), 0
+        return step.start(restore_params(run_folder(experiment.init_from), step.abstract_state().params))
+    return step.init()
+
+
+def _check_data(path: Path, counts: dict[str, int]) -> None:
+    """Raises SpecError if the run began with other data. What an earlier version did not count is not compared."""
+    try:
+        held = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise SpecError(f"{path}: not JSON: {error}; delete it to go on without comparing the data") from None
+    for name, value in held.items():
+        if counts.get(name) != value:
+            raise SpecError(
+                f"{path}: {name} is {counts.get(name)} now and was {value} when the run began: the data have changed; "
+                "restore them, or start another run with init_from"
+            )
+
+
+def _records(run_dir: Path) -> list[Record]:
+    path = run_dir / METRICS
+    return read_records(path) if path.exists() else []
 
 
 class _Stop:

@@ -40,7 +40,7 @@ class Pending:
 
 
 class Meter:
-    """Collects the steps of a run and writes a record every `log_every` steps, and one after the last.
+    """Collects the steps of a run and writes a record every `log_every` steps, and whenever `finish` is called.
 
     report: the objective's, from sums to figures. devices: all of the mesh. hosts: into how many groups the rows are split;
     the work given is that of one group.
@@ -84,7 +84,7 @@ class Meter:
                 self._emit()
 
     def finish(self) -> None:
-        """Reads and writes what is left."""
+        """Reads and writes what is left: before a checkpoint, so that no step's figures are lost with the process."""
         self.collect()
         if self._window:
             self._emit()

@@ -3,25 +3,32 @@
 config.json    the whole config, defaults written out; `--config=config_file:<folder>/config.json` repeats the run
 config.txt     the same for people, one field a line
 starts.jsonl   one record a start: time, command, versions, commit, devices, seed
+lock           held by the process that trains in the folder
 """
 
+import contextlib
 import datetime
+import fcntl
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from lcx.config import build, dumps, loads
+from lcx.config import build, dumps, load_file
 from lcx.config_text import first_difference, render
 from lcx.parallel.hosts import check_shared
 from lcx.spec import Spec, SpecError, fingerprint
 
 CONFIG = "config.json"
+LOCK = "lock"
+_NO_RUN_YET = {"starts.jsonl", "config.txt", "config.json.tmp", LOCK}  # what a refused start may leave
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "lcx")
 
 
@@ -32,6 +39,16 @@ def open_run(path: Path | str, spec: Spec) -> Path:
     start, and is recorded. Raises SpecError for a folder of another config or of other files.
     """
     path = Path(path)
+    check_config(path, spec)
+    if jax.process_index() == 0:
+        _make(path)
+        record_start(path, spec)
+    check_shared(path)
+    return path
+
+
+def check_config(path: Path, spec: Spec) -> None:
+    """Raises SpecError for a folder of another config or of other files. Reads only."""
     held = _held(path)
     changed = None if held is None else first_difference(held, spec)
     if held is not None and changed is not None and not _continues(held, spec):
@@ -39,16 +56,42 @@ def open_run(path: Path | str, spec: Spec) -> Path:
             f"run folder {path} holds config {fingerprint(held)}, this one is {fingerprint(spec)}: "
             f"they differ first in {changed}; give another --run_dir"
         )
-    if jax.process_index() == 0:
-        path.mkdir(parents=True, exist_ok=True)
-        with open(path / "starts.jsonl", "a") as starts:
-            starts.write(json.dumps({**environment(spec), "changed": changed}) + "\n")
-        if held is None or changed is not None:
-            (path / "config.txt").write_text(render(spec) + "\n")
-            (path / "config.json.tmp").write_text(dumps(spec))
-            (path / "config.json.tmp").replace(path / CONFIG)
-    check_shared(path)
-    return path
+
+
+def record_start(path: Path, spec: Spec) -> None:
+    """Writes down a start of `spec`, which every check has let pass, in a folder that is there. Process 0 only."""
+    held = _held(path)
+    changed = None if held is None else first_difference(held, spec)
+    with open(path / "starts.jsonl", "a") as starts:
+        starts.write(json.dumps({**environment(spec), "changed": changed}) + "\n")
+    if held is None or changed is not None:
+        (path / "config.txt").write_text(render(spec) + "\n")
+        (path / "config.json.tmp").write_text(dumps(spec))
+        (path / "config.json.tmp").replace(path / CONFIG)
+
+
+@contextlib.contextmanager
+def claim(path: Path) -> Iterator[None]:
+    """The folder, made where it is new, to this run alone while the context lasts.
+
+    Process 0 makes and locks it; every process enters. Raises SpecError if it cannot be made, another process holds it or not
+    all processes see it. A file system without locks is trusted.
+    """
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            _make(path)
+            lock = stack.enter_context(open(path / LOCK, "a"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = (path / LOCK).read_text() or "another process"
+                raise SpecError(f"run folder {path}: {holder} trains in it now; wait, or give another --run_dir") from None
+            except OSError:
+                pass
+            lock.truncate(0)
+            print(f"process {os.getpid()} of {platform.node()}", end="", file=lock, flush=True)
+        check_shared(path)
+        yield
 
 
 def read_config(path: Path | str) -> Spec:
@@ -78,18 +121,36 @@ def environment(spec: Spec) -> dict[str, Any]:
 
 def _held(path: Path) -> Spec | None:
     """The config already in the folder; None for a new folder."""
-    if not path.exists():
-        return None
+    try:
+        if not path.exists():
+            return None
+        held = {child.name for child in path.iterdir() if not _left_empty(child)} if path.is_dir() else set()
+    except OSError as error:
+        raise SpecError(f"run folder {path}: cannot be read: {error.strerror}; give another --run_dir") from None
     if not path.is_dir():
         raise SpecError(f"run folder {path}: is a file; give another --run_dir")
     if not (path / CONFIG).is_file():
-        if any(child.name not in ("starts.jsonl", "config.txt", "config.json.tmp") for child in path.iterdir()):
+        if held - _NO_RUN_YET:
             raise SpecError(f"run folder {path}: holds files but no {CONFIG}; give a new or empty --run_dir")
         return None
     try:
-        return build(loads((path / CONFIG).read_text()))
+        return build(load_file(path / CONFIG))
     except SpecError as error:
         raise SpecError(f"{path / CONFIG}: {error}") from None
+
+
+def _left_empty(path: Path) -> bool:
+    """Whether this is a folder that a training made and, cut off or refused, put nothing in."""
+    return (path.parent / LOCK).exists() and path.is_dir() and not any(path.iterdir())
+
+
+def _make(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SpecError(f"run folder {path}: cannot be made: {error.strerror}; give another --run_dir") from None
+    if not os.access(path, os.W_OK):
+        raise SpecError(f"run folder {path}: may not be written to; give another --run_dir")
 
 
 def _continues(held: Spec, spec: Spec) -> bool:

@@ -5,6 +5,9 @@ curve.png. Where `run_folder` reads a model, its name serves as the folder.
 """
 
 import shutil
+import zipfile
+import zlib
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -51,8 +54,7 @@ def step(folder: Path) -> int | None:
     """The updates behind a shipped folder's weights; None if the folder ships none."""
     if not (folder / WEIGHTS).is_file():
         return None
-    with np.load(folder / WEIGHTS) as held:
-        return int(held[STEP])
+    return int(_read(folder, [STEP])[STEP])
 
 
 def restore(folder: Path, target: Any) -> Any:
@@ -60,8 +62,8 @@ def restore(folder: Path, target: Any) -> Any:
 
     Raises SpecError if it holds other parameters.
     """
-    with np.load(folder / WEIGHTS) as held:
-        arrays = {name: held[name] for name in held if name != STEP}
+    arrays = _read(folder)
+    del arrays[STEP]
     leaves, structure = jax.tree_util.tree_flatten_with_path(target)
     shapes = {_name(path): tuple(leaf.shape) for path, leaf in leaves}
     found = {name: array.shape for name, array in arrays.items()}
@@ -71,6 +73,15 @@ def restore(folder: Path, target: Any) -> Any:
             raise SpecError(f"{folder / WEIGHTS}: parameter {name} is {sides[0]} in the file, {sides[1]} in the model")
     placed = [jax.device_put(arrays[_name(path)].astype(leaf.dtype), leaf.sharding) for path, leaf in leaves]
     return jax.tree_util.tree_unflatten(structure, placed)
+
+
+def _read(folder: Path, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    """Some arrays of the weights, or all. Raises SpecError if the file is damaged."""
+    try:
+        with np.load(folder / WEIGHTS) as held:
+            return {name: held[name] for name in (held if names is None else names)}
+    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise SpecError(f"{folder / WEIGHTS}: cannot be read ({type(error).__name__}: {error}); write it again") from error
 
 
 def _name(path: tuple) -> str:

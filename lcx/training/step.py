@@ -21,6 +21,8 @@ from lcx.spec import SpecError
 from lcx.training.optimizer import Optimizer
 from lcx.training.placement import parameter_shardings, replicated
 
+LONGEST = (1 << 31) - 1  # what an int32 index reaches
+
 
 @record
 class TrainState:
@@ -146,12 +148,19 @@ class TrainStep:
 
 
 def abstract_model(spec: Decoder) -> tuple[nnx.GraphDef, nnx.State]:
-    """Graph and shapes of a model, without its arrays. Raises SpecError if it holds anything that is not a parameter."""
+    """Graph and shapes of a model, without its arrays.
+
+    Raises SpecError if it holds anything that is not a parameter, or an axis longer than an index.
+    """
     graph, state = nnx.split(nnx.eval_shape(lambda: spec.build(rngs=nnx.Rngs(0))))
     for path, leaf in nnx.to_flat_state(state):
         if not isinstance(leaf, nnx.Param):
             raise SpecError(
                 f"model: {'/'.join(map(str, path))} is {type(leaf).__name__}, not a parameter; nothing would train it"
+            )
+        if max(leaf.shape, default=0) > LONGEST:
+            raise SpecError(
+                f"model: parameter {'/'.join(map(str, path))} is of shape {leaf.shape}: expected axes of at most 2^31 - 1"
             )
     return graph, state
 

@@ -17,6 +17,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from lcx.spec import SpecError
+
 Record = dict[str, float | int | str]
 
 
@@ -49,9 +51,22 @@ class JsonLines(Writer):
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a `metrics.jsonl`. A last line without its end, which a killed process leaves, is not a record."""
-    *lines, _ = Path(path).read_text().split("\n")
-    return [json.loads(line) for line in lines]
+    """The records of a `metrics.jsonl`. A last line without its end, which a killed process leaves, is not a record.
+
+    Raises SpecError with file and line for one that is none.
+    """
+    *lines, _ = Path(path).read_bytes().split(b"\n")
+    return [_record(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def _record(line: bytes, place: str) -> Record:
+    try:
+        record = json.loads(line)
+    except ValueError as error:  # of the JSON or of its encoding
+        raise SpecError(f"{place}: not a record: {error}; delete the line") from None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise SpecError(f"{place}: not a record: expected an object with a step; delete the line")
+    return record
 
 
 class TensorBoard(Writer):

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from lcx.data.sources import JsonLines, SourceError, StandardLibrary, TextFolder
+from lcx.data.packing import PackedText
+from lcx.data.sources import JsonLines, SourceError, StandardLibrary, TextFolder, contents
 from lcx.data.tokenizers import ByteTokenizer, HFTokenizer
 from lcx.spec import SpecError
 
@@ -44,7 +45,7 @@ def test_text_folder(tmp_path):
         (b"{", "line 3: not JSON"),
         (b"[1]", "line 3: no text field 'text'; it has list"),
         (b'{"txt": "a"}', "line 3: no text field 'text'; it has txt"),
-        (b'{"text": 3}', "line 3: no text field 'text'"),
+        (b'{"text": 3}', "line 3: field 'text' is of type int: expected text"),
         (b'{"text": ""}', "line 3: field 'text' is empty"),
         (b'{"text": "\xff"}', "line 3: not UTF-8 at byte 10"),
     ],
@@ -69,8 +70,23 @@ def test_json_lines_reads_any_document_at_random(tmp_path):
     path.write_text("\n")
     with pytest.raises(SourceError, match=r"d\.jsonl.*there is no document"):
         JsonLines(path=str(path)).documents()
-    with pytest.raises(SourceError, match=r"JsonLines\.path = .*: there is no such file"):
+    with pytest.raises(SourceError, match=r"JsonLines\.path = .*: is a folder: expected a file"):
         JsonLines(path=str(tmp_path)).documents()
+    with pytest.raises(SourceError, match=r"JsonLines\.path = .*: there is no such file"):
+        JsonLines(path=str(tmp_path / "none")).documents()
+
+
+def test_contents_change_with_any_text_or_name(tmp_path):
+    rows = PackedText(source=TextFolder(path=str(tmp_path)))
+    (tmp_path / "a.txt").write_text("one")
+    first = contents(rows, "rows")
+    assert first.keys() == {"rows.source.bytes", "rows.source.crc32"} and first["rows.source.bytes"] == 3
+    assert contents(rows, "rows") == first
+    (tmp_path / "a.txt").write_text("two")
+    second = contents(rows, "rows")
+    (tmp_path / "a.txt").rename(tmp_path / "b.txt")
+    found = [counts["rows.source.crc32"] for counts in (first, second, contents(rows, "rows"))]
+    assert len(set(found)) == 3
 
 
 def test_byte_tokenizer_round_trip():

@@ -171,8 +171,9 @@ def test_parameters_trained_again_are_compared_with_the_rows(ablation, finished,
 
 def retrain(folder):
     """Training that comes to other parameters than the folder's config would."""
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    return train(edit(read_config(folder), "optimizer.learning_rate.peak", 3e-3), folder)
+    other = edit(read_config(folder), "optimizer.learning_rate.peak", 3e-3)
+    shutil.rmtree(folder)
+    return train(other, folder)
 
 
 def test_a_training_told_to_stop_goes_on(ablation, tmp_path, monkeypatch, capsys):
@@ -226,7 +227,7 @@ def test_a_stopped_training_is_not_taken_for_another_one(ablation, tmp_path, mon
     """Before the first row nothing but the arm's folder tells whose training it holds."""
 
     def stop(experiment, folder):
-        (folder / "checkpoints").mkdir()
+        (open_run(folder, experiment) / "checkpoints").mkdir()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "train", stop)

@@ -1,5 +1,6 @@
 """A command line that cannot work is one line on stderr and exit status 2, before anything is compiled."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -10,10 +11,11 @@ import jaxtyping
 import pytest
 
 from configs.recipes import quick_text
-from experiments import ablate, train
+from experiments import ablate, bench, train
 from experiments.program import config_names, run
 from lcx.spec import edit
-from lcx.training.run_folder import open_run
+from lcx.training.metrics import TrainingDiverged
+from lcx.training.run_folder import open_run, read_config
 
 ROOT = Path(__file__).parents[2]
 QUICK = "--config=config:recipes.quick_text.quick"
@@ -45,6 +47,14 @@ WRONG = {
     "set before config": (["--config=set:steps=1", QUICK], "comes first"),
     "two configs": ([QUICK, QUICK], "is a second base config"),
     "missing file": (["--config=config_file:nowhere.json"], "nowhere.json: there is no such file"),
+    "fiddler that does not fit": (
+        ["--config=config:models.byte.toy", "--config=fiddler:edits.windowed(64)"],
+        "fiddler:edits.windowed(64): does not fit this config of type Decoder: ",
+    ),
+    "config as a fiddler": (
+        [QUICK, "--config=fiddler:recipes.quick_text.quick"],
+        "'recipes.quick_text.quick' is a config: expected a function that edits one",
+    ),
     "another file": (["--config=config_file:pyproject.toml"], "pyproject.toml: not a config of this version"),
     "missing run": (["--run_dir=nowhere"], "nowhere: no config.json"),
     "misspelt fiddler": ([QUICK, "--config=fiddler:longer"], "configs has no function 'longer'"),
@@ -61,6 +71,17 @@ WRONG = {
     "wrong type, deep": (sets("data.length=256.0"), "data: Pipeline.length = 256.0: expected int"),
     "wrong part": (sets("model.rope=Causal()"), "model: Decoder.rope = Causal(): expected FrequencyRule or None"),
     "misspelt part": (sets("model.rope=YaRM(factor=2.0)"), "there is no part 'YaRM'. Did you mean YaRN?"),
+    "misspelt part in another case": (
+        sets("model.rope=Yarn(factor=2.0)"),
+        "Did you mean YaRN? Expected FrequencyRule or None (LinearInterpolation, NTK, Rope, YaRN)",
+    ),
+    "no part": (sets("data.tokenizer=foo"), "Pipeline.tokenizer = 'foo': expected Tokenizer (ByteTokenizer, HFTokenizer)"),
+    "bracket left open": (sets("model.rope=YaRN(factor=2.0"), "'YaRN(factor=2.0': '(' was never closed"),
+    "axis longer than an index": (
+        sets("model.vocab=99999999999"),
+        "parameter embedding is of shape (99999999999, 128): expected axes of at most 2^31 - 1",
+    ),
+    "seed beyond JAX's": (sets("seed=4294967296"), "Experiment.seed = 4294967296: expected 0 to 2^32 - 1"),
     "impossible value": (sets("steps=0"), "Experiment.steps = 0: expected at least 1"),
     "factor below 1": (
         sets("model.rope=YaRN(factor=0.5, original_length=128)"),
@@ -102,12 +123,52 @@ WRONG = {
 
 @pytest.mark.parametrize(("argv", "message"), WRONG.values(), ids=WRONG)
 def test_what_is_wrong_is_told_in_one_line(argv, message, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(train, "open_run", lambda *_: pytest.fail("a run folder was opened"))
+    monkeypatch.setattr(train, "train", lambda *_: pytest.fail("a run was started"))
     assert run(train.main, argv) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("train: ") and err.endswith("\n") and err.count("\n") == 1
     assert message in err
+
+
+@pytest.mark.parametrize("content", [b"\x7fELF\xff", b"[]", b'{"a": 1}'])
+def test_a_file_that_is_no_config_is_told_in_one_line(content, capsys, tmp_path):
+    (tmp_path / "config.json").write_bytes(content)
+    for argv in ([f"--run_dir={tmp_path}"], [f"--config=config_file:{tmp_path}/config.json"]):
+        assert run(train.main, argv) == 2
+        err = capsys.readouterr().err
+        assert "config.json: not a config" in err and err.count("\n") == 1
+
+
+def test_folders_that_cannot_be_made_are_told_in_one_line(capsys, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert run(train.main, [QUICK, f"--run_dir={tmp_path}/file/run"]) == 2
+    err = capsys.readouterr().err
+    assert "cannot be made: Not a directory" in err and err.count("\n") == 1
+
+
+def test_a_refused_start_changes_nothing(capsys, tmp_path):
+    """A first start without text for one row, then one that is corrected in what the config is known by."""
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "a.txt").write_bytes(b"a \xff")
+    argv = sets(f"data.mixture[0].rows.source=TextFolder(path='{text}')", "steps=30")
+    assert run(train.main, [*argv, f"--run_dir={tmp_path}/run"]) == 2
+    assert "not UTF-8 at byte 2" in capsys.readouterr().err
+    (text / "a.txt").write_text("a")
+    with pytest.raises(pytest.fail.Exception, match="compiled"):
+        run(train.main, [*argv, "--config=set:seed=1", f"--run_dir={tmp_path}/run"])
+    assert read_config(tmp_path / "run").seed == 1
+
+
+def test_divergence_is_told_in_one_line(monkeypatch, capsys, tmp_path):
+    def diverging(*_):
+        raise TrainingDiverged(7, {"loss": float("nan")}, 4)
+
+    monkeypatch.setattr(train, "train", diverging)
+    assert run(train.main, [QUICK, f"--run_dir={tmp_path}"]) == 1
+    told = "train: training diverged at step 7: loss = nan; the last good checkpoint is of step 4\n"
+    assert capsys.readouterr().err == told
 
 
 def test_a_run_folder_keeps_to_its_config(capsys, tmp_path):
@@ -129,10 +190,11 @@ def test_a_run_is_repeated_from_its_folder_alone(again, monkeypatch, tmp_path):
 
 def test_the_default_folder_is_named_after_the_config(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "train", lambda *_: None)
+    seen = []
+    monkeypatch.setattr(train, "train", lambda _, run_dir: seen.append(run_dir))
     with pytest.raises(AttributeError):
         run(train.main, [QUICK])
-    assert (tmp_path / "runs" / "recipes.quick_text.quick" / "config.json").is_file()
+    assert seen == [Path("runs") / "recipes.quick_text.quick"]
 
 
 def test_an_unexpected_exception_is_not_swallowed(monkeypatch, tmp_path):
@@ -171,6 +233,7 @@ def test_help_lists_flags_and_configs(capsys):
     assert run(train.main, ["--help"]) == 0
     out = capsys.readouterr().out
     assert "Trains an experiment" in out and "--dry_run" in out and "recipes.quick_text.quick" in out
+    assert "--config: config:<name> or config_file:<path>, then any of set:<field>=<value> and fiddler:<name>" in out
     assert "models.byte.Layer" not in config_names() and "models.byte.toy" in config_names()
 
 
@@ -190,3 +253,25 @@ def test_processes_end_with_the_status_and_no_traceback(argv, status, message, t
     assert message in done.stderr and "Traceback" not in done.stderr
     assert not status or len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_reader_that_leaves_early_ends_the_program_quietly():
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "experiments.train", QUICK, "--dry_run"]
+    child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child.stdout.close()
+    assert "Traceback" not in child.stderr.read() and child.wait(timeout=120) == 141
+
+
+@pytest.mark.parametrize(("argv", "status", "message"), [(["--help"], 0, "usage"), (["--fast"], 2, "unrecognized")])
+def test_bench_reads_its_command_line(argv, status, message, capsys, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("a benchmark was started"))
+    with pytest.raises(SystemExit) as ended:
+        bench.main(argv)
+    assert ended.value.code == status and message in "".join(capsys.readouterr())
+
+
+def test_bench_without_its_peers_says_what_it_needs(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert bench.main([]) == 2
+    assert capsys.readouterr().err == "bench: needs torch: use `make bench`\n"

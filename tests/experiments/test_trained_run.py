@@ -3,12 +3,13 @@
 import io
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import pytest
 from flax import nnx
 
-from experiments import evaluate, generate, train
+from experiments import convert, evaluate, generate, train
 from experiments.program import run
 from lcx.data.sources import TextFolder
 from lcx.evaluation.checks import digest
@@ -81,13 +82,30 @@ def test_generation_streams_what_the_model_says(trained, capsys):
         (["--prompt="], "--prompt is empty"),
         (["--prompt=a", "--step=7"], f"no checkpoint of step 7; there are [{STEPS}]"),
         (["--prompt=a", "--top_k=3"], "Sampling.temperature = 0.0: expected positive where top_k or top_p is set"),
-        (["--prompt=a", "--max_new=0"], "max_new"),
+        (["--prompt=a", "--max_new=0"], "--max_new=0: expected a positive integer"),
+        (["--prompt=a", "--max_new=abc"], "--max_new=abc: expected a positive integer"),
     ],
 )
 def test_what_cannot_be_generated_is_told_in_one_line(trained, argv, message, capsys):
     assert run(generate.main, [f"--run_dir={trained}", *argv]) == 2
     out, err = capsys.readouterr()
     assert out == "" and message in err and err.count("\n") == 1
+
+
+def test_convert_takes_a_run_or_a_shipped_model_and_overwrites_nothing(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(convert, "curve", lambda path, _: Path(path).touch())
+    assert run(convert.main, [f"--run_dir={trained}", f"--to={tmp_path}/out"]) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert before.keys() == {"config.json", "config.txt", "weights.npz", "metrics.jsonl", "curve.png"}
+    capsys.readouterr()
+    for target in ("out", "out/config.txt"):
+        assert run(convert.main, [f"--run_dir={trained}", f"--to={tmp_path}/{target}"]) == 2
+        assert "exists already: expected a new folder" in capsys.readouterr().err
+    assert run(convert.main, [f"--run_dir={trained}", f"--to={tmp_path}/out/config.txt/a"]) == 2
+    assert "cannot be made: Not a directory" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert run(convert.main, ["--run_dir=reader", f"--to={tmp_path}/reader", "--dry_run"]) == 0
+    assert "at step 3300 to" in capsys.readouterr().out
 
 
 def test_the_prompt_may_come_from_standard_input(trained, capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """Checkpoints: exact on other device counts, unharmed by what the run does next, and refused when they do not fit."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -16,7 +17,7 @@ from lcx.spec import SpecError, edit
 from lcx.training.checkpoint import Checkpointing, Checkpoints, folder, latest, load_model, restore_params
 from lcx.training.optimizer import AdamW
 from lcx.training.schedules import Constant
-from lcx.training.step import TrainStep
+from lcx.training.step import TrainState, TrainStep
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -55,7 +56,9 @@ def test_saved_on_eight_devices_restores_on_one_two_and_four(decoder, saved, mes
     with Checkpoints(run_dir, Checkpointing()) as checkpoints:
         assert checkpoints.latest() == 7
         state, data = checkpoints.restore(7, target)
-        assert checkpoints.meta(7) == {"layout": 1, "step": 7, "steps": 10, "identity": {"seed": 0}}
+        meta = checkpoints.meta(7)
+    assert len(meta.pop("checksums")["params"]) == len(jax.tree.leaves(wanted.params))
+    assert meta == {"layout": 1, "step": 7, "steps": 10, "identity": {"seed": 0}}
     assert data == {"next_index": 7}
     assert int(state.step) == 7
     assert_equal((state.params, state.optimizer), (wanted.params, wanted.optimizer))
@@ -114,6 +117,82 @@ def test_another_layout_is_refused(decoder, tmp_path):
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {"layout": 99}))
     with pytest.raises(SpecError, match="checkpoint layout 99; this version reads layout 1"):
         load_model(tmp_path, decoder)
+
+
+def no_item(name):
+    return lambda step: shutil.rmtree(step / name)
+
+
+def garbage(name, pattern):
+    def damage(step):
+        for path in (step / name).rglob(pattern):
+            if path.is_file():
+                path.write_bytes(b"garbage")
+
+    return damage
+
+
+DAMAGE = {
+    "no params": no_item("params"),
+    "no optimizer": no_item("optimizer"),
+    "no data": no_item("data"),
+    "no meta": no_item("meta"),
+    "garbage in the arrays": garbage("params", "d/*"),
+    "garbage in the arrays' index": garbage("params", "manifest.ocdbt"),
+    "garbage in the shapes": garbage("params", "_METADATA"),
+    "garbage in the meta": garbage("meta", "metadata"),
+    "garbage in the data": garbage("data", "metadata"),
+}
+
+
+@pytest.fixture(scope="module")
+def two(decoder, tmp_path_factory):
+    """A run folder with checkpoints of the steps 3 and 4."""
+    run_dir = tmp_path_factory.mktemp("two")
+    with Checkpoints(run_dir, Checkpointing()) as checkpoints:
+        for number in (3, 4):
+            checkpoints.save(numbered(step_of(decoder, MeshSpec())), step=number, data={}, meta={})
+    return run_dir
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_told_in_one_line_with_the_step_that_is_left(decoder, two, tmp_path, damage):
+    run_dir = tmp_path / "run"
+    shutil.copytree(two, run_dir)
+    target = step_of(decoder, MeshSpec()).abstract_state()
+    damage(folder(run_dir) / "4")
+    with Checkpoints(run_dir, Checkpointing()) as checkpoints, pytest.raises(SpecError) as error:
+        checkpoints.meta(4)
+        checkpoints.restore(4, target)
+    message = str(error.value)
+    assert f"{folder(run_dir)}/4: " in message and "\n" not in message and len(message) < 500
+    assert f"cannot be read ({type(error.value.__cause__).__name__}: " in message
+    assert f"delete {folder(run_dir)}/4 to go on from step 3" in message
+    shutil.rmtree(folder(run_dir) / "4")
+    assert int(load_model(run_dir, decoder).embedding[0, 0]) >= 1
+
+
+@pytest.mark.parametrize("item", ["params", "optimizer"])
+def test_an_altered_array_is_refused(decoder, two, tmp_path, item):
+    """What the array file says is not what was saved: here another state's item in the place of the saved one."""
+    run_dir, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(two, run_dir)
+    step = step_of(decoder, MeshSpec())
+    state = numbered(step)
+    altered = {**state.params, "embedding": state.params["embedding"].at[3, 2].multiply(1.0001)}
+    moments = jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].add(1), state.optimizer)
+    with Checkpoints(other, Checkpointing()) as checkpoints:
+        changed = TrainState(params=altered, optimizer=moments, step=state.step)
+        checkpoints.save(changed, step=4, data={}, meta={})
+    shutil.rmtree(folder(run_dir) / "4" / item)
+    shutil.copytree(folder(other) / "4" / item, folder(run_dir) / "4" / item)
+    with Checkpoints(run_dir, Checkpointing()) as checkpoints:
+        with pytest.raises(SpecError, match=rf"4: {item} cannot be read .*is not what was saved.*go on from step 3"):
+            checkpoints.restore(4, step.abstract_state())
+        checkpoints.restore(3, step.abstract_state())
+    if item == "params":
+        with pytest.raises(SpecError, match=r"\['embedding'\] is not what was saved"):
+            load_model(run_dir, decoder)
 
 
 def test_checkpoint_of_layout_1_still_loads():

@@ -1,5 +1,6 @@
 """A run folder keeps to one config, and the run is repeated from it alone."""
 
+import errno
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from lcx.config import build, loads
 from lcx.positions.rope import Rope
 from lcx.positions.yarn import YaRN
 from lcx.spec import SpecError, fingerprint
-from lcx.training.run_folder import open_run, read_config
+from lcx.training.run_folder import claim, open_run, read_config
 
 
 def test_a_new_folder_holds_config_text_and_environment(tmp_path):
@@ -59,6 +60,43 @@ def test_other_folders_are_refused(tmp_path):
         open_run(tmp_path / "notes.txt", Rope())
     with pytest.raises(SpecError, match=r"no config\.json"):
         read_config(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("place", ["notes.txt/run", "/proc/run"])
+def test_folders_that_cannot_be_made_are_refused(tmp_path, place):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SpecError, match=r"run folder .*: cannot be made: .*another --run_dir"):
+        open_run(tmp_path / place, Rope())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x7fELF\xff", "not a config: not UTF-8 at byte 4"),
+        (b"[]", r"expected what a run writes as config\.json, found \[\]"),
+        (b'{"a": 1}', r"expected what a run writes as config\.json, found an object of 'a'"),
+        (b"{", "not JSON"),
+    ],
+)
+def test_a_config_that_is_none_is_named(tmp_path, content, message):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(SpecError, match=rf"config\.json: .*{message}"):
+        read_config(tmp_path)
+
+
+def test_a_claim_is_given_back(tmp_path):
+    for _ in range(2):
+        with claim(tmp_path / "run"), pytest.raises(SpecError, match="trains in it now"), claim(tmp_path / "run"):
+            pass
+
+
+def test_a_file_system_without_locks_is_trusted(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with claim(tmp_path), claim(tmp_path):
+        pass
 
 
 def test_a_folder_of_another_version_is_refused(tmp_path):

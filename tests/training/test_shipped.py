@@ -39,6 +39,14 @@ def test_other_parameters_are_refused(folder):
         load_model(folder, edit(SPEC, "head", "untied"))
 
 
+@pytest.mark.parametrize("cut", [b"junk", None])
+def test_damaged_weights_are_refused(folder, cut):
+    path = folder / shipped.WEIGHTS
+    path.write_bytes(path.read_bytes()[:-100] if cut is None else cut)
+    with pytest.raises(SpecError, match=r"weights\.npz: cannot be read"):
+        load_model(folder, SPEC)
+
+
 def test_a_model_is_a_folder_or_a_name(folder):
     assert shipped.run_folder(folder) == folder
     with pytest.raises(SpecError, match="model 'nobody': no such run folder, nor a shipped model"):
