@@ -154,7 +154,7 @@ def test_a_finished_ablation_is_left_alone(ablation, finished, monkeypatch):
 def test_rows_of_other_parameters_are_refused(ablation, finished, trained, monkeypatch):
     """The same config may have been trained again by another version."""
     monkeypatch.setattr(module, "append_rows", nothing)
-    retrain(finished / trained)
+    retrain(read_config(finished / trained), finished / trained)
     with pytest.raises(SpecError, match=rf"rows of parameters \w+ of .*/{trained}, which now holds \w+: .*another --run_dir"):
         run(ablation, finished)
 
@@ -164,16 +164,15 @@ def test_parameters_trained_again_are_compared_with_the_rows(ablation, finished,
     results.write_text("".join(line for line in results.read_text().splitlines(keepends=True) if '"length": 16,' in line))
     shutil.rmtree(finished / "one")
     monkeypatch.setattr(module, "append_rows", nothing)
-    monkeypatch.setattr(module, "train", lambda _, folder: retrain(folder))
+    monkeypatch.setattr(module, "train", retrain)
     with pytest.raises(SpecError, match="rows of parameters"):
         run(ablation, finished, say=lambda _: None)
 
 
-def retrain(folder):
-    """Training that comes to other parameters than the folder's config would."""
-    other = edit(read_config(folder), "optimizer.learning_rate.peak", 3e-3)
-    shutil.rmtree(folder)
-    return train(other, folder)
+def retrain(experiment, folder):
+    """Training that comes to other parameters than the config would."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return train(edit(experiment, "optimizer.learning_rate.peak", 3e-3), folder)
 
 
 def test_a_training_told_to_stop_goes_on(ablation, tmp_path, monkeypatch, capsys):
@@ -227,7 +226,7 @@ def test_a_stopped_training_is_not_taken_for_another_one(ablation, tmp_path, mon
     """Before the first row nothing but the arm's folder tells whose training it holds."""
 
     def stop(experiment, folder):
-        (open_run(folder, experiment) / "checkpoints").mkdir()
+        (open_run(folder, experiment) / "metrics.jsonl").touch()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "train", stop)
@@ -238,6 +237,7 @@ def test_a_stopped_training_is_not_taken_for_another_one(ablation, tmp_path, mon
         with pytest.raises(SpecError, match=f"one was trained with another config, first in {path[5:]}: .*--run_dir"):
             run(edit(ablation, path, value), tmp_path)
     (tmp_path / "one" / "config.json").unlink()
+    monkeypatch.setattr(module, "train", train)
     with pytest.raises(SpecError, match=r"one: holds files but no config\.json"):
         run(ablation, tmp_path)
 
