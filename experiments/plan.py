@@ -13,7 +13,7 @@ from absl import flags
 
 from experiments.program import Arguments, launch
 from lcx.parallel.topology import topology_devices
-from lcx.plan import compiled, report, shown
+from lcx.plan import compiled, listed, report
 from lcx.spec import SpecError
 from lcx.support import validate
 from lcx.support_table import support_table
@@ -44,7 +44,7 @@ def main(arguments: Arguments) -> None:
         validate(experiment, len(devices))
     print(report(experiment))
     if devices is not None:
-        print("\n".join(f"{name:<48} {shown(value)}" for name, value in compiled(experiment, devices).items()))
+        print(listed(compiled(experiment, devices)))
 
 
 if __name__ == "__main__":

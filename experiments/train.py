@@ -1,7 +1,7 @@
 """Trains an experiment in a run folder, or goes on where the folder stands.
 
     python -m experiments.train --config=config:recipes.quick_text.quick --run_dir=runs/quick
-    python -m experiments.train --run_dir=runs/quick        # repeats or continues the run from its folder alone
+    python -m experiments.train --run_dir=runs/quick        # goes on with the run from its folder alone
     python -m experiments.train --multihost --config=...    # the same command on every host of a slice or cluster
 
 Prints one JSON object at the end. Exit status: 0 complete, 1 diverged, 2 refused, 143 stopped by SIGTERM after saving a

@@ -14,6 +14,7 @@ from lcx.config_text import fields
 from lcx.data.recall import TaskDoesNotFit
 from lcx.data.sources import Source, SourceError
 from lcx.mixers.attention import Attention
+from lcx.models.decoder import Decoder
 from lcx.parallel.mesh import AXES, MeshSpec
 from lcx.positions.frequencies import FrequencyRule
 from lcx.positions.rope import Rope
@@ -54,6 +55,11 @@ def _check_devices(experiment: Experiment, count: int | None) -> None:
         shape = " x ".join(f"{axis} {size}" for axis, size in sizes(experiment.mesh).items() if size > 1)
         hint = "; on a CPU JAX_NUM_CPU_DEVICES sets how many there are" if count == 1 else ""
         raise SpecError(f"mesh = {shape} = {experiment.mesh.size} devices: expected at most the {count} there are{hint}")
+
+
+def reads_rope(model: Decoder) -> bool:
+    """Whether some part of the model takes the model's rope."""
+    return any(getattr(part, "rope", None) == "model" for _, part in _parts(model, "model"))
 
 
 def sizes(mesh: MeshSpec) -> dict[str, int]:
@@ -132,8 +138,7 @@ def _heads_rotate(experiment: Experiment) -> Iterator[str]:
 
 
 def _rope_is_read(experiment: Experiment) -> Iterator[str]:
-    read = any(mixer.rope == "model" for _, mixer in _attentions(experiment))
-    if not read and experiment.model.rope not in (None, Rope()):
+    if not reads_rope(experiment.model) and experiment.model.rope not in (None, Rope()):
         yield f"model.rope = {experiment.model.rope}: no layer of this model reads it; set the rope of its mixers"
 
 

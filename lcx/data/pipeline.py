@@ -68,16 +68,7 @@ class Pipeline(Spec):
         """Tokens kept, split, padded and dropped in one pass over each packed kind, and in a sample of an endless one, named by
         its place in the mixture."""
         sets = enumerate(self.row_sets())
-        return {f"mixture[{n}].{name}": value for n, rows in sets for name, value in _counts(rows, self.length).items()}
-
-
-def _counts(rows: RowSet, length: int) -> dict[str, int]:
-    """Counts of a kind, less the tokens of short rows that fill no whole row: these are dropped."""
-    counts = rows.counts()
-    if not counts.get("rows_left_over") or "rows_sampled" in counts:
-        return counts
-    kept = sum(int((rows[i].segments > 0).sum()) for i in range(len(rows)))
-    return counts | {"tokens_dropped": counts["tokens"] - kept, "tokens_padded": len(rows) * length - kept}
+        return {f"mixture[{n}].{name}": value for n, rows in sets for name, value in rows.counts().items()}
 
 
 @dataclasses.dataclass(frozen=True)

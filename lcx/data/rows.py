@@ -83,8 +83,15 @@ class JoinedRows(RowSet):
         return Row(tokens, targets, weights, np.concatenate(segments).astype(np.int32))
 
     def counts(self) -> dict[str, int]:
-        """Those of the short rows, and how many of them fill no whole row."""
-        return self._short.counts() | {"rows_left_over": len(self._short) % self._parts}
+        """Those of the short rows, less the ones that fill no whole row, which are dropped; a sample stays what it is."""
+        left = len(self._short) % self._parts
+        counts = self._short.counts() | {"rows_left_over": left}
+        if not left or "rows_sampled" in counts:
+            return counts
+        segments = np.stack([self._short[i].segments for i in range(len(self._short) - left, len(self._short))])
+        dropped, padded = int((segments > 0).sum()), int((segments == 0).sum())
+        taken = {"tokens_dropped": counts["tokens_dropped"] + dropped, "tokens_padded": counts["tokens_padded"] - padded}
+        return counts | taken
 
 
 def collate(rows: Sequence[Row]) -> Batch:

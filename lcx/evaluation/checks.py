@@ -14,6 +14,7 @@ from lcx.config_text import first_difference
 from lcx.data.tokenizers import Tokenizer
 from lcx.evaluation.tasks.task import Task
 from lcx.spec import Spec, SpecError, edits
+from lcx.support import reads_rope
 from lcx.training.experiment import Experiment
 
 Edits = tuple[tuple[str, Any], ...]  # (path, value) pairs, applied in order
@@ -41,7 +42,7 @@ def check_inputs(jobs: Iterable[tuple[Tokenizer, Task, int]]) -> None:
 def edited(experiment: Experiment, changes: Edits) -> Experiment:
     """`lcx.spec.edits`. Raises SpecError if an edit is impossible, or is of a `model.rope` that no layer reads."""
     changed = edits(experiment, changes)
-    if any(re.match(r"model\.rope\b", path) for path, _ in changes) and not _reads_rope(changed.model):
+    if any(re.match(r"model\.rope\b", path) for path, _ in changes) and not reads_rope(changed.model):
         raise SpecError('an edit of model.rope changes nothing: expected a layer with rope = "model"; edit the layers\' own')
     return changed
 
@@ -66,14 +67,3 @@ def digest(model: nnx.Module) -> str:
         found.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
         found.update(array.tobytes())
     return found.hexdigest()[:16]
-
-
-def _reads_rope(part: Any) -> bool:
-    """Whether a part, or one below it, takes its model's rope."""
-    if isinstance(part, tuple):
-        return any(map(_reads_rope, part))
-    if not isinstance(part, Spec):
-        return False
-    return getattr(part, "rope", None) == "model" or any(
-        _reads_rope(getattr(part, field.name)) for field in dataclasses.fields(part)
-    )

@@ -3,8 +3,9 @@
 Supplies the previous-token features that plain attention needs thousands of steps to find (Mamba, 2023; H3, 2022). The
 current token is left out: the part is added to a residual stream that already carries it.
 
-It reads array neighbours, so without a state padding may stand before, between and behind documents; padding inside
-one gives NaN from there to the row's end, not an answer with taps missing. In chunks fed with a state it may stand anywhere.
+It reads array neighbours, so without a state padding may stand before, between and behind documents; padding or another
+document inside one gives NaN from there to the row's end, not an answer with taps missing. In chunks fed with a state padding
+may stand anywhere.
 """
 
 import dataclasses
@@ -85,10 +86,11 @@ class ShortConvolutionModule(MixerModule):
 
 
 def _torn(index: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Bool[Array, "B T"]:
-    """From the first token of a row that continues, behind padding, the document before that padding, to the row's end."""
-    places = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
-    last = jax.lax.cummax(jnp.where(segments != PADDING, places, -1), axis=1)
-    last = jnp.pad(last, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]  # the place of the last token before this one
-    before = jnp.take_along_axis(segments, jnp.maximum(last, 0), axis=1)
-    torn = (segments != PADDING) & (index > 0) & (last >= 0) & (last < places - 1) & (before == segments)
+    """From the first token of a row that goes on with a document, but not right behind that document's last token, to the
+    row's end. A row may begin within a document."""
+    before = lambda field: jnp.pad(field, ((0, 0), (1, 0)))[:, :-1]
+    real = segments != PADDING
+    follows = (before(segments) == segments) & (before(index) == index - 1)
+    begun = before(jax.lax.cummax(real.astype(jnp.int32), axis=1)) > 0
+    torn = real & (index > 0) & begun & ~follows
     return jax.lax.cummax(torn.astype(jnp.int32), axis=1) > 0

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from lcx.batch import PADDING, Batch, causal_info
@@ -43,8 +44,9 @@ def test_padding_between_documents():
     np.testing.assert_allclose(y, defined(segments, x, kernel), atol=1e-6)
 
 
-def test_padding_inside_a_document_is_not_answered():
-    segments = [1, 1, 0, 1, 1, 2]
+@pytest.mark.parametrize("between", [0, 3])
+def test_padding_or_a_document_inside_another_is_not_answered(between):
+    segments = [1, 1, between, 1, 1, 2]
     y, x, kernel = run(segments)
     expected = defined(segments, x, kernel)
     assert np.isnan(y[3:]).all()
