@@ -14,7 +14,7 @@ import jax
 from experiments.program import Arguments, launch
 from lcx.config_text import render
 from lcx.evaluation.ablation import Ablation, Stopped, run
-from lcx.plan import compared
+from lcx.plan import compared, listed, model_figures
 from lcx.support import validate
 from lcx.training.experiment import Experiment
 
@@ -25,7 +25,7 @@ def main(arguments: Arguments) -> int:
     for experiment in experiments:
         validate(experiment)
     if arguments.dry_run:
-        print(render(ablation), compared(training_runs(ablation)), sep="\n\n")
+        print(render(ablation), figures(ablation), sep="\n\n")
         return 0
     for experiment in experiments:
         validate(experiment, jax.device_count())
@@ -40,11 +40,20 @@ def main(arguments: Arguments) -> int:
     return 0
 
 
+def figures(ablation: Ablation) -> str:
+    """What the ablation costs: its training runs, and what the models that it takes as they are cost to use."""
+    lengths = sorted({length for variant in ablation.variants for length in variant.lengths})
+    named = {arm.name: ablation.experiment(arm).model for arm in ablation.arms if arm.model is not None}
+    blocks = [f"{name}\n{listed(model_figures(model, lengths))}" for name, model in named.items()]
+    return "\n\n".join([*blocks, compared(training_runs(ablation))]).rstrip()
+
+
 def training_runs(ablation: Ablation) -> dict[str, Experiment]:
-    """What is trained, by name: every arm, and every variant of it that is fine-tuned."""
+    """What is trained, by name: every arm without a model, and every variant of an arm that is fine-tuned."""
     found = {}
     for arm in ablation.arms:
-        found[arm.name] = ablation.experiment(arm)
+        if arm.model is None:
+            found[arm.name] = ablation.experiment(arm)
         found |= {f"{arm.name}, {v.name}": ablation.experiment(arm, v) for v in ablation.variants if v.finetune}
     return found
 

@@ -1,9 +1,9 @@
 """Ablation: a base experiment and named edits of it, trained once an arm, measured in every variant, as one resumable run.
 
-An arm is another training run; a variant is another way to use an arm's parameters: an edit of its model, with or without
-some steps of fine-tuning. Every finished measurement is a few rows of `results.jsonl`; what is already there is not done
-again, and rows of parameters that are no longer the ones in the folder are refused. Ends in `table.md` and plots; `time.json`
-holds the time of every start.
+An arm is another training run, or a model that is there already; a variant is another way to use an arm's parameters: an edit
+of its model, with or without some steps of fine-tuning. Every finished measurement is a few rows of `results.jsonl`; what is
+already there is not done again, and rows of parameters that are no longer the ones in the folder are refused. Ends in
+`table.md` and plots; `time.json` holds the time of every start.
 """
 
 import dataclasses
@@ -16,7 +16,16 @@ import jax
 from flax import nnx
 
 from lcx.config_text import first_difference
-from lcx.evaluation.checks import Edits, check_inputs, check_lengths, check_names, digest, edited, used
+from lcx.evaluation.checks import (
+    Edits,
+    check_inputs,
+    check_lengths,
+    check_names,
+    digest,
+    edited,
+    trained_experiment,
+    used,
+)
 from lcx.evaluation.panels import Panel, report
 from lcx.evaluation.report import append_rows, read_rows
 from lcx.evaluation.stopwatch import Stopwatch
@@ -28,6 +37,7 @@ from lcx.training.checkpoint import latest, load_model
 from lcx.training.experiment import Experiment
 from lcx.training.loop import train
 from lcx.training.run_folder import CONFIG, open_run, read_config
+from lcx.training.shipped import run_folder
 from lcx.training.step import abstract_model
 
 
@@ -37,10 +47,13 @@ class Stopped(Exception):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arm(Spec):
-    """A training run: the base experiment with these edits."""
+    """A trained model: the base experiment with these edits, trained here; or, where `model` names a run folder or a shipped
+    model, that one as it stands, with edits of its model or `data.tokenizer`.
+    """
 
     name: str
     edits: Edits = ()
+    model: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,9 +85,11 @@ class Variant(Spec):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ablation(Spec):
-    """base, arms, variants: see above. tasks: measured in every variant at every length of it. panels: what is reported."""
+    """base, arms, variants: see above; None where every arm names its model. tasks: measured in every variant at every length
+    of it. panels: what is reported.
+    """
 
-    base: Experiment
+    base: Experiment | None = None
     arms: tuple[Arm, ...]
     variants: tuple[Variant, ...]
     tasks: tuple[Task, ...]
@@ -93,16 +108,22 @@ class Ablation(Spec):
             self.fail("variants", twice[0], "stage, method and length to name one variant, since tables show them")
         for panel in self.panels:
             panel.check_against(self.tasks)
+        trained_here = [arm.name for arm in self.arms if arm.model is None]
+        wanted = f"an Experiment for {trained_here[0]!r} to train" if trained_here else "None: every arm names its model"
+        self.check((self.base is not None) == bool(trained_here), "base", wanted)
         for arm in self.arms:
-            for variant in self.variants:
+            for variant in self.variants if arm.model is None else ():  # a named model may be read elsewhere, or later
                 self.experiment(arm, variant)
 
     def experiment(self, arm: Arm, variant: Variant | None = None) -> Experiment:
         """The experiment of an arm, or of a variant of it. Raises SpecError if an edit is impossible, is of a rope that no
-        layer reads or, in a variant, of what measuring does not read."""
+        layer reads or, in a variant or of a named model, of what measuring does not read; and if there is no such model."""
         name = arm.name if variant is None else f"{arm.name}, {variant.name}"
         try:
-            trained = edited(self.base, arm.edits)
+            if arm.model is None:
+                trained = edited(self.base, arm.edits)
+            else:
+                trained = used(trained_experiment(arm.model), arm.edits, "Arm.edits")
             if variant is None:
                 return trained
             return edited(used(trained, variant.edits, "Variant.edits"), variant.finetune)
@@ -171,7 +192,7 @@ class _Run:
         """Finds what cannot be measured before anything is trained for it."""
         for arm, variant, _ in todo:
             trained, used = self.ablation.experiment(arm), self.ablation.experiment(arm, variant)
-            self._check_folder(trained, self.run_dir / arm.name)
+            self._check_arm(arm, trained)
             mine, theirs = _parameters(trained.model), _parameters(used.model)
             if differing := sorted(str(path) for path, _ in mine.items() ^ theirs.items()):
                 raise SpecError(f"ablation, {arm.name}, {variant.name}: other parameters than the arm's: {differing[0]}")
@@ -179,11 +200,18 @@ class _Run:
         tokenizer = lambda arm, variant: self.ablation.experiment(arm, variant).data.tokenizer
         check_inputs((tokenizer(arm, variant), *job) for arm, variant, jobs in todo for job in jobs)
 
+    def _check_arm(self, arm: Arm, trained: Experiment) -> None:
+        if arm.model is None:
+            self._check_folder(trained, self.run_dir / arm.name)
+        else:
+            load_model(run_folder(arm.model), trained.model)
+
     def _check_rows(self) -> None:
         """Rows are of the parameters that their folders hold, where these are still there."""
         pairs = [(arm, variant) for arm in self.ablation.arms for variant in self.ablation.variants]
+        named = {run_folder(arm.model) for arm in self.ablation.arms if arm.model is not None}
         for folder, experiment in {self._folder(*pair): self.ablation.experiment(*pair) for pair in pairs}.items():
-            if folder in self.measured and _trained(folder, experiment):
+            if folder in self.measured and (folder in named or _trained(folder, experiment)):
                 self._check_measured(folder, load_model(folder, experiment.model))
 
     def _check_measured(self, folder: Path, model: nnx.Module) -> None:
@@ -215,17 +243,21 @@ class _Run:
 
     def _model(self, arm: Arm, variant: Variant) -> nnx.Module:
         """The arm's parameters under the variant's spec, trained or fine-tuned first where they are not yet."""
-        folder, experiment = self.run_dir / arm.name, self.ablation.experiment(arm, variant)
-        self._train(self.ablation.experiment(arm), folder, arm, "train")
+        folder, experiment = self._arm_folder(arm), self.ablation.experiment(arm, variant)
+        if arm.model is None:
+            self._train(self.ablation.experiment(arm), folder, arm, "train")
         if variant.finetune:
-            experiment = dataclasses.replace(experiment, init_from=str(folder))
+            experiment = dataclasses.replace(experiment, init_from=arm.model or str(folder))
             folder = self._folder(arm, variant)
             self._train(experiment, folder, arm, "fine-tune")
         return load_model(folder, experiment.model)
 
     def _folder(self, arm: Arm, variant: Variant) -> Path:
         """Where the parameters of a variant are."""
-        return self.run_dir / arm.name / (variant.folder if variant.finetune else "")
+        return self.run_dir / arm.name / variant.folder if variant.finetune else self._arm_folder(arm)
+
+    def _arm_folder(self, arm: Arm) -> Path:
+        return self.run_dir / arm.name if arm.model is None else run_folder(arm.model)
 
     def _train(self, experiment: Experiment, folder: Path, arm: Arm, kind: str) -> None:
         self._check_folder(experiment, folder)

@@ -9,14 +9,14 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from lcx.evaluation.checks import Edits, check_inputs, check_lengths, check_names, digest, used
+from lcx.evaluation.checks import Edits, check_inputs, check_lengths, check_names, digest, trained_experiment, used
 from lcx.evaluation.report import append_rows, caption, heatmap, read_rows, select, table, with_interval
 from lcx.evaluation.tasks.task import Row, Task
 from lcx.inference.language_model import LocalModel
 from lcx.spec import Spec, SpecError, fingerprint
 from lcx.training.checkpoint import latest, load_model
 from lcx.training.experiment import Experiment
-from lcx.training.run_folder import open_run, read_config
+from lcx.training.run_folder import open_run
 from lcx.training.shipped import run_folder
 
 _NUMBERS = ("value", "low", "high", "count", "examples")
@@ -39,16 +39,9 @@ class Evaluation(Spec):
         check_names(self, "tasks", [task.name for task in self.tasks])
         check_lengths(self, self.lengths)
 
-    def trained(self) -> Experiment:
-        """The experiment of the run folder. Raises SpecError if the folder holds none."""
-        trained = read_config(run_folder(self.model))
-        if not isinstance(trained, Experiment):
-            self.fail("model", self.model, f"the folder of a training run; its config is of type {type(trained).__name__}")
-        return trained
-
     def experiment(self) -> Experiment:
-        """The same, edited. Raises SpecError if an edit is impossible, or changes nothing that measuring reads."""
-        return used(self.trained(), self.edits, "Evaluation.edits")
+        """The experiment of `model`, edited. Raises SpecError if there is none, or for an edit as `used`."""
+        return used(trained_experiment(self.model), self.edits, "Evaluation.edits")
 
 
 def evaluate(evaluation: Evaluation, run_dir: Path | str, say: Callable[[str], None] = print) -> list[Row]:
@@ -64,7 +57,7 @@ def evaluate(evaluation: Evaluation, run_dir: Path | str, say: Callable[[str], N
     step = latest(folder) if evaluation.step is None else evaluation.step
     model = load_model(folder, experiment.model, step=step)
     label = {"model": evaluation.model, "step": step}
-    label |= {"experiment": fingerprint(evaluation.trained()), "parameters": digest(model)}
+    label |= {"experiment": fingerprint(trained_experiment(evaluation.model)), "parameters": digest(model)}
     rows = read_rows(results)
     _check_rows(rows, label, results)
     done = {(row["task"], row["length"]) for row in rows}

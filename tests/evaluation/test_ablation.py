@@ -1,5 +1,6 @@
 """An ablation trains once an arm, measures every variant once, and goes on where it was stopped."""
 
+import dataclasses
 import re
 import shutil
 import signal
@@ -247,6 +248,54 @@ def test_a_stopped_training_is_not_taken_for_another_one(ablation, tmp_path, mon
         run(ablation, tmp_path)
 
 
+@pytest.fixture
+def of_named_models(stopped, ablation):
+    """The ablation on an arm that another ablation trained, by its folder."""
+    arms = (Arm(name="there", model=str(stopped[0] / "one")),)
+    return dataclasses.replace(ablation, base=None, arms=arms)
+
+
+def test_an_arm_may_be_a_model_that_is_there(stopped, of_named_models, tmp_path, monkeypatch):
+    """Its rows are those of the ablation that trained it; only the fine-tuning is done again."""
+    trained = []
+    monkeypatch.setattr(module, "train", lambda experiment, folder: trained.append(folder) or train(experiment, folder))
+    before = sorted(path.stat().st_mtime_ns for path in (stopped[0] / "one").rglob("*"))
+    rows = run(of_named_models, tmp_path, say=lambda _: None)
+    assert trained == [tmp_path / "there" / "fine-tuned-interpolation-x1"]
+    assert sorted(path.stat().st_mtime_ns for path in (stopped[0] / "one").rglob("*")) == before
+    keep = lambda row: {name: value for name, value in row.items() if name not in ("arm", "config", "seconds")}
+    assert [keep(row) for row in rows] == [keep(row) for row in stopped[1] if row["arm"] == "one"]
+
+
+def test_a_named_model_is_checked_before_anything_is_done(of_named_models, finished, tmp_path, monkeypatch):
+    for name in ("train", "append_rows"):
+        monkeypatch.setattr(module, name, nothing)
+    wrong = lambda **fields: dataclasses.replace(of_named_models, arms=(Arm(name="there", **fields),))
+    trained, run_dir = str(finished / "one"), tmp_path / "new"
+    for fields, message in (
+        ({"model": "redaer"}, "model 'redaer': no such run folder, nor a shipped model (reader)"),
+        ({"model": str(finished)}, "expected the folder of a training run; its config is of type Ablation"),
+        ({"model": trained, "edits": (("steps", 9),)}, "Arm.edits change steps"),
+        ({"model": trained, "edits": (("model.width", 64),)}, "parameter"),
+    ):
+        with pytest.raises(SpecError, match=re.escape(message)):
+            run(wrong(**fields), run_dir)
+    shutil.rmtree(finished / "one" / "checkpoints")
+    with pytest.raises(SpecError, match="no checkpoint"):
+        run(wrong(model=trained), run_dir)
+    assert not run_dir.exists()
+
+
+def test_a_named_model_that_was_trained_again_is_refused(of_named_models, stopped, finished, tmp_path, monkeypatch):
+    arms = (Arm(name="there", model=str(finished / "one")),)
+    ablation = dataclasses.replace(of_named_models, arms=arms, variants=of_named_models.variants[:1])
+    run(ablation, tmp_path / "new", say=lambda _: None)
+    retrain(read_config(finished / "one"), finished / "one")
+    monkeypatch.setattr(module, "append_rows", nothing)
+    with pytest.raises(SpecError, match="it was trained again"):
+        run(ablation, tmp_path / "new")
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -279,6 +328,10 @@ def test_impossible_ablations_are_refused(ablation):
         edit(ablation, "panels[0].task", "txt")
     with pytest.raises(SpecError, match=r"Panel\.metric = 'exact': expected one of nll"):
         edit(ablation, "panels[0].metric", "exact")
+    with pytest.raises(SpecError, match=r"Ablation\.base = None: expected an Experiment for 'one' to train"):
+        edit(ablation, "base", None)
+    with pytest.raises(SpecError, match=r"Ablation\.base = .*: expected None: every arm names its model"):
+        edit(ablation, "arms", (Arm(name="one", model="reader"),))
     with pytest.raises(SpecError, match="distinct names"):
         edit(ablation, "arms", (Arm(name="one"), Arm(name="one")))
     with pytest.raises(SpecError, match="names that can be files"):
