@@ -5,6 +5,7 @@ global batches do not depend on how many hosts there are. The iterator's state i
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import grain
 from grain import MapDataset, ReadOptions
@@ -51,23 +52,24 @@ class Pipeline(Spec):
                 self.fail(f"mixture[{n}].rows", self.mixture[n].rows, f"enough text for one row of length = {self.length}")
         return sets
 
-    def dataset(self, *, host: int = 0, hosts: int = 1) -> grain.IterDataset:
-        """Endless batches (lcx.batch.Batch of NumPy arrays) of this host's rows.
+    def dataset(self, *, host: int = 0, hosts: int = 1, sets: Sequence[RowSet] | None = None) -> grain.IterDataset:
+        """Endless batches (lcx.batch.Batch of NumPy arrays) of this host's rows. sets: `row_sets()`, where they are at hand.
 
         Raises ValueError unless the hosts divide the batch.
         """
         if not 0 <= host < hosts or self.batch_size % hosts:
             raise ValueError(f"pipeline: host {host} of {hosts} cannot take its share of batch_size = {self.batch_size}")
-        kinds = [MapDataset.source(rows).seed(self.seed + n).shuffle().repeat() for n, rows in enumerate(self.row_sets())]
+        sets = self.row_sets() if sets is None else sets
+        kinds = [MapDataset.source(rows).seed(self.seed + n).shuffle().repeat() for n, rows in enumerate(sets)]
         mixed = kinds[0] if len(kinds) == 1 else MapDataset.mix(kinds, [kind.weight for kind in self.mixture])
         share = self.batch_size // hosts
         dealt = MapDataset.source(_HostRows(mixed, self.batch_size, share, host * share))
         return dealt.batch(share, batch_fn=collate).to_iter_dataset(ReadOptions(num_threads=1, prefetch_buffer_size=4))
 
-    def counts(self) -> dict[str, int]:
+    def counts(self, sets: Sequence[RowSet] | None = None) -> dict[str, int]:
         """Tokens kept, split, padded and dropped in one pass over each packed kind, and in a sample of an endless one, named by
-        its place in the mixture."""
-        sets = enumerate(self.row_sets())
+        its place in the mixture. sets: as in `dataset`."""
+        sets = enumerate(self.row_sets() if sets is None else sets)
         return {f"mixture[{n}].{name}": value for n, rows in sets for name, value in rows.counts().items()}
 
 

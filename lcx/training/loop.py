@@ -75,10 +75,11 @@ def train(experiment: Experiment, run_dir: Path | str, *, devices: Sequence[jax.
         if newest is not None:
             experiment.check_continues(checkpoints.meta(newest), run_dir)
         _records(run_dir)
-        counts = contents(experiment.data, "data") | experiment.data.counts()
+        sets = experiment.data.row_sets()
+        counts = contents(experiment.data, "data") | experiment.data.counts(sets)
         if newest is not None:
             _check_data(run_dir / DATA, counts)
-        batches = iter(experiment.data.dataset(host=host, hosts=hosts))
+        batches = iter(experiment.data.dataset(host=host, hosts=hosts, sets=sets))
         state = _begin(experiment, step, checkpoints, newest, batches)
         if jax.process_index() == 0:
             record_start(run_dir, experiment)

@@ -1,9 +1,12 @@
 """The quickstart compares what its docstring says."""
 
+import pytest
 from flax import nnx
 
 from configs.ablations.rope_extension import TRAINED, quickstart
 from lcx.data.sources import StandardLibrary
+from lcx.evaluation.ablation import run
+from lcx.evaluation.report import select
 from lcx.positions.linear import LinearInterpolation
 from lcx.positions.ntk import NTK
 from lcx.positions.rope import Rope
@@ -52,3 +55,25 @@ def test_no_document_is_trained_on_and_measured_with():
     read, measured = ablation.base.data.mixture[0].rows.source, ablation.tasks[0].source
     assert isinstance(read, StandardLibrary) and isinstance(measured, StandardLibrary)
     assert not set(read.documents().names) & set(measured.documents().names)
+
+
+@pytest.mark.slow
+def test_the_comparison_comes_out_as_the_docstring_says(tmp_path):
+    """The order of the methods, on any machine; the figures are those of one."""
+    rows = run(quickstart(), tmp_path)
+
+    def measured(arm: str, task: str, metric: str, length: int, stage: str, **where) -> dict[str, float]:
+        found = select(rows, arm=arm, task=task, metric=metric, length=length, stage=stage, **where)
+        return {row["method"]: row["value"] for row in found}
+
+    needle = {n: measured("convolution", "needle", "exact", n, "zero-shot") for n in (128, 256, 512, 1024)}
+    assert min(needle[128].values()) > 0.95
+    for n in (256, 512, 1024):
+        assert needle[n]["none"] < needle[n]["NTK"] < needle[n]["interpolation"] <= needle[n]["YaRN"] + 0.05
+    text = {n: measured("plain", "text", "nll", n, "zero-shot", bucket="last half") for n in (256, 512, 1024)}
+    for nll in text.values():
+        assert min(nll, key=nll.get) == "YaRN" and nll["NTK"] < nll["interpolation"]
+    assert text[256]["interpolation"] > text[256]["none"]
+    tuned = measured("plain", "text", "nll", 512, "fine-tuned", bucket="last half")
+    assert min(tuned, key=tuned.get) == "YaRN"
+    assert text[512]["interpolation"] - tuned["interpolation"] > 0.3
