@@ -9,10 +9,9 @@ from jaxtyping import Array, Float
 
 from lcx.attention.mask import Mask, tokens_of
 from lcx.batch import TokenInfo
-from pallas_kernels.tile_attention import reference, xla
+from pallas_kernels.tile_attention import op
 
 Backend = Literal["auto", "reference", "xla"]
-_FORMS = {"reference": reference.attention, "xla": xla.attention}
 
 
 def attend(
@@ -39,8 +38,8 @@ def attend(
         raise ValueError(f"attend: {q.shape[2]} query heads are not a multiple of {k.shape[2]} key heads")
     if q.shape[:2] != q_info.shape or k.shape[:2] != k_info.shape or v.shape[:3] != k.shape[:3]:
         raise ValueError(f"attend: q {q.shape}, k {k.shape}, v {v.shape} disagree with infos {q_info.shape}, {k_info.shape}")
-    form = _FORMS[choose(backend, q.shape, k.shape)]
-    return form(q, k, v, tokens_of(q_info), tokens_of(k_info), mask=mask, scale=scale, softcap=softcap)
+    fold = op.Tiled(choose(backend, q.shape, k.shape), mask, scale, softcap)
+    return op.attention(fold, q, k, v, tokens_of(q_info), tokens_of(k_info))
 
 
 def choose(backend: Backend, q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> str:

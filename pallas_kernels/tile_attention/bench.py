@@ -1,7 +1,7 @@
 """Speed and memory of the tiled form beside dense attention, causal self-attention in float32 on this machine.
 
     python -m pallas_kernels.tile_attention.bench          against dense jnp and jax.nn.dot_product_attention
-    python -m pallas_kernels.tile_attention.bench sizes    tile sizes and rows a step, beside the ones that `xla.plan` chooses
+    python -m pallas_kernels.tile_attention.bench sizes    tile sizes and rows a step, beside those of `xla.choose_sizes`
 
 All forms of a shape take turns in one process; the figures are the shortest of the rounds, the ratios are of those.
 """
@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.tile_attention import xla
+from pallas_kernels.tile_attention import op, xla
 from pallas_kernels.tile_attention.tokens import Tokens
 
 SHAPES = ((8, 512, 4, 32), (2, 2048, 4, 32), (4, 512, 4, 64), (1, 4096, 4, 64))  # B, T, H, D
@@ -44,13 +44,13 @@ def library(q, k, v, tokens):
 
 
 def tiled(q, k, v, tokens):
-    return xla.attention(q, k, v, tokens, tokens, mask=Causal(), scale=q.shape[-1] ** -0.5)[0]
+    return op.attention(op.Tiled("xla", Causal(), q.shape[-1] ** -0.5), q, k, v, tokens, tokens)[0]
 
 
 def sized(q_size: int, k_size: int, rows: int) -> Callable:
     def form(q, k, v, tokens):
-        plan = xla.Plan(Causal(), q.shape[-1] ** -0.5, None, q_size, k_size, rows)
-        return xla.planned(plan, q, k, v, tokens, tokens)[0]
+        fold = op.Tiled("xla", Causal(), q.shape[-1] ** -0.5, None, xla.Sizes(q_size, k_size, rows))
+        return op.attention(fold, q, k, v, tokens, tokens)[0]
 
     return form
 
@@ -103,7 +103,7 @@ def main(arguments: list[str]) -> None:
     print("|---|---|---|---|---|---|---|")
     for shape in SHAPES:
         if arguments == ["sizes"]:
-            chosen = xla.plan(shape, shape, Causal(), 1.0, None)[3:]
+            chosen = xla.choose_sizes(shape, shape)
             all_rows = {(*size, rows) for size in SIZES if max(size) <= shape[1] for rows in {1, shape[0]}}
             forms = {"{} x {}, {} rows".format(*size): sized(*size) for size in (chosen, *sorted(all_rows - {chosen}))}
         else:

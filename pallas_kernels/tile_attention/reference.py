@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.tile_attention.tokens import Mask, Tokens
 
 
-def attention(
+def forward(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B S K D"],
     v: Float[Array, "B S K E"],
@@ -21,15 +21,9 @@ def attention(
     scale: float,
     softcap: float | None = None,
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
-    """Returns (out, lse), both in the precision of at least float32 (float64 if the inputs are)."""
-    B, T, H, D = q.shape
-    K = k.shape[2]
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
-    q, k, v = q.astype(dtype).reshape(B, T, K, H // K, D), k.astype(dtype), v.astype(dtype)
-    scores = jnp.einsum("btkgd,bskd->bkgts", q, k, precision="highest") * scale
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    visible = mask.visible(q_tokens.rows(), k_tokens.columns())[:, None, None]
+    """Returns (out, lse), both in the precision of at least float32 (float64 if the inputs are). Differentiable."""
+    q, k, v, visible = _prepared(q, k, v, q_tokens, k_tokens, mask)
+    scores = _scores(q, k, scale, softcap)
     sees = visible.any(axis=-1, keepdims=True)
     scores = jnp.where(visible, scores, -jnp.inf)
     peak = jnp.where(sees, jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf), 0)
@@ -38,4 +32,48 @@ def attention(
     safe = jnp.where(sees, total, 1)
     out = jnp.einsum("bkgts,bske->btkge", weights / safe, v, precision="highest")
     lse = jnp.where(sees, peak + jnp.log(safe), -jnp.inf)[..., 0]
-    return out.reshape(B, T, H, -1), lse.transpose(0, 3, 1, 2).reshape(B, T, H)
+    B, T, K, G, _ = q.shape
+    return out.reshape(B, T, K * G, -1), lse.transpose(0, 3, 1, 2).reshape(B, T, K * G)
+
+
+def backward(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K E"],
+    q_tokens: Tokens,
+    k_tokens: Tokens,
+    lse: Float[Array, "B T H"],
+    delta: Float[Array, "B T H"],
+    d_out: Float[Array, "B T H E"],
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B S K D"], Float[Array, "B S K E"]]:
+    """Returns (dq, dk, dv). lse and delta are those of the whole softmax, of which these keys may be a part."""
+    shape = q.shape
+    q, k, v, visible = _prepared(q, k, v, q_tokens, k_tokens, mask)
+    B, T, K, G, _ = q.shape
+    lse, delta = (x.reshape(B, T, K, G).transpose(0, 2, 3, 1)[..., None] for x in (lse, delta))
+    d_out = d_out.astype(q.dtype).reshape(B, T, K, G, -1)
+    scores = _scores(q, k, scale, softcap)
+    visible = visible & (lse != -jnp.inf)
+    p = jnp.where(visible, jnp.exp(jnp.where(visible, scores - lse, 0)), 0)
+    dp = jnp.einsum("btkge,bske->bkgts", d_out, v, precision="highest")
+    ds = p * (dp - delta) * scale * (1 if softcap is None else 1 - jnp.square(scores / softcap))
+    dq = jnp.einsum("bkgts,bskd->btkgd", ds, k, precision="highest").reshape(shape)
+    dk = jnp.einsum("bkgts,btkgd->bskd", ds, q, precision="highest")
+    return dq, dk, jnp.einsum("bkgts,btkge->bske", p, d_out, precision="highest")
+
+
+def _prepared(q, k, v, q_tokens, k_tokens, mask):
+    """q by key head, all in at least float32, and the visible pairs [B, 1, 1, T, S]."""
+    (B, T, H, D), K = q.shape, k.shape[2]
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    visible = mask.visible(q_tokens.rows(), k_tokens.columns())[:, None, None]
+    return q.astype(dtype).reshape(B, T, K, H // K, D), k.astype(dtype), v.astype(dtype), visible
+
+
+def _scores(q, k, scale, softcap):
+    scores = jnp.einsum("btkgd,bskd->bkgts", q, k, precision="highest") * scale
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)

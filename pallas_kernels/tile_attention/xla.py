@@ -2,8 +2,8 @@
 
 FlashAttention-2 (2023). Forward, for a query tile, over its key tiles, then out = o / l and lse = m + log l:
     s = q k^T,   m' = max(m, max_k s),   p = exp(s - m'),   l = l exp(m - m') + sum_k p,   o = o exp(m - m') + p v
-Backward saves q, k, v, out, lse only; for a key tile, over its query tiles, with scores held keys first, so that every product
-is a plain matrix product and no matrix of scores is transposed, and delta = sum(dout out) - dlse:
+Backward is given lse and delta; for a key tile, over its query tiles, with scores held keys first, so that every product
+is a plain matrix product and no matrix of scores is transposed (delta and the whole softmax: `op.py`):
     s = k q^T,   p = exp(s - lse),   ds = p (v dout^T - delta),   dv += p dout,   dk += ds q,   dq^T += k^T ds
 Products are taken in the dtype of the inputs and summed in float32; the softmax is float32.
 A row that sees nothing gives out = 0, lse = -inf and zero gradients.
@@ -22,18 +22,24 @@ from pallas_kernels.tile_attention.tokens import Mask, Tokens
 LOW = -0.7 * float(jnp.finfo(jnp.float32).max)  # the score of a pair that is not visible; -inf would give NaN
 
 
+class Sizes(NamedTuple):
+    """Of a tile, in tokens, and how many rows share one list of tiles."""
+
+    q: int
+    k: int
+    rows: int
+
+
 class Plan(NamedTuple):
-    """What is static: the mask, the logits and the sizes of a tile."""
+    """What is static: the mask, the logits and the sizes."""
 
     mask: Mask
     scale: float
     softcap: float | None
-    q_size: int
-    k_size: int
-    rows: int
+    sizes: Sizes
 
 
-def attention(
+def forward(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B S K D"],
     v: Float[Array, "B S K E"],
@@ -43,15 +49,22 @@ def attention(
     mask: Mask,
     scale: float,
     softcap: float | None = None,
+    sizes: Sizes | None = None,
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
-    """Returns (out, lse) in float32. Differentiable in q, k and v, with cotangents for both; tokens get no gradient."""
+    """Returns (out, lse) in float32."""
     if q.shape[1] == 0 or k.shape[1] == 0:
         return jnp.zeros((*q.shape[:-1], v.shape[-1])), jnp.full(q.shape[:-1], -jnp.inf)
-    return planned(plan(q.shape, k.shape, mask, scale, softcap), q, k, v, q_tokens, k_tokens)
+    plan = Plan(mask, scale, softcap, sizes or choose_sizes(q.shape, k.shape))
+    T, K, (q_size, k_size, rows) = q.shape[1], k.shape[2], plan.sizes
+    q = cut(_scaled(plan, q), q_size, rows, K)
+    k, v = (cut(x, k_size, rows, K) for x in (k, v))
+    q_tokens, k_tokens = cut_tokens(q_tokens, q_size, rows), cut_tokens(k_tokens, k_size, rows)
+    out, lse = jax.lax.map(lambda group: _forward_group(plan, *group), (q, k, v, q_tokens, k_tokens))
+    return uncut(out, q_size, T), uncut(lse, q_size, T)
 
 
-def plan(q_shape: tuple[int, ...], k_shape: tuple[int, ...], mask: Mask, scale: float, softcap: float | None) -> Plan:
-    """Sizes measured by `bench`. Few queries get longer key tiles; rows share a list of tiles until a step has enough work.
+def choose_sizes(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> Sizes:
+    """Measured by `bench`. Few queries get longer key tiles; rows share a list of tiles until a step has enough work.
 
     On a CPU wide key tiles win over small ones that fit the cache: XLA runs the small batched products on one thread.
     """
@@ -64,29 +77,7 @@ def plan(q_shape: tuple[int, ...], k_shape: tuple[int, ...], mask: Mask, scale: 
     q_size = tile_size(T, q_target)
     k_size = tile_size(S, min(4096, max(k_target, q_target * k_target // q_size)))
     rows = next(n for n in range(1, B + 1) if B % n == 0 and (n == B or n * H * q_size * k_size >= work))
-    return Plan(mask, scale, softcap, q_size, k_size, rows)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def planned(plan, q, k, v, q_tokens, k_tokens):
-    """`attention` with the sizes of `plan`."""
-    return _forward(plan, q, k, v, q_tokens, k_tokens)
-
-
-def _save(plan, *inputs):
-    # The barrier keeps a scan over layers from hoisting what depends on the tokens alone into residuals, tile by tile.
-    inputs = jax.lax.optimization_barrier(inputs)
-    out, lse = _forward(plan, *inputs)
-    return (out, lse), (*inputs, out, lse)
-
-
-def _forward(plan, q, k, v, q_tokens, k_tokens):
-    T, K = q.shape[1], k.shape[2]
-    q = cut(_scaled(plan, q), plan.q_size, plan.rows, K)
-    k, v = (cut(x, plan.k_size, plan.rows, K) for x in (k, v))
-    q_tokens, k_tokens = cut_tokens(q_tokens, plan.q_size, plan.rows), cut_tokens(k_tokens, plan.k_size, plan.rows)
-    out, lse = jax.lax.map(lambda group: _forward_group(plan, *group), (q, k, v, q_tokens, k_tokens))
-    return uncut(out, plan.q_size, T), uncut(lse, plan.q_size, T)
+    return Sizes(q_size, k_size, rows)
 
 
 def _forward_group(plan, q, k, v, q_tokens, k_tokens):
@@ -115,21 +106,34 @@ def _forward_group(plan, q, k, v, q_tokens, k_tokens):
     return jax.lax.map(query_tile, (q, q_tokens, states(plan.mask, q_tokens, k_tokens)))
 
 
-def _backward(plan, saved, cotangents):
-    q, k, v, q_tokens, k_tokens, out, lse = saved
-    d_out, d_lse = cotangents
-    T, S, K = q.shape[1], k.shape[1], k.shape[2]
-    delta = jnp.sum(d_out * out, axis=-1) - d_lse
+def backward(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K E"],
+    q_tokens: Tokens,
+    k_tokens: Tokens,
+    lse: Float[Array, "B T H"],
+    delta: Float[Array, "B T H"],
+    d_out: Float[Array, "B T H E"],
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None = None,
+    sizes: Sizes | None = None,
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B S K D"], Float[Array, "B S K E"]]:
+    """Returns (dq, dk, dv) in float32. lse and delta are those of the whole softmax, of which these keys may be a part."""
+    if q.shape[1] == 0 or k.shape[1] == 0:
+        return tuple(jnp.zeros(x.shape) for x in (q, k, v))
+    plan = Plan(mask, scale, softcap, sizes or choose_sizes(q.shape, k.shape))
+    T, S, K, (q_size, k_size, rows) = q.shape[1], k.shape[1], k.shape[2], plan.sizes
     lse = jnp.where(lse == -jnp.inf, -LOW, lse)  # exp(s - lse) is 0 for rows that see nothing
-    queries = tuple(cut(x, plan.q_size, plan.rows, K) for x in (_scaled(plan, q), d_out.astype(v.dtype), lse, delta))
-    queries = (*queries, cut_tokens(q_tokens, plan.q_size, plan.rows))
-    k_cut, v_cut = (cut(x, plan.k_size, plan.rows, K) for x in (k, v))
-    keys = (k_cut, jax.lax.optimization_barrier(k_cut.swapaxes(-1, -2)), v_cut, cut_tokens(k_tokens, plan.k_size, plan.rows))
+    queries = tuple(cut(x, q_size, rows, K) for x in (_scaled(plan, q), d_out.astype(v.dtype), lse, delta))
+    queries = (*queries, cut_tokens(q_tokens, q_size, rows))
+    k_cut, v_cut = (cut(x, k_size, rows, K) for x in (k, v))
+    keys = (k_cut, jax.lax.optimization_barrier(k_cut.swapaxes(-1, -2)), v_cut, cut_tokens(k_tokens, k_size, rows))
     dq, dk, dv = jax.lax.map(lambda group: _backward_group(plan, *group), (queries, keys))
-    dq = uncut(dq, plan.q_size, T) * plan.scale
-    dk, dv = uncut(dk, plan.k_size, S), uncut(dv, plan.k_size, S)
-    dk = dk if q.dtype == jnp.float32 else dk * plan.scale
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
+    dk, dv = uncut(dk, k_size, S), uncut(dv, k_size, S)
+    return uncut(dq, q_size, T) * scale, dk if q.dtype == jnp.float32 else dk * scale, dv
 
 
 def _backward_group(plan, queries, keys):
@@ -160,9 +164,6 @@ def _backward_group(plan, queries, keys):
     state = states(plan.mask, queries[-1], keys[-1]).T
     dq, (dk, dv) = jax.lax.scan(key_tile, dq, (keys, state))
     return dq.swapaxes(-1, -2), dk, dv
-
-
-planned.defvjp(_save, _backward)
 
 
 def _scaled(plan, q):

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from lcx.attention.mask import Causal, Chunk, Hide, Sink, Window, Within
-from pallas_kernels.tile_attention import reference, xla
+from pallas_kernels.tile_attention import op, reference, xla
 from pallas_kernels.tile_attention.tiling import cut, tile_size, uncut
 from pallas_kernels.tile_attention.tokens import Tokens
 
@@ -75,9 +75,9 @@ def compare(got, expected, tolerance):
 def test_many_tiles_equal_the_reference(mask, heads, softcap, rows):
     """Tiles of 16 x 32 over 45 queries and 70 keys, in rows that share a list of tiles and rows that do not."""
     H, K = heads
-    plan = xla.Plan(mask, 0.4, softcap, 16, 32, rows)
-    tiled = with_gradient(functools.partial(xla.planned, plan))
-    dense = with_gradient(functools.partial(reference.attention, mask=mask, scale=0.4, softcap=softcap))
+    fold = op.Tiled("xla", mask, 0.4, softcap, xla.Sizes(16, 32, rows))
+    tiled = with_gradient(functools.partial(op.attention, fold))
+    dense = with_gradient(functools.partial(reference.forward, mask=mask, scale=0.4, softcap=softcap))
     hidden = 0
     for seed, kind in enumerate(("packed", "special", "shuffled", "padding", "single", "single")):
         rng = np.random.default_rng(seed)
@@ -98,26 +98,26 @@ def test_many_tiles_equal_the_reference(mask, heads, softcap, rows):
 def test_chosen_sizes_equal_the_reference(T, S):
     rng = np.random.default_rng(T)
     given = *arrays(rng, 3, T, S, 4, 2, 8, 6), random_tokens(rng, 3, T, "special"), random_tokens(rng, 3, S, "special")
-    options = {"mask": Causal(), "scale": 0.3}
-    tiled, dense = (with_gradient(functools.partial(form, **options)) for form in (xla.attention, reference.attention))
+    tiled = with_gradient(functools.partial(op.attention, op.Tiled("xla", Causal(), 0.3)))
+    dense = with_gradient(functools.partial(reference.forward, mask=Causal(), scale=0.3))
     compare(tiled(*given), dense(*given), 2e-6)
 
 
 def test_bfloat16_is_within_two_percent():
     rng = np.random.default_rng(0)
-    plan = xla.Plan(Causal(), 0.35, None, 32, 32, 2)
+    fold = op.Tiled("xla", Causal(), 0.35, None, xla.Sizes(32, 32, 2))
     q, k, v, *rest = *arrays(rng, 2, 90, 90, 4, 2, 8, 8, jnp.bfloat16), *(random_tokens(rng, 2, 90, "packed"),) * 2
-    got = with_gradient(functools.partial(xla.planned, plan))(q, k, v, *rest)
+    got = with_gradient(functools.partial(op.attention, fold))(q, k, v, *rest)
     assert [x.dtype for x in got] == [jnp.float32] * 2 + [jnp.bfloat16] * 3
     wide = (x.astype(jnp.float32) for x in (q, k, v))
-    dense = with_gradient(functools.partial(reference.attention, mask=Causal(), scale=0.35))
+    dense = with_gradient(functools.partial(reference.forward, mask=Causal(), scale=0.35))
     compare(got, dense(*wide, *rest), 2e-2)
 
 
 @pytest.mark.parametrize("T, S", [(0, 5), (5, 0)])
 def test_nothing_to_attend(T, S):
     q, k, v, *_ = arrays(np.random.default_rng(0), 1, T, S, 2, 1, 4, 3)
-    out, lse = xla.attention(q, k, v, whole_document(1, T), whole_document(1, S), mask=Causal(), scale=1.0)
+    out, lse = op.attention(op.Tiled("xla", Causal(), 1.0), q, k, v, whole_document(1, T), whole_document(1, S))
     assert out.shape == (1, T, 2, 3) and not out.any()
     assert lse.shape == (1, T, 2) and np.isneginf(lse).all()
 
@@ -127,8 +127,8 @@ def test_empty_tiles_are_never_read():
     rng = np.random.default_rng(0)
     q, k, v, *_ = arrays(rng, 1, 32, 64, 1, 1, 8, 8)
     k, v = (x.at[:, 32:].set(jnp.nan) for x in (k, v))
-    plan = xla.Plan(Causal(), 0.4, None, 16, 16, 1)
-    form = lambda q, k, v: xla.planned(plan, q, k, v, whole_document(1, 32), whole_document(1, 64))[0]
+    fold = op.Tiled("xla", Causal(), 0.4, None, xla.Sizes(16, 16, 1))
+    form = lambda q, k, v: op.attention(fold, q, k, v, whole_document(1, 32), whole_document(1, 64))[0]
     out, pull = jax.vjp(form, q, k, v)
     assert np.isfinite(out).all()
     dq, dk, dv = pull(jnp.ones_like(out))
@@ -150,10 +150,11 @@ def layered(form, checkpoint):
 def test_scanned_layers_save_nothing_of_a_tile():
     """Between forward and backward only what a layer takes and gives is kept: no axis of 7 query tiles or 16 tokens."""
     T, M = 7 * 16, 20
-    plan, tokens = xla.Plan(Causal(), 0.3, None, 16, 16, 1), random_tokens(np.random.default_rng(0), 3, T, "packed")
+    fold = op.Tiled("xla", Causal(), 0.3, None, xla.Sizes(16, 16, 1))
+    tokens = random_tokens(np.random.default_rng(0), 3, T, "packed")
 
     def saved(x, weights, tokens):
-        form = lambda q, k, v: xla.planned(plan, q, k, v, tokens, tokens)[0]
+        form = lambda q, k, v: op.attention(fold, q, k, v, tokens, tokens)[0]
         return jax.vjp(layered(form, False), x, weights)[1]
 
     x, weights = jax.ShapeDtypeStruct((3, T, M), jnp.float32), jax.ShapeDtypeStruct((2, M, M), jnp.float32)
@@ -165,8 +166,8 @@ def test_scanned_layers_save_nothing_of_a_tile():
 def test_checkpointed_layers_never_hold_the_masks_of_all_tiles():
     """A scan over layers hoists what does not depend on the layer; masks of 7 query tiles x 112 keys would be T x S."""
     T, M = 7 * 16, 20
-    plan, tokens = xla.Plan(Causal(), 0.3, None, 16, T, 1), whole_document(1, T)
-    form = lambda q, k, v: xla.planned(plan, q, k, v, tokens, tokens)[0]
+    fold, tokens = op.Tiled("xla", Causal(), 0.3, None, xla.Sizes(16, T, 1)), whole_document(1, T)
+    form = lambda q, k, v: op.attention(fold, q, k, v, tokens, tokens)[0]
     gradient = jax.grad(lambda x, w: layered(form, True)(x, w).sum(), (0, 1))
     jaxpr = jax.make_jaxpr(gradient)(jnp.zeros((1, T, M)), jnp.zeros((2, M, M)))
     shapes = {variable.aval.shape for equation in equations(jaxpr.jaxpr) for variable in equation.outvars}
@@ -188,10 +189,10 @@ def test_scanned_and_checkpointed_layers_equal_the_reference():
     T, M = 40, 12
     rng = np.random.default_rng(0)
     x, weights = (jnp.asarray(rng.normal(size=s) / 3, jnp.float32) for s in ((2, T, M), (2, M, M)))
-    tokens, plan = random_tokens(rng, 2, T, "packed"), xla.Plan(Causal(), 0.3, None, 16, 16, 1)
+    tokens, fold = random_tokens(rng, 2, T, "packed"), op.Tiled("xla", Causal(), 0.3, None, xla.Sizes(16, 16, 1))
     forms = (
-        lambda q, k, v: xla.planned(plan, q, k, v, tokens, tokens)[0],
-        lambda q, k, v: reference.attention(q, k, v, tokens, tokens, mask=Causal(), scale=0.3)[0],
+        lambda q, k, v: op.attention(fold, q, k, v, tokens, tokens)[0],
+        lambda q, k, v: reference.forward(q, k, v, tokens, tokens, mask=Causal(), scale=0.3)[0],
     )
     loss = lambda form: jax.jit(jax.grad(lambda x, w: jnp.square(layered(form, True)(x, w)).sum(), (0, 1)))
     for value, expected in zip(*(loss(form)(x, weights) for form in forms), strict=True):
@@ -202,7 +203,7 @@ def test_shards_of_rows_and_heads_equal_the_whole():
     """Inside shard_map, with its types of varying axes checked."""
     rng = np.random.default_rng(0)
     given = *arrays(rng, 4, 40, 40, 4, 2, 8, 8), *(random_tokens(rng, 4, 40, "special"),) * 2
-    run = with_gradient(functools.partial(xla.planned, xla.Plan(Causal(), 0.3, None, 16, 16, 1)))
+    run = with_gradient(functools.partial(op.attention, op.Tiled("xla", Causal(), 0.3, None, xla.Sizes(16, 16, 1))))
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     by_head, by_row = PartitionSpec("data", None, "tensor"), PartitionSpec("data")
     local = lambda *a: run(*a[:5], *jax.tree.map(lambda x: jax.lax.pcast(x, "tensor", to="varying"), a[5:]))

@@ -1,0 +1,87 @@
+"""Tile attention as one differentiable op over any of its forms, and what a form of attention has to offer.
+
+A `Fold` is attention of queries to some of their keys as a pair of functions. `backward` is given the statistics of the whole
+softmax, of which its keys may be a part, so gradients of parts add up: a ring over devices, a split of the keys and a cache in
+two pieces are folds too, made of smaller ones.
+    delta = sum(d_out out) - d_lse,   p = exp(s - lse),   ds = p (v d_out^T - delta)
+Only q, k, v, out and lse are kept for the backward pass.
+"""
+
+import abc
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from pallas_kernels.tile_attention import reference, xla
+from pallas_kernels.tile_attention.tokens import Mask, Tokens
+
+FORMS = {"reference": reference, "xla": xla}
+SAVED = "attention"  # the checkpoint name of (out, lse), which a rematerialisation policy may keep
+
+
+class Fold(abc.ABC):
+    """Hashable and static. Arrays as in `attend`: q [B,T,H,D], k [B,S,K,D], v [B,S,K,E]."""
+
+    @abc.abstractmethod
+    def forward(self, q, k, v, q_tokens: Tokens, k_tokens: Tokens) -> tuple[Array, Array]:
+        """(out f32[B,T,H,E], lse f32[B,T,H]); 0 and -inf for rows that see nothing."""
+
+    @abc.abstractmethod
+    def backward(self, q, k, v, q_tokens: Tokens, k_tokens: Tokens, lse, delta, d_out) -> tuple[Array, Array, Array]:
+        """(dq, dk, dv) in float32, in the shapes of q, k, v."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiled(Fold):
+    """All given keys by one form; `sizes` of its tiles, by default the form's own choice."""
+
+    form: str
+    mask: Mask
+    scale: float
+    softcap: float | None = None
+    sizes: tuple[int, ...] | None = None
+
+    def forward(self, q, k, v, q_tokens, k_tokens):
+        return FORMS[self.form].forward(q, k, v, q_tokens, k_tokens, **self._options())
+
+    def backward(self, q, k, v, q_tokens, k_tokens, lse, delta, d_out):
+        return FORMS[self.form].backward(q, k, v, q_tokens, k_tokens, lse, delta, d_out, **self._options())
+
+    def _options(self):
+        options = {"mask": self.mask, "scale": self.scale, "softcap": self.softcap}
+        return options if self.sizes is None else options | {"sizes": self.sizes}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attention(
+    fold: Fold,
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K E"],
+    q_tokens: Tokens,
+    k_tokens: Tokens,
+) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
+    """`fold.forward`, differentiable in q, k and v with cotangents for out and lse; tokens get no gradient."""
+    return fold.forward(q, k, v, q_tokens, k_tokens)
+
+
+def _save(fold, *inputs):
+    # The barrier keeps a scan over layers from hoisting what depends on the tokens alone into residuals, tile by tile.
+    inputs = jax.lax.optimization_barrier(inputs)
+    out, lse = checkpoint_name(fold.forward(*inputs), SAVED)
+    return (out, lse), (*inputs, out, lse)
+
+
+def _pull(fold, saved, cotangents):
+    *inputs, out, lse = saved
+    d_out, d_lse = cotangents
+    delta = jnp.sum(d_out * out, axis=-1) - d_lse
+    gradients = fold.backward(*inputs, lse, delta, d_out)
+    return *(g.astype(x.dtype) for g, x in zip(gradients, inputs[:3], strict=True)), None, None
+
+
+attention.defvjp(_save, _pull)
