@@ -38,8 +38,21 @@ def attend(
         raise ValueError(f"attend: {q.shape[2]} query heads are not a multiple of {k.shape[2]} key heads")
     if q.shape[:2] != q_info.shape or k.shape[:2] != k_info.shape or v.shape[:3] != k.shape[:3]:
         raise ValueError(f"attend: q {q.shape}, k {k.shape}, v {v.shape} disagree with infos {q_info.shape}, {k_info.shape}")
-    fold = op.Tiled(choose(backend, q.shape, k.shape), mask, scale, softcap)
+    fold = local_fold(q, k, mask=mask, scale=scale, softcap=softcap, backend=backend)
     return op.attention(fold, q, k, v, tokens_of(q_info), tokens_of(k_info))
+
+
+def local_fold(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S K D"],
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None = None,
+    backend: Backend = "auto",
+) -> op.Tiled:
+    """Attention on one device in the form that `choose` takes for these shapes."""
+    return op.Tiled(choose(backend, q.shape, k.shape), mask, scale, softcap)
 
 
 def choose(backend: Backend, q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> str:

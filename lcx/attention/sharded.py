@@ -1,12 +1,15 @@
-"""attend on a mesh: batch and heads stay where they are, keys and values are gathered over the context axis."""
+"""attend on a mesh: batch and heads stay where they are, keys meet queries over the axes that shard the sequence."""
 
 import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from lcx.attention.attend import attend
+from lcx.attention.attend import Backend, attend, local_fold
+from lcx.attention.communication import Communication
+from lcx.attention.mask import Mask, tokens_of
 from lcx.batch import TokenInfo
 from lcx.parallel.rules import Rules, ambient_mesh
+from pallas_kernels.tile_attention import op
 
 
 def sharded_attend(
@@ -17,29 +20,34 @@ def sharded_attend(
     k_info: TokenInfo,
     *,
     rules: Rules,
-    **options,
+    communication: Communication,
+    mask: Mask,
+    scale: float,
+    softcap: float | None = None,
+    backend: Backend = "auto",
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
     """`attend` with the same arguments and result under the ambient mesh; each device computes its own queries and heads.
 
     Key heads lie on the mesh as the query heads do, or every device has them all and takes those of its queries.
     """
-    if ambient_mesh() is None:
+    options = {"mask": mask, "scale": scale, "softcap": softcap, "backend": backend}
+    mesh = ambient_mesh()
+    if mesh is None:
         return attend(q, k, v, q_info, k_info, **options)
+    axes = tuple(axis for axis in rules.sequence if mesh.shape[axis] > 1)
 
-    def local(q, k, v, q_info, k_info):
-        for axis in rules.sequence:
-            gather = lambda leaf, axis=axis: jax.lax.all_gather(leaf, axis, axis=1, tiled=True)
-            k, v, k_info = jax.tree.map(gather, (k, v, k_info))
+    def local(q, k, v, q_tokens, k_tokens):
         k, v = (_own(leaf, heads // kv_heads, q.shape[2], kv_heads, rules) for leaf in (k, v))
-        return attend(q, k, v, q_info, k_info, **options)
+        fold = local_fold(q, k, **options)
+        return op.attention(communication.wrap(fold, axes) if axes else fold, q, k, v, q_tokens, k_tokens)
 
     heads, kv_heads = q.shape[2], k.shape[2]
     queries, keys = (rules.partition(("batch", "sequence", heads, None)) for heads in ("heads", "kv_heads"))
-    tokens = rules.partition(("batch", "sequence"))
-    infos = jax.tree.map(lambda leaf: PartitionSpec(*tokens, *(None,) * (leaf.ndim - 2)), (q_info, k_info))
+    tokens = tokens_of(q_info), tokens_of(k_info)
+    infos = jax.tree.map(lambda _: PartitionSpec(*rules.partition(("batch", "sequence"))), tokens)
     lse = rules.partition(("batch", "sequence", "heads"))
     run = jax.shard_map(local, in_specs=(queries, keys, keys, *infos), out_specs=(queries, lse), check_vma=False)
-    return run(q, k, v, q_info, k_info)
+    return run(q, k, v, *tokens)
 
 
 def _own(x: Float[Array, "B S k D"], group: int, queries: int, kv_heads: int, rules: Rules) -> Float[Array, "B S own D"]:

@@ -101,7 +101,8 @@ class AttentionModule(MixerModule):
         if state is None:
             if frequencies is not None:
                 k = rotate(k, info.positions, frequencies).astype(x.dtype)
-            out, _ = sharded_attend(q, k, v, info, info, rules=rules, **options)
+            mesh = {"rules": rules, "communication": self.inherited.communication}
+            out, _ = sharded_attend(q, k, v, info, info, **mesh, **options)
         else:
             state = spec.cache.append(state, k, v, info, frequencies)
             out, _ = spec.cache.attend(state, q, info, frequencies=frequencies, **options)

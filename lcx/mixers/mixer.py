@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from lcx.attention.all_gather import AllGather
+from lcx.attention.communication import Communication
 from lcx.batch import Batch
 from lcx.parallel.rules import Rules
 from lcx.positions.frequencies import FrequencyRule
@@ -32,6 +34,7 @@ class Inherited:
     rope: FrequencyRule | None
     compute: Compute
     rules: Rules
+    communication: Communication = AllGather()
     gain: float = 1.0
 
 

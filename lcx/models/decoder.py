@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from lcx.attention.all_gather import AllGather
+from lcx.attention.communication import Communication
 from lcx.batch import Batch
 from lcx.mixers.mixer import Aux, Compute, Inherited, Mixer, weight
 from lcx.models.layer import Layer, join_aux
@@ -36,7 +38,8 @@ class Decoder(Spec):
     rope: the rule of every attention layer that says `rope="model"`; None is NoPE. embed_mixer: added to the embeddings.
     head: `tied` to the embedding or `untied`. logit_softcap: cap * tanh(logits / cap). remat: what the backward pass keeps of
     each period: all (`none`), nothing but its input (`full`), or matrix products too (`dots`). unroll: periods a scan step, or
-    `all` of them (faster on a CPU, longer to compile).
+    `all` of them (faster on a CPU, longer to compile). rules, communication: how the model lies on a mesh, and how queries meet
+    keys where the sequence is sharded.
     """
 
     vocab: int
@@ -53,6 +56,7 @@ class Decoder(Spec):
     remat: Literal["none", "full", "dots"] = "none"
     unroll: int | Literal["all"] = 1
     rules: Rules = Rules()
+    communication: Communication = AllGather()
 
     def validate(self):
         for field in ("vocab", "width", "periods"):
@@ -74,7 +78,14 @@ class Decoder(Spec):
 class DecoderModel(nnx.Module):
     def __init__(self, spec: Decoder, rngs: nnx.Rngs):
         self.spec = spec
-        inherited = Inherited(width=spec.width, depth=spec.depth, rope=spec.rope, compute=spec.compute, rules=spec.rules)
+        inherited = Inherited(
+            width=spec.width,
+            depth=spec.depth,
+            rope=spec.rope,
+            compute=spec.compute,
+            rules=spec.rules,
+            communication=spec.communication,
+        )
         self.embedding = weight(rngs, (spec.vocab, spec.width), ("vocab", "width"), fan_in=spec.width)
         self.embed_mixer = spec.embed_mixer.build(inherited, rngs=rngs) if spec.embed_mixer else None
         self.slots = nnx.List([_stack(layer, inherited, spec.periods, rngs) for layer in spec.pattern])

@@ -24,7 +24,13 @@ SAVED = "attention"  # the checkpoint name of (out, lse), which a rematerialisat
 
 
 class Fold(abc.ABC):
-    """Hashable and static. Arrays as in `attend`: q [B,T,H,D], k [B,S,K,D], v [B,S,K,E]."""
+    """Hashable and static. Arrays as in `attend`: q [B,T,H,D], k [B,S,K,D], v [B,S,K,E].
+
+    mask: a pair is seen only if it lets it through. axes: the mesh axes that the fold communicates over.
+    """
+
+    mask: Mask
+    axes: tuple[str, ...] = ()
 
     @abc.abstractmethod
     def forward(self, q, k, v, q_tokens: Tokens, k_tokens: Tokens) -> tuple[Array, Array]:

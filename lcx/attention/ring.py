@@ -1,0 +1,147 @@
+"""Ring attention: keys travel from device to device while each attends to what it holds (Ring Attention, 2023).
+
+After t hops device r holds the keys of device r - t. A step sends the next keys before it attends to the present ones, so the
+transfer hides behind the tiles; in the backward pass the gradients of keys travel one step behind them and go home at the end.
+Nothing of the ring is kept for the backward pass but q, k, v, out and lse, whatever its size.
+
+Which hops are worth making follows from the tokens: from statistics of every shard all devices compute which others can see
+something of it, and the keys travel only as far forward, and as far backward, as somebody needs them. Packed short documents,
+windows and any layout are cases of this. A ring over several axes is a ring around a ring, the last axis innermost.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from lcx.attention.communication import Communication, Wrapped
+from lcx.attention.merge import merge
+from pallas_kernels.tile_attention.op import Fold
+from pallas_kernels.tile_attention.tokens import Mask, Tokens, pad_tokens, tiles
+
+PIECES = 8  # of a shard, whose statistics decide whether anybody sees it
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ring(Communication):
+    """Keys travel; a ring an axis of the sequence, the last one innermost (put it on the fast links)."""
+
+    def wrap(self, fold, axes):
+        return nested_rings(fold, axes)
+
+    def refusal(self, axes, heads, kv_heads):
+        return None
+
+    @classmethod
+    def examples(cls):
+        return (cls(),)
+
+
+def nested_rings(fold: Fold, axes: tuple[str, ...]) -> Fold:
+    """A ring over the first axis around one over the second, and so on."""
+    for axis in reversed(axes):
+        fold = RingFold(fold, axis)
+    return fold
+
+
+class RingFold(Wrapped):
+    def forward(self, q, k, v, q_tokens, k_tokens):
+        start = _nothing(q, v)
+        for direction, first, last in self._journeys(q_tokens, k_tokens):
+
+            def step(_, carry, direction=direction):
+                held, part = carry
+                arriving = self._send(held, direction)
+                return arriving, merge(part, self.inner.forward(q, *held[:2], q_tokens, held[2]))
+
+            held = (k, v, k_tokens) if first == 0 else self._send((k, v, k_tokens), direction)
+            _, start = jax.lax.fori_loop(first, last + 1, step, (held, start))
+        return start
+
+    def backward(self, q, k, v, q_tokens, k_tokens, lse, delta, d_out):
+        zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
+        dq, dk, dv = zeros(q), zeros(k), zeros(v)
+        for direction, first, last in self._journeys(q_tokens, k_tokens):
+
+            def step(_, carry, direction=direction):
+                held, dq, travelling = carry
+                arriving, travelling = self._send((held, travelling), direction)
+                mine, *theirs = self.inner.backward(q, *held[:2], q_tokens, held[2], lse, delta, d_out)
+                return arriving, dq + mine, tuple(sent + new for sent, new in zip(travelling, theirs, strict=True))
+
+            held = (k, v, k_tokens) if first == 0 else self._send((k, v, k_tokens), direction)
+            _, dq, travelled = jax.lax.fori_loop(first, last + 1, step, (held, dq, (zeros(k), zeros(v))))
+            home = self._go_home(travelled, -direction * last)
+            dk, dv = dk + home[0], dv + home[1]
+        return dq, dk, dv
+
+    def _journeys(self, q_tokens: Tokens, k_tokens: Tokens):
+        """(direction, first hop, last hop) of the keys' way forward, own keys included, and of their way backward."""
+        forward, backward = hops(self.mask, q_tokens, k_tokens, self.axis, self.axes)
+        return (1, 0, forward), (-1, 1, backward)
+
+    def _send(self, tree, distance: int):
+        """Everything to the device `distance` places on."""
+        size = jax.lax.axis_size(self.axis)
+        pairs = [(i, (i + distance) % size) for i in range(size)]
+        return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, self.axis, pairs), tree)
+
+    def _go_home(self, tree, distance):
+        """`_send` by a traced distance between -W and W, in powers of two, the shorter way round."""
+        size = jax.lax.axis_size(self.axis)
+        way = distance % size
+        shorter = jnp.minimum(way, size - way)
+        for sign, wanted in ((1, way <= size - way), (-1, way > size - way)):
+            bit = 1
+            while bit <= size // 2:
+                send = lambda tree, by=sign * bit: self._send(tree, by)
+                tree = jax.lax.cond(wanted & (shorter & bit > 0), send, lambda tree: tree, tree)
+                bit *= 2
+        return tree
+
+
+def hops(
+    mask: Mask, q_tokens: Tokens, k_tokens: Tokens, axis: str, axes: tuple[str, ...]
+) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """How far keys must travel around `axis`, forward and backward, for all to meet the queries that can see them.
+
+    The same on all devices of the mesh. `axes`: the axis and those inside it, whose shards travel along.
+    """
+    queries, keys = _statistics(q_tokens), _statistics(k_tokens)
+    for other in reversed(axes):
+        queries, keys = (jax.lax.all_gather(side, other) for side in (queries, keys))
+    size = jax.lax.axis_size(axis)
+    flat = lambda side: jax.tree.map(lambda leaf: jnp.moveaxis(leaf, -2, 0).reshape(leaf.shape[-2], size, -1), side)
+    queries, keys = flat(queries), flat(keys)  # [B, W, pieces]
+    spread = lambda side, at: jax.tree.map(lambda leaf: jnp.expand_dims(leaf, at), side)
+    may, _ = mask.bounds(spread(queries, (2, 4)), spread(keys, (1, 3)))  # [B, W, W, pieces, pieces]
+    needed = may.any(axis=(0, 3, 4))
+    places = jnp.arange(size)
+    offset = (places[:, None] - places[None, :]) % size
+    at = jnp.zeros(size, bool).at[offset.ravel()].max(needed.ravel())
+    everywhere = jax.sharding.get_abstract_mesh().axis_names
+    return _journey(jax.lax.pmax(at.astype(jnp.int32), everywhere) > 0)
+
+
+def _journey(needed: Bool[Array, "W"]) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """(forward, backward): the fewest hops that visit every needed offset: those up to a cut forward, the rest backward."""
+    size = needed.shape[0]
+    place = jnp.arange(size)
+    needed = needed & (place > 0)
+    forward = jax.lax.cummax(jnp.where(needed, place, 0))
+    reach = jax.lax.cummax(jnp.where(needed, size - place, 0), reverse=True)
+    backward = jnp.append(reach[1:], 0)
+    best = size - 1 - jnp.argmin((forward + backward)[::-1])
+    return forward[best], backward[best]
+
+
+def _statistics(tokens: Tokens):
+    """Of up to PIECES consecutive pieces of the shard, every field [B, pieces]."""
+    size = -(-tokens.index.shape[-1] // PIECES)
+    return tiles(pad_tokens(tokens, size), size)
+
+
+def _nothing(q, v):
+    """The part of no keys: the identity of `merge`."""
+    return jnp.zeros((*q.shape[:-1], v.shape[-1]), jnp.float32), jnp.full(q.shape[:-1], -jnp.inf, jnp.float32)
