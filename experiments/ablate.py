@@ -21,13 +21,13 @@ from lcx.training.experiment import Experiment
 
 def main(arguments: Arguments) -> int:
     ablation = arguments.spec(Ablation)
-    experiments = [ablation.experiment(arm, variant) for arm in ablation.arms for variant in (None, *ablation.variants)]
-    for experiment in experiments:
-        validate(experiment)
+    for arm in ablation.arms:
+        for variant in (None, *ablation.variants):
+            validate(ablation.experiment(arm, variant))
     if arguments.dry_run:
         print(render(ablation), figures(ablation), sep="\n\n")
         return 0
-    for experiment in experiments:
+    for experiment in training_runs(ablation).values():
         validate(experiment, jax.device_count())
     run_dir = arguments.run_dir
     try:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lcx.parallel.rules import ambient_mesh
+from pallas_kernels.target import precision
 
 
 def linear(x: Float[Array, "..."], matrix: Float[Array, "..."], *, contracted: int = 1) -> Float[Array, "..."]:
@@ -17,7 +18,8 @@ def linear(x: Float[Array, "..."], matrix: Float[Array, "..."], *, contracted: i
     """
     matrix = matrix.astype(x.dtype)
     if ambient_mesh() is not None:
-        return jnp.tensordot(x, matrix, axes=contracted)
+        return jnp.tensordot(x, matrix, axes=contracted, precision=precision(x.dtype))
     tokens, outputs = x.shape[: x.ndim - contracted], matrix.shape[contracted:]
     size = math.prod(matrix.shape[:contracted])
-    return (x.reshape(-1, size) @ matrix.reshape(size, -1)).reshape(*tokens, *outputs)
+    y = jnp.matmul(x.reshape(-1, size), matrix.reshape(size, -1), precision=precision(x.dtype))
+    return y.reshape(*tokens, *outputs)

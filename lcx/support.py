@@ -62,6 +62,11 @@ def reads_rope(model: Decoder) -> bool:
     return any(getattr(part, "rope", None) == "model" for _, part in _parts(model, "model"))
 
 
+def sequence_axes(experiment: Experiment) -> dict[str, int]:
+    """The mesh axes of more than one device that share a row, with their sizes, outermost first."""
+    return {axis: size for axis in experiment.model.rules.sequence if (size := sizes(experiment.mesh)[axis]) > 1}
+
+
 def sizes(mesh: MeshSpec) -> dict[str, int]:
     return {axis: getattr(mesh, axis) for axis in AXES}
 
@@ -100,7 +105,27 @@ def _activations_lie_on_the_mesh(experiment: Experiment) -> Iterator[str]:
 
 
 def _sequence_divides(experiment: Experiment) -> Iterator[str]:
-    yield from _divides(experiment, "data.length", experiment.data.length, experiment.model.rules.sequence)
+    shards = math.prod(sequence_axes(experiment).values())
+    factors = {"layout": experiment.layout.parts(shards) // shards}
+    yield from _divides(experiment, "data.length", experiment.data.length, experiment.model.rules.sequence, factors)
+
+
+def _order_is_kept(experiment: Experiment) -> Iterator[str]:
+    if experiment.layout.keeps_order or not sequence_axes(experiment):
+        return
+    for path, part in _parts(experiment.model, "model"):
+        if getattr(part, "sequential", False):
+            kind = type(part).__name__
+            yield f"layout = {experiment.layout}: {path} is a {kind}, which reads neighbours: expected Contiguous()"
+
+
+def _queries_meet_keys(experiment: Experiment) -> Iterator[str]:
+    model, axes = experiment.model, sequence_axes(experiment)
+    split = math.prod(sizes(experiment.mesh)[axis] for axis in model.rules.heads)
+    for path, mixer in _attentions(experiment) if axes else ():
+        heads, group = max(1, mixer.heads // split), mixer.heads // mixer.kv_heads
+        if reason := model.communication.refusal(axes, heads, max(1, heads // group)):
+            yield f"model.communication = {type(model.communication).__name__}(): {reason} ({path})"
 
 
 def _rows_divide(experiment: Experiment) -> Iterator[str]:
@@ -161,7 +186,9 @@ RULES: Mapping[str, Rule] = {
     "every sharded parameter axis is a multiple of the mesh axes that shard it": _parameters_divide,
     "key heads lie on the mesh as their query heads do, or every device has them": _queries_find_their_keys,
     "an activation's channels lie on other mesh axes than its tokens": _activations_lie_on_the_mesh,
-    "the row length is a multiple of the mesh axes that shard the sequence": _sequence_divides,
+    "the row length is a multiple of the mesh axes that shard the sequence, times the layout's parts": _sequence_divides,
+    "parts that read neighbours get rows in their order": _order_is_kept,
+    "heads can be shared out where the communication exchanges them": _queries_meet_keys,
     "the batch is a multiple of the mesh axes that shard it, times accumulation": _rows_divide,
     "every mesh axis shards something": _mesh_is_used,
     "the vocabulary holds every id of the tokenizer": _vocabulary_holds_tokens,

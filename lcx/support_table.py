@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from lcx.attention.attend import Backend
+from lcx.attention.communication import Communication
 from lcx.attention.mask import Mask
 from lcx.cache.dense import DenseCache
 from lcx.channels.glu import GLU
@@ -20,10 +21,12 @@ from lcx.mixers.attention import Attention
 from lcx.mixers.mixer import Mixer
 from lcx.models.decoder import Decoder
 from lcx.models.layer import Layer
+from lcx.parallel.layout import Layout
 from lcx.parallel.mesh import AXES, MeshSpec
+from lcx.parallel.rules import Rules
 from lcx.parts import parts
 from lcx.positions.frequencies import FrequencyRule
-from lcx.spec import Spec, edit
+from lcx.spec import Spec, edits
 from lcx.support import broken
 from lcx.training.experiment import Experiment
 from lcx.training.optimizer import AdamW
@@ -34,15 +37,16 @@ Variants = Mapping[str, Any]  # by name: what stands in the field
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A choice of a config: the field that holds it, and the variants there are today."""
+    """A choice of a config: the field that holds it, the variants there are today, and what else makes it matter."""
 
     field: str
     variants: Variants
+    setting: tuple[tuple[str, Any], ...] = ()
 
 
 def base() -> Experiment:
     """The smallest experiment that every kind has a field in."""
-    mixer = Attention(heads=2, kv_heads=2, head_dim=16)
+    mixer = Attention(heads=4, kv_heads=2, head_dim=8)
     layer = Layer(mixer=mixer, channel=GLU(hidden=32))
     rows = PackedText(source=StandardLibrary())
     return Experiment(
@@ -55,9 +59,11 @@ def base() -> Experiment:
 
 @functools.cache
 def kinds() -> Mapping[str, Kind]:
-    """The kinds of the table. Keys are gathered over the context axis, queries stay: the communication there is."""
+    """The kinds of the table. Layouts and communications are tried where rows lie over two mesh axes."""
     attention = "model.pattern[0].mixer"
     meshes = {axis: MeshSpec(**{axis: 2}) for axis in AXES}
+    rules = Rules(batch=("data",), sequence=("fsdp", "context"))
+    shared = (("mesh", MeshSpec(fsdp=2, context=2)), ("model.rules", rules))  # rows over two axes
     return {
         "mixer": Kind(attention, _examples(Mixer) | {"Attention": base().model.pattern[0].mixer}),
         "mask": Kind(f"{attention}.mask", _examples(Mask)),
@@ -65,6 +71,8 @@ def kinds() -> Mapping[str, Kind]:
         "cache": Kind(f"{attention}.cache", {f"{cache.keys} keys": cache for cache in DenseCache.examples()}),
         "backend": Kind(f"{attention}.backend", {name: name for name in get_args(Backend)}),
         "packing": Kind("data.mixture[0].rows.packing", _examples(Packing)),
+        "layout": Kind("layout", _examples(Layout), shared),
+        "communication": Kind("model.communication", _examples(Communication), shared),
         "mesh axis": Kind("mesh", meshes),
     }
 
@@ -95,7 +103,7 @@ def refusal(*choices: tuple[str, str]) -> str | None:
         kind = kinds()[name]
         if kind.field not in dict(fields(experiment)):
             raise LookupError(f"{name}: there is no {kind.field} here")
-        experiment = edit(experiment, kind.field, kind.variants[variant])
+        experiment = edits(experiment, [*kind.setting, (kind.field, kind.variants[variant])])
     return next(broken(experiment), None)
 
 

@@ -1,6 +1,7 @@
 """Whole configs are refused with the field that is wrong, and what is not refused equals the unsharded float32 reference."""
 
 import functools
+import math
 import random
 import re
 
@@ -9,16 +10,20 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lcx.attention.all_gather import AllGather
+from lcx.attention.ulysses import RingUlysses, Ulysses
 from lcx.batch import Batch, causal_info
 from lcx.data.recall import Needles
 from lcx.data.sources import TextFolder
 from lcx.mixers.short_convolution import ShortConvolution
+from lcx.parallel.layout import Contiguous, Zigzag
 from lcx.parallel.mesh import MeshSpec
+from lcx.parallel.rules import Rules
 from lcx.parts import parts
 from lcx.positions.frequencies import FrequencyRule
 from lcx.positions.yarn import YaRN
 from lcx.spec import SpecError, edit, edits
-from lcx.support import RULES, broken, validate
+from lcx.support import RULES, broken, sequence_axes, validate
 from lcx.support_table import base, kinds, refusal, support_table
 
 LAYER = "model.pattern[0]"
@@ -27,9 +32,9 @@ LAYER = "model.pattern[0]"
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ([("mesh", MeshSpec(tensor=4))], "model.pattern[0].mixer.heads = 2: expected a multiple of 4 (mesh.tensor 4)"),
+        ([("mesh", MeshSpec(tensor=8))], "model.pattern[0].mixer.heads = 4: expected a multiple of 8 (mesh.tensor 8)"),
         (
-            [("mesh", MeshSpec(tensor=4)), (f"{LAYER}.mixer.heads", 4)],
+            [("mesh", MeshSpec(tensor=4))],
             "model.pattern[0].mixer.kv_heads = 2: expected a multiple of 4 (mesh.tensor 4)",
         ),
         (
@@ -56,7 +61,7 @@ LAYER = "model.pattern[0]"
             "data.mixture[0].rows does not fit data.length: Needles: length = 16: expected at least",
         ),
         (
-            [("mesh", MeshSpec(tensor=2)), ("model.rules.heads", ()), (f"{LAYER}.mixer.heads", 4)],
+            [("mesh", MeshSpec(tensor=2)), ("model.rules.heads", ())],
             "model.rules.kv_heads = ('tensor',): expected the axes of model.rules.heads, (), or none",
         ),
         (
@@ -75,6 +80,22 @@ LAYER = "model.pattern[0]"
         (
             [(f"{LAYER}.mixer.rope", "none"), ("model.rope", YaRN(factor=8.0, original_length=128))],
             "no layer of this model reads it; set the rope of its mixers",
+        ),
+        (
+            [("mesh", MeshSpec(context=4)), ("layout", Zigzag()), ("data.length", 60)],
+            "data.length = 60: expected a multiple of 8 (mesh.context 4 * layout 2)",
+        ),
+        (
+            [("mesh", MeshSpec(context=2)), ("layout", Zigzag()), ("model.embed_mixer", ShortConvolution())],
+            "layout = Zigzag(): model.embed_mixer is a ShortConvolution, which reads neighbours: expected Contiguous()",
+        ),
+        (
+            [("mesh", MeshSpec(context=8)), ("model.communication", Ulysses())],
+            "model.communication = Ulysses(): it shares out 4 query heads over 8 devices: expected a multiple",
+        ),
+        (
+            [("mesh", MeshSpec(context=2)), ("model.communication", RingUlysses())],
+            "model.communication = RingUlysses(): it needs two axes of the sequence with more than one device each",
         ),
         ([(f"{LAYER}.mixer.head_dim", 5)], "model.pattern[0].mixer.head_dim = 5 does not fit its rope: Rope.rotary"),
     ],
@@ -106,7 +127,9 @@ def test_each_rule_is_broken_by_something_and_the_base_breaks_none():
     short = edits(base(), [("data.length", 16), ("data.mixture[0].rows", Needles())])
     apart = edits(base(), [("mesh", MeshSpec(tensor=2)), ("model.rules.heads", ())])
     unread = edits(base(), [(f"{LAYER}.mixer.rope", "none"), ("model.rope", YaRN(factor=8.0, original_length=128))])
-    broken_by = lambda rule: [sentence for config in (wrong, short, apart, unread) for sentence in rule(config)]
+    order = edits(base(), [("mesh", MeshSpec(context=8)), ("layout", Zigzag()), ("model.embed_mixer", ShortConvolution())])
+    order = edit(order, "model.communication", Ulysses())
+    broken_by = lambda rule: [sentence for config in (wrong, short, apart, unread, order) for sentence in rule(config)]
     assert [name for name, rule in RULES.items() if not broken_by(rule)] == []
     assert list(broken(base())) == []
 
@@ -174,7 +197,9 @@ def parameters():
 def totals(experiment, batch):
     """(sums, gradient over its largest entry) of the experiment on its mesh."""
     step = experiment.training_step(experiment.mesh.build())
-    params = jax.device_put(parameters(), step.shardings.params)
+    given = parameters() if experiment.model.embed_mixer else {k: v for k, v in parameters().items() if k != "embed_mixer"}
+    params = jax.device_put(given, step.shardings.params)
+    batch = experiment.layout.lay(batch, math.prod(sequence_axes(experiment).values()))
     with jax.set_mesh(step.mesh):
         gradient, sums = jax.jit(step.totals)(params, batch, jax.random.key(0))
     return jax.device_get((sums, gradient))
@@ -189,15 +214,22 @@ def test_what_is_not_refused_equals_the_dense_reference(seed):
     choices = {name: draw.choice(list(kind.variants)) for name, kind in kinds().items()}
     choices["mixer"] = "Attention"
     sizes = dict.fromkeys(draw.sample(["data", "fsdp", "context", "tensor"], 2), 2)
+    rules = Rules()
+    if choices["communication"] == "RingUlysses":
+        sizes, rules = {"fsdp": 2, "context": 2}, Rules(batch=("data",), sequence=("fsdp", "context"))
     if choices["mask"] == "Hide":
         assert "hides roles" in refusal(*choices.items())
         return
     assert refusal(*choices.items()) is None
     changes = [(kinds()[name].field, kinds()[name].variants[choice]) for name, choice in choices.items()]
-    experiment = edits(base(), [*changes, ("model.embed_mixer", ShortConvolution()), ("mesh", MeshSpec(**sizes))])
+    changes += [("model.rules", rules), ("mesh", MeshSpec(**sizes))]
+    if choices["layout"] == "Contiguous":
+        changes += [("model.embed_mixer", ShortConvolution())]
+    experiment = edits(base(), changes)
     validate(experiment, jax.device_count())
     batch = packed_batch(4, 64, 259, seed)
-    reference = edits(experiment, [(f"{LAYER}.mixer.backend", "reference"), ("mesh", MeshSpec())])
+    alone = [("mesh", MeshSpec()), ("layout", Contiguous()), ("model.communication", AllGather())]
+    reference = edits(experiment, [(f"{LAYER}.mixer.backend", "reference"), *alone])
     (sums, gradient), (wanted, wanted_gradient) = totals(experiment, batch), totals(reference, batch)
     for name, value in wanted.items():
         np.testing.assert_allclose(sums[name], value, rtol=1e-5, err_msg=f"{choices} {sizes} {name}")

@@ -4,11 +4,11 @@ import functools
 import logging
 from typing import Literal, get_args
 
-import jax
 from jaxtyping import Array, Float
 
 from lcx.attention.mask import Mask, tokens_of
 from lcx.batch import TokenInfo
+from pallas_kernels.target import platform
 from pallas_kernels.tile_attention import op
 
 Backend = Literal["auto", "reference", "xla"]
@@ -32,10 +32,12 @@ def attend(
     Rows that see nothing give out = 0 and lse = -inf. Gradients accept a cotangent for `lse`. `auto` chooses a form in
     `choose` and logs it once; a named backend is mandatory.
 
-    Raises ValueError if the heads do not divide or an array disagrees with its token info.
+    Raises ValueError if the heads do not divide or an array disagrees with another or its token info.
     """
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"attend: {q.shape[2]} query heads are not a multiple of {k.shape[2]} key heads")
+    if q.shape[0] != k.shape[0]:
+        raise ValueError(f"attend: {q.shape[0]} rows of queries, {k.shape[0]} of keys")
     if q.shape[:2] != q_info.shape or k.shape[:2] != k_info.shape or v.shape[:3] != k.shape[:3]:
         raise ValueError(f"attend: q {q.shape}, k {k.shape}, v {v.shape} disagree with infos {q_info.shape}, {k_info.shape}")
     fold = local_fold(q, k, mask=mask, scale=scale, softcap=softcap, backend=backend)
@@ -60,7 +62,7 @@ def choose(backend: Backend, q_shape: tuple[int, ...], k_shape: tuple[int, ...])
     if backend not in get_args(Backend):
         raise ValueError(f"attend: backend = {backend!r}: expected one of {', '.join(get_args(Backend))}")
     chosen = "xla" if backend == "auto" else backend
-    _log_once(backend, chosen, jax.default_backend())
+    _log_once(backend, chosen, platform())
     return chosen
 
 

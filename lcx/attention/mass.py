@@ -33,6 +33,8 @@ def mass(
     q = jnp.take(q, rows, axis=1).astype(jnp.float32).reshape(B, -1, K, H // K, D) * scale
     lse = jnp.take(lse, rows, axis=1).reshape(B, -1, K, H // K)
     q_tokens = Tokens(*(jnp.take(field, rows, axis=1) for field in tokens_of(q_info))).rows()
+    if S == 0:
+        return jnp.zeros((B, K, 0))
     chunk = min(CHUNK, S)
     pad = lambda x: jnp.pad(x, ((0, 0), (0, -S % chunk)) + ((0, 0),) * (x.ndim - 2))
     cut = lambda x: jnp.moveaxis(pad(x).reshape(B, -1, chunk, *x.shape[2:]), 1, 0)

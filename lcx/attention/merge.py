@@ -13,8 +13,8 @@ def merge(a: Part, b: Part) -> Part:
     seen_a, seen_b = lse_a != -jnp.inf, lse_b != -jnp.inf
     finite_a, finite_b = jnp.where(seen_a, lse_a, 0), jnp.where(seen_b, lse_b, 0)
     peak = jnp.maximum(jnp.where(seen_a, finite_a, finite_b), jnp.where(seen_b, finite_b, finite_a))
-    weight_a = jnp.where(seen_a, jnp.exp(finite_a - peak), 0)
-    weight_b = jnp.where(seen_b, jnp.exp(finite_b - peak), 0)
+    weight_a = jnp.where(seen_a, jnp.exp(jnp.where(seen_a, finite_a - peak, 0)), 0)
+    weight_b = jnp.where(seen_b, jnp.exp(jnp.where(seen_b, finite_b - peak, 0)), 0)
     total = jnp.where(nothing, 1, weight_a + weight_b)
     out = (out_a * weight_a[..., None] + out_b * weight_b[..., None]) / total[..., None]
     return out, jnp.where(nothing, -jnp.inf, peak + jnp.log(total))

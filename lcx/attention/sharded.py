@@ -54,5 +54,7 @@ def _own(x: Float[Array, "B S k D"], group: int, queries: int, kv_heads: int, ru
     """Of keys or values, the heads that this device's `queries` query heads read; `group` query heads share a key head."""
     if x.shape[2] < kv_heads or queries == group * kv_heads:
         return x
+    if queries % group and group % queries:
+        raise ValueError(f"attend: a device's {queries} query heads cannot read whole key heads of {group} query heads each")
     first = jax.lax.axis_index(rules.heads) * queries // group
     return jax.lax.dynamic_slice_in_dim(x, first, max(1, queries // group), axis=2)

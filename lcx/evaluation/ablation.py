@@ -3,11 +3,12 @@
 An arm is another training run, or a model that is there already; a variant is another way to use an arm's parameters: an edit
 of its model, with or without some steps of fine-tuning. Every finished measurement is a few rows of `results.jsonl`; what is
 already there is not done again, and rows of parameters that are no longer the ones in the folder are refused. Ends in
-`table.md` and plots; `time.json` holds the time of every start.
+`table.md` and plots; `time.json` holds the time of every start, `models.json` what identifies the models that arms name.
 """
 
 import dataclasses
 import functools
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -154,12 +155,14 @@ class _Run:
         self.ablation, self.run_dir, self.say, self.watch = ablation, run_dir, say, watch
         self.results = run_dir / "results.jsonl"
         self.key = fingerprint(ablation.identity())
+        self.named = run_dir / "models.json"
         self.measured: dict[Path, set[str]] = {}  # parameters that rows stand on, by the folder that holds them
 
     def go(self) -> list[Row]:
         todo = self._todo()
         self._check(todo)
         open_run(self.run_dir, self.ablation)
+        self._remember_named()
         for arm, variant, jobs in todo:
             self._measure(arm, variant, jobs)
         rows = read_rows(self.results)
@@ -192,19 +195,33 @@ class _Run:
         """Finds what cannot be measured before anything is trained for it."""
         for arm, variant, _ in todo:
             trained, used = self.ablation.experiment(arm), self.ablation.experiment(arm, variant)
-            self._check_arm(arm, trained)
+            self._check_folder(trained, self.run_dir / arm.name)
             mine, theirs = _parameters(trained.model), _parameters(used.model)
             if differing := sorted(str(path) for path, _ in mine.items() ^ theirs.items()):
                 raise SpecError(f"ablation, {arm.name}, {variant.name}: other parameters than the arm's: {differing[0]}")
+        for arm in self.ablation.arms:
+            self._check_named(arm)
         self._check_rows()
         tokenizer = lambda arm, variant: self.ablation.experiment(arm, variant).data.tokenizer
         check_inputs((tokenizer(arm, variant), *job) for arm, variant, jobs in todo for job in jobs)
 
-    def _check_arm(self, arm: Arm, trained: Experiment) -> None:
-        if arm.model is None:
-            self._check_folder(trained, self.run_dir / arm.name)
-        else:
-            load_model(run_folder(arm.model), trained.model)
+    def _check_named(self, arm: Arm) -> None:
+        """A named model is what it was at the first start."""
+        held = json.loads(self.named.read_text()) if self.named.exists() else {}
+        if arm.model is not None and (found := self._state(arm)) != held.get(arm.name, found):
+            changed = ", ".join(name for name, value in found.items() if value != held[arm.name].get(name))
+            sides = f"{changed} of model {arm.model!r} changed since the first start"
+            raise SpecError(f"ablation, {arm.name}: {sides}; restore it, or give another --run_dir")
+
+    def _remember_named(self) -> None:
+        found = {arm.name: self._state(arm) for arm in self.ablation.arms if arm.model is not None}
+        if found and not self.named.exists():
+            self.named.write_text(json.dumps(found, indent=1) + "\n")
+
+    def _state(self, arm: Arm) -> dict[str, str]:
+        """What identifies the model that an arm names."""
+        model = load_model(run_folder(arm.model), self.ablation.experiment(arm).model)
+        return {"experiment": fingerprint(trained_experiment(arm.model)), "parameters": digest(model)}
 
     def _check_rows(self) -> None:
         """Rows are of the parameters that their folders hold, where these are still there."""
@@ -246,6 +263,7 @@ class _Run:
         folder, experiment = self._arm_folder(arm), self.ablation.experiment(arm, variant)
         if arm.model is None:
             self._train(self.ablation.experiment(arm), folder, arm, "train")
+        self._check_named(arm)
         if variant.finetune:
             experiment = dataclasses.replace(experiment, init_from=arm.model or str(folder))
             folder = self._folder(arm, variant)

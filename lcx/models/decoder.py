@@ -23,6 +23,7 @@ from lcx.parallel.rules import Rules, ambient_mesh, shard
 from lcx.positions.frequencies import FrequencyRule
 from lcx.positions.rope import Rope
 from lcx.spec import Spec, SpecError
+from pallas_kernels.target import precision
 
 REMAT = {
     "none": None,
@@ -130,7 +131,8 @@ class DecoderModel(nnx.Module):
         """Float32 logits of hidden states; give them in chunks, never for a whole long row."""
         compute = self.spec.compute
         matrix = self.embedding[...].T if self.head is None else self.head[...]
-        logits = jnp.matmul(hidden.astype(compute), matrix.astype(compute), preferred_element_type=jnp.float32)
+        options = {"precision": precision(compute), "preferred_element_type": jnp.float32}
+        logits = jnp.matmul(hidden.astype(compute), matrix.astype(compute), **options)
         cap = self.spec.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
+from lcx.attention.all_gather import AllGather
 from lcx.data.pipeline import Pipeline
 from lcx.models.decoder import Decoder
 from lcx.objectives.language_modeling import LanguageModeling
 from lcx.objectives.objective import Objective
+from lcx.parallel.layout import Contiguous, Layout
 from lcx.parallel.mesh import MeshSpec
 from lcx.parallel.rules import Rules
 from lcx.spec import Spec, SpecError, edits, fingerprint
@@ -26,9 +28,9 @@ SEEDS = 1 << 32  # `jax.random.key` takes a seed modulo this
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment(Spec):
-    """steps: optimizer updates. accumulation: micro-batches that each update splits the rows of a batch into. seed: of the
-    initial parameters. log_every: steps a record; a checkpoint ends one early. init_from: folder of a run, or the name of a
-    shipped model, whose newest parameters are the initial ones.
+    """steps: optimizer updates. layout: of the tokens of a row over the devices that share it. accumulation: micro-batches
+    that each update splits the rows of a batch into. seed: of the initial parameters. log_every: steps a record; a checkpoint
+    ends one early. init_from: folder of a run, or the name of a shipped model, whose newest parameters are the initial ones.
     """
 
     model: Decoder
@@ -37,6 +39,7 @@ class Experiment(Spec):
     steps: int
     objective: Objective = LanguageModeling()
     mesh: MeshSpec = MeshSpec()
+    layout: Layout = Contiguous()
     accumulation: int = 1
     seed: int = 0
     log_every: int = 10
@@ -63,9 +66,10 @@ class Experiment(Spec):
 
     def identity(self) -> dict[str, Any]:
         """What a run may not change when it goes on from a checkpoint, field by field. The mesh and whatever only decides how
-        the same numbers are computed (rules, rematerialisation) may change.
+        the same numbers are computed (layout, rules, communication, rematerialisation) may change.
         """
-        model = edits(self.model, [("rules", Rules()), ("remat", "none"), ("unroll", 1)])
+        same = [("rules", Rules()), ("communication", AllGather()), ("remat", "none"), ("unroll", 1)]
+        model = edits(self.model, same)
         parts = {"model": model, "data": self.data, "objective": self.objective, "optimizer": self.optimizer}
         return {name: fingerprint(part) for name, part in parts.items()} | {
             "accumulation": self.accumulation,

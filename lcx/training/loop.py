@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import signal
 import threading
 import time
@@ -98,12 +99,14 @@ class _Run:
         self.experiment, self.step, self.checkpoints = experiment, step, checkpoints
         self.batches, self.hosts, self.run_dir = batches, hosts, run_dir
         self.counter = counter(experiment.model, step.abstract)
+        self.shards = math.prod(step.mesh.shape[axis] for axis in experiment.model.rules.sequence)
 
     def go(self, state: TrainState, start: int, stop: "_Stop", stack: contextlib.ExitStack) -> TrainResult:
         experiment, number, meter = self.experiment, start, None
         for number in range(start + 1, experiment.steps + 1):
             batch = self._next(number)
-            placed = place_batch(batch, experiment.model.rules, self.step.mesh, hosts=self.hosts)
+            laid = experiment.layout.lay(batch, self.shards)
+            placed = place_batch(laid, experiment.model.rules, self.step.mesh, hosts=self.hosts)
             if meter is None:
                 compiled, first = self._compile(placed)
                 meter = self._meter(start, first, stack)

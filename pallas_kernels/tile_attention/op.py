@@ -85,7 +85,8 @@ def _save(fold, *inputs):
 def _pull(fold, saved, cotangents):
     *inputs, out, lse = saved
     d_out, d_lse = cotangents
-    delta = jnp.sum(d_out * out, axis=-1) - d_lse
+    delta = jnp.where(lse == -jnp.inf, 0, jnp.sum(d_out * out, axis=-1) - d_lse)
+    d_out = jnp.where((lse == -jnp.inf)[..., None], 0, d_out)
     gradients = fold.backward(*inputs, lse, delta, d_out)
     return *(g.astype(x.dtype) for g, x in zip(gradients, inputs[:3], strict=True)), None, None
 

@@ -27,7 +27,7 @@ def forward(
     sees = visible.any(axis=-1, keepdims=True)
     scores = jnp.where(visible, scores, -jnp.inf)
     peak = jnp.where(sees, jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf), 0)
-    weights = jnp.where(visible, jnp.exp(jnp.where(visible, scores, 0) - peak), 0)
+    weights = jnp.where(visible, jnp.exp(jnp.where(visible, scores - peak, 0)), 0)
     total = weights.sum(axis=-1, keepdims=True)
     safe = jnp.where(sees, total, 1)
     out = jnp.einsum("bkgts,bske->btkge", weights / safe, v, precision="highest")

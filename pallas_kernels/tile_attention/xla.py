@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.target import platform, precision
 from pallas_kernels.tile_attention.tiling import FULL, cut, cut_tokens, over_tiles, pick, states, tile_size, uncut
 from pallas_kernels.tile_attention.tokens import Mask, Tokens
 
@@ -69,7 +70,7 @@ def choose_sizes(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> Sizes:
     On a CPU wide key tiles win over small ones that fit the cache: XLA runs the small batched products on one thread.
     """
     (B, T, H, _), S = q_shape, k_shape[1]
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
         q_target, k_target = (128, 128) if max(T, S) <= 512 else (256, 512)
         work = 1 << 20
     else:
@@ -190,7 +191,7 @@ def _hide(s, seen, heads):
 
 
 def _dot(equation, a, b):
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+    return jnp.einsum(equation, a, b, precision=precision(a.dtype), preferred_element_type=jnp.float32)
 
 
 def _zeros(shape, like):

@@ -1,12 +1,15 @@
 """attend, merge and mass against float64 loops, and the folds that everything longer is made of."""
 
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from infos import info, random_info
 
-from lcx.attention.attend import attend
+from lcx.attention.attend import Backend, attend
 from lcx.attention.mask import Beyond, Causal, Chunk, Hide, Sink, Window, Within, tokens_of
 from lcx.attention.mass import mass
 from lcx.attention.merge import merge
@@ -179,3 +182,36 @@ def test_what_disagrees_is_refused(case):
             TokenInfo(**{f: getattr(k_info, f)[:, :5] for f in ("index", "order", "positions", "segments")}),
             **options,
         )
+
+
+@pytest.mark.parametrize("lse", [-89.0, -3000.0, 3000.0])
+def test_merge_is_safe_at_the_identity_for_any_logits(lse):
+    part, nothing = (jnp.ones((1, 2)), jnp.asarray([lse])), (jnp.zeros((1, 2)), jnp.asarray([-jnp.inf]))
+    for sides in (lambda a: merge(a, nothing), lambda a: merge(nothing, a)):
+        value = lambda a, sides=sides: sides(a)[0].sum() + sides(a)[1].sum()
+        d_out, d_lse = jax.grad(value)(part)
+        np.testing.assert_array_equal(d_out, np.ones((1, 2)))
+        np.testing.assert_array_equal(d_lse, [1.0])
+
+
+@pytest.mark.parametrize("backend", get_args(Backend))
+def test_a_row_that_sees_nothing_gives_no_gradient_whatever_its_cotangent(backend):
+    """`where(lse == -inf, 0, lse ** 2)` has the cotangent 0 * inf = NaN there."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 4, 2, 8)), jnp.float32) for _ in range(3))
+    row = info([[0, 1, 2, 0]], [[1, 1, 1, 0]])
+
+    def loss(q, k, v):
+        out, lse = attend(q, k, v, row, row, mask=Causal(), scale=0.3, backend=backend)
+        return out.sum() + jnp.where(lse == -jnp.inf, 0, lse**2).sum()
+
+    for gradient in jax.grad(loss, argnums=(0, 1, 2))(q, k, v):
+        assert np.isfinite(gradient).all()
+
+
+def test_rows_of_queries_and_keys_must_agree(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    rng = np.random.default_rng(0)
+    q, k = (jnp.asarray(rng.normal(size=(rows, 4, 2, 8)), jnp.float32) for rows in (2, 1))
+    with pytest.raises(ValueError, match="attend: 2 rows of queries, 1 of keys"):
+        attend(q, k, k, info([[0, 1, 2, 3]] * 2, [[1] * 4] * 2), info([[0, 1, 2, 3]], [[1] * 4]), mask=Causal(), scale=1.0)

@@ -10,6 +10,7 @@ import pytest
 
 from configs.models import byte
 from experiments import ablate, program
+from lcx.config import dumps
 from lcx.data.packing import PackedText
 from lcx.data.pipeline import Pipeline, Weighted
 from lcx.data.recall import Records, TaskDoesNotFit
@@ -286,14 +287,50 @@ def test_a_named_model_is_checked_before_anything_is_done(of_named_models, finis
     assert not run_dir.exists()
 
 
-def test_a_named_model_that_was_trained_again_is_refused(of_named_models, stopped, finished, tmp_path, monkeypatch):
+def use_other_rope(folder):
+    config = read_config(folder)
+    shutil.rmtree(folder / "config.json", ignore_errors=True)
+    (folder / "config.json").write_text(dumps(edit(config, "model.rope", LinearInterpolation(factor=8.0))))
+
+
+@pytest.mark.parametrize(
+    "change, found",
+    [
+        (lambda folder: retrain(read_config(folder), folder), "parameters"),
+        (use_other_rope, "experiment"),
+    ],
+)
+@pytest.mark.parametrize("variants", [slice(0, 1), slice(2, 3)], ids=["zero-shot", "fine-tuned"])
+def test_a_named_model_stays_what_it_was(of_named_models, finished, tmp_path, monkeypatch, change, found, variants):
+    """Also where no row of its own parameters is there to compare with, and between two variants of one start."""
+    arms = (Arm(name="there", model=str(finished / "one")),)
+    ablation = dataclasses.replace(of_named_models, arms=arms, variants=of_named_models.variants[variants])
+    message = f"ablation, there: .*{found} of model .* changed since the first start"
+    append = module.append_rows
+
+    def changing(path, rows):
+        append(path, rows)
+        change(finished / "one")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "append_rows", changing)
+    with pytest.raises(KeyboardInterrupt):
+        run(ablation, tmp_path / "new", say=lambda _: None)
+    monkeypatch.setattr(module, "append_rows", nothing)
+    with pytest.raises(SpecError, match=message):
+        run(ablation, tmp_path / "new")
+
+
+def test_a_model_of_many_devices_is_measured_on_one(of_named_models, finished, tmp_path, monkeypatch):
+    """As it is by `evaluate`: nothing is trained, so neither its mesh nor its data are asked for."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    config = edits(read_config(finished / "one"), [("mesh.data", 2), ("data.mixture[0].rows.source.path", "gone")])
+    (finished / "one" / "config.json").write_text(dumps(config))
     arms = (Arm(name="there", model=str(finished / "one")),)
     ablation = dataclasses.replace(of_named_models, arms=arms, variants=of_named_models.variants[:1])
-    run(ablation, tmp_path / "new", say=lambda _: None)
-    retrain(read_config(finished / "one"), finished / "one")
-    monkeypatch.setattr(module, "append_rows", nothing)
-    with pytest.raises(SpecError, match="it was trained again"):
-        run(ablation, tmp_path / "new")
+    open_run(tmp_path / "new", ablation)
+    monkeypatch.setattr(ablate.jax, "device_count", lambda: 1)
+    assert program.run(ablate.main, [f"--run_dir={tmp_path / 'new'}"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_xla import arrays, compare, random_tokens, with_gradient
+from test_xla import arrays, compare, random_tokens, whole_document, with_gradient
 
 from lcx.attention.mask import Causal, Hide, Sink, Window
 from lcx.attention.merge import merge
-from pallas_kernels.tile_attention import op, reference
+from pallas_kernels.tile_attention import op, reference, xla
 from pallas_kernels.tile_attention.tokens import Tokens
 
 CASES = [(Causal(), None), (Window(size=9) | (Sink(size=3) & Hide(query_role=1, key_role=0)), 2.0)]
@@ -63,3 +63,22 @@ def test_a_policy_may_keep_what_attention_gave():
     keep = jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(op.SAVED))
     jaxpr = lambda f: str(jax.make_jaxpr(jax.grad(f))(q))
     assert jaxpr(keep).count("reduce_max") == 1 < jaxpr(jax.checkpoint(body)).count("reduce_max")
+
+
+def test_the_dense_forward_is_differentiable_at_very_negative_scores():
+    q, k = jnp.ones((1, 4, 1, 1)), -jnp.arange(100.0, 104.0).reshape(1, 4, 1, 1)
+    v, tokens = jnp.arange(4.0).reshape(1, 4, 1, 1), whole_document(1, 4)
+    loss = lambda form: lambda q, k: form(q, k, v, tokens, tokens)[0].sum()
+    derived = jax.grad(loss(functools.partial(reference.forward, mask=Causal(), scale=1.0)), argnums=(0, 1))(q, k)
+    written = jax.grad(loss(functools.partial(op.attention, op.Tiled("reference", Causal(), 1.0))), argnums=(0, 1))(q, k)
+    for value, other in zip(written, derived, strict=True):
+        np.testing.assert_allclose(value, other, atol=1e-4)
+
+
+def test_float32_products_ask_for_float32():
+    """On a TPU or GPU the default would round their operands."""
+    q, tokens = jnp.ones((1, 32, 1, 8)), whole_document(1, 32)
+    fold = op.Tiled("xla", Causal(), 1.0, None, xla.Sizes(16, 16, 1))
+    with jax.default_matmul_precision("default"):
+        jaxpr = str(jax.make_jaxpr(jax.grad(lambda q: op.attention(fold, q, q, q, tokens, tokens)[0].sum()))(q))
+    assert jaxpr.count("dot_general[") == jaxpr.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") > 0

@@ -1,0 +1,17 @@
+"""What a program is being built for, which need not be the machine that builds it."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+
+def platform() -> str:
+    """`cpu`, `gpu` or `tpu`: of the ambient mesh's devices, a described topology included; without a mesh, of this machine."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    found = jax.default_backend() if device is None else device.platform
+    return "gpu" if found in ("cuda", "rocm") else found
+
+
+def precision(dtype: DTypeLike) -> jax.lax.Precision | None:
+    """Of a matrix product: float32 operands are multiplied as float32, which TPUs and GPUs by default do not."""
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
