@@ -10,6 +10,10 @@ $(VENV)/.dev: setup.py
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
+$(VENV)/.tpu: $(VENV)/.dev  # the TPU compiler, which runs on any Linux machine
+	$(BIN)/python -m pip install --quiet --editable '.[dev,tpu]' || echo 'no TPU compiler for this machine: its tests are skipped'
+	touch $@
+
 $(VENV)/.oracles: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet 'torch==2.13.0' 'transformers>=5,<6'
 	touch $@
@@ -17,11 +21,11 @@ $(VENV)/.oracles: $(VENV)/.dev
 quickstart: $(VENV)/.dev  ## train, evaluate and ablate RoPE extension on real text
 	$(BIN)/python -m experiments.ablate --config=config:ablations.rope_extension.quickstart
 
-test: $(VENV)/.dev  ## the suite: CPU, eight forced devices where needed, no torch
+test: $(VENV)/.tpu  ## the suite: CPU, eight forced devices where needed, no torch
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n 2
 
-test-slow: $(VENV)/.dev  ## the long forms: 50 kill rounds, toy reproductions
+test-slow: $(VENV)/.tpu  ## the long forms: 50 kill rounds, toy reproductions
 	$(BIN)/python -m pytest --slow -m slow
 
 test-oracles: $(VENV)/.oracles  ## compares with the peers themselves

@@ -36,6 +36,7 @@ from lcx.config import ONLY_PARTS, accepted_at, assign, build, load_file, sugges
 from lcx.config_text import NoSuchPart, parse
 from lcx.data.recall import TaskDoesNotFit
 from lcx.data.sources import SourceError
+from lcx.parallel.topology import quiet_without_tpu
 from lcx.spec import Spec, SpecError, describe, matches
 from lcx.training.metrics import TrainingDiverged
 from lcx.training.run_folder import read_config
@@ -82,6 +83,7 @@ Main = Callable[[Arguments], int | None]
 def launch(main: Main) -> None:
     """Runs a program to its exit status. `define(flag values)` of its module adds flags; the module's docstring is its help."""
     _with_huge_pages()
+    quiet_without_tpu()
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("lcx").setLevel(logging.INFO)
     sys.exit(run(main, sys.argv[1:]))

@@ -16,6 +16,16 @@ _WITHOUT_TPU = {
 }
 
 
+def quiet_without_tpu() -> None:
+    """Keeps libtpu, where it is installed for its compiler alone, from complaining that it finds no TPU.
+
+    JAX sets TPU_SKIP_MDS_QUERY when it is imported on a machine without TPU chips.
+    """
+    if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":
+        for key, value in _WITHOUT_TPU.items():
+            os.environ.setdefault(key, value)
+
+
 def topology_devices(name: str) -> list[jax.Device]:
     """The devices of a topology such as `v5e:16x16`, `v5p:8x8x8` or `v6e:16x16`, to compile for, not to run on.
 
