@@ -66,7 +66,7 @@ def test_balance_of_causal_work():
     assert 1.85 < contiguous.devices < 1.9 and 1.85 < contiguous.steps < 2.0
     for even in found.values():
         assert even.devices < 1.05 and even.steps < 1.05
-    assert balance(np.zeros((2, 2))) == Balance(1.0, 1.0)
+    assert balance(np.zeros((2, 2), int)) == Balance(1.0, 1.0)
 
 
 def test_balance_counts_the_mask_and_the_documents():
