@@ -12,12 +12,13 @@ BENCHES = {
     "Training step beside Hugging Face Llama on torch, CPU, float32": "lcx.training.bench",
     "Memory of the chunked head": "lcx.objectives.bench",
     "Tile attention": "pallas_kernels.tile_attention.bench",
+    "Ring attention beside the ringattention package, eight forced devices": "lcx.attention.bench",
 }
 
 
 def main(argv: list[str] | None = None) -> int:
     argparse.ArgumentParser("bench", description=__doc__, allow_abbrev=False).parse_args(argv)
-    for package in ("torch", "transformers"):
+    for package in ("torch", "transformers", "ringattention"):
         if importlib.util.find_spec(package) is None:
             print(f"bench: needs {package}: use `make bench`", file=sys.stderr)
             return 2
