@@ -20,13 +20,14 @@ def info(index, segments, order=None, roles=None) -> TokenInfo:
 
 
 def random_info(rng, rows, length, kind="packed") -> TokenInfo:
-    """`packed`: causal documents and padding; `special`: shared, readers and roles too; `mixed`: any order of the array."""
-    segments = np.sort(rng.integers(-2 if kind != "packed" else 0, 4, (rows, length)), axis=1)
+    """`documents`: causal text; `packed`: and padding; `special`: shared, readers, roles too; `mixed`: arrays in any order."""
+    low = {"documents": 1, "packed": 0}.get(kind, -2)
+    segments = np.sort(rng.integers(low, 4, (rows, length)), axis=1)
     index = np.zeros_like(segments)
     for row, own in zip(index, segments, strict=True):
         for segment in set(own) - {0}:
             row[own == segment] = np.arange((own == segment).sum())
-    order, roles = index.copy(), rng.integers(0, 2, index.shape) if kind != "packed" else None
+    order, roles = index.copy(), rng.integers(0, 2, index.shape) if low < 0 else None
     if kind == "mixed":
         order = np.where(rng.random((rows, 1)) < 0.5, 0, order // 3)
         shuffle = np.argsort(rng.random(index.shape), axis=1)
