@@ -1,0 +1,47 @@
+"""Llama shapes at long context on TPU slices: full training steps with AdamW that fit their chips. docs/pods.md has the reports.
+
+    python -m experiments.plan --config=config:pods.llama.llama3_8b_1m --topology=v5e:16x16
+
+One row of the whole length a group of devices; parameters, gradients and moments are spread over all of them; zigzag rows over
+rings, the inner ring on the second mesh axis. The text is the standard library's, for want of a corpus: set data.
+"""
+
+
+from configs.models import llama
+from lcx.attention.ring import Ring
+from lcx.data.packing import PackedText
+from lcx.data.pipeline import Pipeline, Weighted
+from lcx.data.sources import StandardLibrary
+from lcx.models.decoder import Decoder
+from lcx.parallel.layout import Zigzag
+from lcx.parallel.mesh import MeshSpec
+from lcx.parallel.rules import Rules
+from lcx.spec import edits
+from lcx.training.experiment import Experiment
+from lcx.training.optimizer import AdamW
+from lcx.training.schedules import Cosine
+
+SPREAD = Rules(batch=("data",), sequence=("fsdp", "context"), width=("fsdp", "context"), vocab=())
+
+
+def _pod(model: Decoder, length: int, mesh: MeshSpec) -> Experiment:
+    return Experiment(
+        model=edits(model, [("rules", SPREAD), ("communication", Ring())]),
+        data=Pipeline(
+            mixture=(Weighted(rows=PackedText(source=StandardLibrary(split="train"))),), length=length, batch_size=mesh.data
+        ),
+        optimizer=AdamW(learning_rate=Cosine(peak=1e-5, warmup=100)),
+        steps=1000,
+        mesh=mesh,
+        layout=Zigzag(),
+    )
+
+
+def llama3_8b_128k() -> Experiment:
+    """Llama-3-8B at 131,072 tokens on `v5e:8x8`."""
+    return _pod(llama.llama3_8b(), 1 << 17, MeshSpec(fsdp=8, context=8))
+
+
+def llama3_8b_1m() -> Experiment:
+    """Llama-3-8B at 1,048,576 tokens on `v5e:16x16`."""
+    return _pod(llama.llama3_8b(), 1 << 20, MeshSpec(fsdp=16, context=16))
