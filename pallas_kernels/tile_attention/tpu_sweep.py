@@ -1,0 +1,121 @@
+"""Runs a kernel over a list of tiles: the grid, copies of tiles into vector memory, ranges of outputs for a long list.
+
+Arrays are tile-major. Those of the major axis stay while the kernel goes over tiles of the minor axis; tokens come last:
+    q, k, v and their like [B, tiles, 1, K, rows, width]   (`tiling.cut`; rows: G query heads x tokens, or the tokens of keys)
+    tokens                 [B, tiles, 4, tokens]            index, order, segments, roles
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
+
+from pallas_kernels.tile_attention import tile_list
+from pallas_kernels.tile_attention.tile_list import FIRST, KIND, LAST, MAJOR, MINOR, Entries
+from pallas_kernels.tile_attention.tiling import FULL, PARTIAL
+
+Arrays = tuple[Array, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """start(refs), step(refs, masked), finish(refs): at the first tile of an output, at each, at the last.
+
+    refs: major arrays, minor arrays, outputs, scratch. A pair of scores costs `flops` and one exponential.
+    """
+
+    start: Callable
+    step: Callable
+    finish: Callable
+    outputs: tuple[tuple[int, int], ...]  # rows and width of one tile, float32
+    scratch: tuple[tuple[int, int], ...]
+    flops: int
+    vmem: int  # bytes
+
+    def __call__(self, entry, *refs):
+        kind = entry & KIND
+        pl.when(entry & FIRST != 0)(lambda: self.start(*refs))
+        pl.when(kind == FULL)(lambda: self.step(False, *refs))
+        pl.when(kind == PARTIAL)(lambda: self.step(True, *refs))
+        pl.when(entry & LAST != 0)(lambda: self.finish(*refs))
+
+
+def sweep(
+    kernel: Kernel, majors: Arrays, minors: Arrays, entries: Callable[[Array], Entries], parts: int, interpret: Any
+) -> list[Array]:
+    """The outputs [B, tiles, 1, K, rows, width] for the major tiles, made in `parts` ranges. `entries`: of major tokens."""
+    if parts == 1:
+        return _launch(kernel, majors, minors, entries(majors[-1]), interpret)
+    B, n = majors[0].shape[:2]
+    each = -(-n // parts)
+
+    def split(x):
+        x = jnp.pad(x, [(0, 0), (0, parts * each - n)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(B, parts, each, *x.shape[2:]), 1, 0)
+
+    def join(x):
+        return jnp.moveaxis(x, 0, 1).reshape(B, parts * each, *x.shape[3:])[:, :n]
+
+    outs = jax.lax.map(lambda part: _launch(kernel, part, minors, entries(part[-1]), interpret), jax.tree.map(split, majors))
+    return [join(out) for out in outs]
+
+
+def parts_of(B: int, majors: int, minors: int) -> int:
+    """Ranges of major tiles such that one list fits the scalar memory."""
+    most = min(tile_list.ENTRIES // (B * minors), tile_list.MAJORS)
+    if most == 0 or minors > tile_list.MINORS:
+        raise ValueError(
+            f"{B} rows of {majors} x {minors} tiles: a list holds {tile_list.ENTRIES} tiles and {tile_list.MINORS} of the minor"
+            " axis; take larger blocks or fewer rows a call"
+        )
+    return -(-majors // most)
+
+
+def _launch(kernel: Kernel, majors: Arrays, minors: Arrays, entries: Entries, interpret: Any) -> list[Array]:
+    packed, longest = entries
+    B, n, _, K = majors[0].shape[:4]
+    groups, length = packed.shape[1:]
+    pairs = B * K * length * majors[0].shape[-2] * minors[0].shape[-2]
+
+    def entry(b, h, i, codes):
+        return codes[(b * groups + (h if groups > 1 else 0)) * length + i]
+
+    def major(*at):
+        return entry(*at) >> MAJOR
+
+    def minor(*at):
+        return (entry(*at) >> MINOR) & ((1 << (MAJOR - MINOR)) - 1)
+
+    def spec(shape, tile):
+        if len(shape) == 4:
+            return pl.BlockSpec((None, None, *shape[2:]), lambda *at: (at[0], tile(*at), 0, 0))
+        return pl.BlockSpec((None, None, None, None, *shape[4:]), lambda *at: (at[0], tile(*at), 0, at[1], 0, 0))
+
+    def body(codes, *refs):
+        kernel(entry(*(pl.program_id(axis) for axis in range(3)), codes), *refs)
+
+    outputs = [(B, n, 1, K, *tile) for tile in kernel.outputs]
+    moved = sum(x.size * x.dtype.itemsize for x in majors) + 4 * sum(map(math.prod, outputs))
+    moved += length * sum(x.size // x.shape[1] * x.dtype.itemsize for x in minors)
+    return pl.pallas_call(
+        body,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(B, K, longest),
+            in_specs=[spec(x.shape, major) for x in majors] + [spec(x.shape, minor) for x in minors],
+            out_specs=[spec(shape, major) for shape in outputs],
+            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in kernel.scratch],
+        ),
+        out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in outputs],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=kernel.vmem
+        ),
+        cost_estimate=pl.CostEstimate(flops=pairs * kernel.flops, transcendentals=pairs, bytes_accessed=moved),
+        interpret=interpret,
+    )(packed.reshape(-1), *majors, *minors)
