@@ -18,6 +18,7 @@ LANES, SUBLANES = 128, 8
 MIB = 1 << 20
 VMEM = {"v4": 16 * MIB, "v5e": 128 * MIB, "v5p": 64 * MIB, "v6e": 128 * MIB, "tpu7x": 64 * MIB}  # of a core
 SHARE = 7 / 8  # of it is for a kernel
+OWN = MIB // 2  # for the compiler
 FLOAT32_SCORES = 1.5  # more arrays of scores where products are float32
 KINDS = {"v4": "v4", "v5 lite": "v5e", "v5e": "v5e", "v5": "v5p", "v5p": "v5p", "v6 lite": "v6e", "v6e": "v6e", "7x": "tpu7x"}
 
@@ -95,9 +96,10 @@ def choose_blocks(shape: Shape, dtype: Any, chip: str | None, given: Blocks | No
         bq, bk = getattr(given, name) if given else _start(shape, dtype, *targets)
         takes = lambda bq, bk, bytes_of=bytes_of: bytes_of(Sizes(shape.G, bq, bk, shape.D, shape.E), dtype)
         while given is None and takes(bq, bk) > room and max(bq, bk) > LANES:
-            bq, bk = (
-                (_half(bq), bk) if bq > LANES and shape.G * bq >= bk else (bq, _half(bk)) if bk > LANES else (_half(bq), bk)
-            )
+            if bk > LANES and (bk > shape.G * bq or bq == LANES):
+                bk = _half(bk)
+            else:
+                bq = _half(bq)
         if takes(bq, bk) > room:
             raise ValueError(
                 f"{name} = {(bq, bk)} with {shape.G} stacked heads of {shape.D} and {shape.E} in {jnp.dtype(dtype).name} takes"
@@ -139,7 +141,8 @@ def _cotangents(size: Sizes, dtype: Any) -> int:
 
 def _scores(size: Sizes, dtype: Any, each: float, mask: float) -> int:
     """`each` float32 array of scores and `mask` int32 ones of pairs of tokens; float32 factors are split in three bfloat16."""
-    pairs = each * _float32(size.G * size.bq, size.bk) + mask * _float32(size.bq, size.bk)
+    columns = 8 * _float32(max(size.bq, size.bk), LANES)  # four fields of tokens before and after they are turned
+    pairs = OWN + columns + each * _float32(size.G * size.bq, size.bk) + mask * _float32(size.bq, size.bk)
     if jnp.dtype(dtype).itemsize < 4:
         return int(pairs)
     rows = size.G * size.bq + size.bk

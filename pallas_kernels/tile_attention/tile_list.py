@@ -1,7 +1,7 @@
 """The list of tiles that a kernel walks through: which pairs of a query tile and a key tile are worth computing.
 
 A kernel keeps the output of one tile of the major axis (queries, or keys for their gradients) while it goes over tiles of the
-minor axis. An entry is one int32 in scalar memory, so that sorting the numbers sorts the tiles:
+minor axis. An entry is one int32 in scalar memory; in the order of these numbers the tiles of an output are neighbours:
     major << 18 | minor << 4 | last << 3 | first << 2 | kind,      kind: FULL 0, PARTIAL 1, EMPTY 2
 `first` and `last` mark where an output begins and where it is written. A major tile without any tile to compute has one EMPTY
 entry, which writes its zeros; entries behind the end repeat the last one as EMPTY, so that they neither copy nor compute.
@@ -9,11 +9,12 @@ entry, which writes its zeros; entries behind the end repeat the last one as EMP
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Int8, Int32
 
 from pallas_kernels.tile_attention.tiling import EMPTY, FULL, PARTIAL
-from pallas_kernels.tile_attention.tokens import Mask, Tokens, tiles
+from pallas_kernels.tile_attention.tokens import Mask, Tiles, Tokens, tiles
 
 KIND, FIRST, LAST = 3, 4, 8
 MAJOR, MINOR = 18, 4  # shifts
@@ -49,7 +50,8 @@ def tile_states(mask: Mask, q: Int[Array, "B nq 4 bq"], k: Int[Array, "B nk 4 bk
     """FULL, PARTIAL or EMPTY for every tile; tile-major tokens, their fields on the third axis."""
 
     def statistics(x):
-        return tiles(Tokens(*(x[:, :, field].reshape(x.shape[0], -1) for field in range(4))), x.shape[-1])
+        each = tiles(Tokens(*(x[:, :, field] for field in range(4))), x.shape[-1])  # one tile a row
+        return Tiles(*(field[..., 0] for field in each))
 
     may, must = mask.bounds(statistics(q).rows(), statistics(k).columns())
     return jnp.where(must, FULL, jnp.where(may, PARTIAL, EMPTY)).astype(jnp.int32)
@@ -61,7 +63,7 @@ def from_states(states: Int32[Array, "B majors minors"]) -> Entries:
     nothing = (states == EMPTY).all(axis=-1, keepdims=True)
     listed = (states != EMPTY) | (nothing & (minor == 0))
     packed = jnp.where(listed, major[:, None] << MAJOR | minor << MINOR | states, UNLISTED)
-    return _finished(packed.reshape(states.shape[0], 1, -1))
+    return _finished(_joined(jnp.sort(packed, axis=-1))[:, None])
 
 
 def from_list(given: TileList, majors: int) -> Entries:
@@ -71,7 +73,7 @@ def from_list(given: TileList, majors: int) -> Entries:
     packed = jnp.where(real, given.rows << MAJOR | given.cols << MINOR | given.kind.astype(jnp.int32), UNLISTED)
     nothing = jnp.arange(majors, dtype=jnp.int32) << MAJOR | EMPTY
     nothing = jnp.where(_visited(jnp.where(real, given.rows, majors), majors), UNLISTED, nothing)
-    return _finished(jnp.concatenate([packed, nothing], axis=-1))
+    return _finished(jnp.sort(jnp.concatenate([packed, nothing], axis=-1), axis=-1))
 
 
 def _visited(rows: Int32[Array, "B groups A"], majors: int) -> Bool[Array, "B groups majors"]:
@@ -80,8 +82,21 @@ def _visited(rows: Int32[Array, "B groups A"], majors: int) -> Bool[Array, "B gr
     return jnp.zeros((B, groups, majors), bool).at[at].set(True, mode="drop")
 
 
+def _joined(packed: Int32[Array, "B majors minors"]) -> Int32[Array, "B A"]:
+    """Row behind row without gaps: each is written where the last one ends. One sort of them all takes seconds to compile."""
+    B, majors, minors = packed.shape
+    count = (packed != UNLISTED).sum(axis=-1, dtype=jnp.int32)
+    starts = jnp.cumsum(count, axis=-1) - count
+
+    def write(i, line):
+        b, row = i // majors, i % majors
+        return jax.lax.dynamic_update_slice(line, packed[b, row][None], (b, starts[b, row]))
+
+    line = jnp.full((B, (majors + 1) * minors), UNLISTED, jnp.int32)
+    return jax.lax.fori_loop(0, B * majors, write, line)[:, : majors * minors]
+
+
 def _finished(packed: Int32[Array, "B groups A"]) -> Entries:
-    packed = jnp.sort(packed, axis=-1)
     listed, major = packed != UNLISTED, packed >> MAJOR
     count = listed.sum(axis=-1, dtype=jnp.int32)
     edge = [(0, 0), (0, 0), (1, 1)]

@@ -48,7 +48,7 @@ class Kernel:
 
 def sweep(
     kernel: Kernel, majors: Arrays, minors: Arrays, entries: Callable[[Array], Entries], parts: int, interpret: Any
-) -> list[Array]:
+) -> Arrays:
     """The outputs [B, tiles, 1, K, rows, width] for the major tiles, made in `parts` ranges. `entries`: of major tokens."""
     if parts == 1:
         return _launch(kernel, majors, minors, entries(majors[-1]), interpret)
@@ -63,7 +63,7 @@ def sweep(
         return jnp.moveaxis(x, 0, 1).reshape(B, parts * each, *x.shape[3:])[:, :n]
 
     outs = jax.lax.map(lambda part: _launch(kernel, part, minors, entries(part[-1]), interpret), jax.tree.map(split, majors))
-    return [join(out) for out in outs]
+    return tuple(join(out) for out in outs)
 
 
 def parts_of(B: int, majors: int, minors: int) -> int:
@@ -77,7 +77,7 @@ def parts_of(B: int, majors: int, minors: int) -> int:
     return -(-majors // most)
 
 
-def _launch(kernel: Kernel, majors: Arrays, minors: Arrays, entries: Entries, interpret: Any) -> list[Array]:
+def _launch(kernel: Kernel, majors: Arrays, minors: Arrays, entries: Entries, interpret: Any) -> Arrays:
     packed, longest = entries
     B, n, _, K = majors[0].shape[:4]
     groups, length = packed.shape[1:]
@@ -103,7 +103,7 @@ def _launch(kernel: Kernel, majors: Arrays, minors: Arrays, entries: Entries, in
     outputs = [(B, n, 1, K, *tile) for tile in kernel.outputs]
     moved = sum(x.size * x.dtype.itemsize for x in majors) + 4 * sum(map(math.prod, outputs))
     moved += length * sum(x.size // x.shape[1] * x.dtype.itemsize for x in minors)
-    return pl.pallas_call(
+    call = pl.pallas_call(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
@@ -118,4 +118,5 @@ def _launch(kernel: Kernel, majors: Arrays, minors: Arrays, entries: Entries, in
         ),
         cost_estimate=pl.CostEstimate(flops=pairs * kernel.flops, transcendentals=pairs, bytes_accessed=moved),
         interpret=interpret,
-    )(packed.reshape(-1), *majors, *minors)
+    )
+    return tuple(call(packed.reshape(-1), *majors, *minors))
