@@ -88,9 +88,15 @@ def footprint(blocks: Blocks, G: int, D: int, E: int, dtype: Any) -> int:
     return max(bytes_of(Sizes(G, *getattr(blocks, name), D, E), dtype) for name, bytes_of, _ in KERNELS)
 
 
+def stacked_heads(shape: Shape, dtype: Any, chip: str | None) -> int:
+    """The most heads of a group, a divisor of G, whose smallest tiles fit the VMEM of a chip; 1 if none do."""
+    fits = lambda G: footprint(Blocks.same(LANES, LANES), G, shape.D, shape.E, dtype) <= _room(chip)
+    return next((G for G in range(shape.G, 1, -1) if shape.G % G == 0 and fits(G)), 1)
+
+
 def choose_blocks(shape: Shape, dtype: Any, chip: str | None, given: Blocks | None = None) -> Blocks:
     """Sizes that fit the VMEM of a chip (None: the smallest), from the kernels' targets; ValueError if `given` do not."""
-    room = int(SHARE * (VMEM[chip] if chip else min(VMEM.values())))
+    room = _room(chip)
     sizes = {}
     for name, bytes_of, targets in KERNELS:
         bq, bk = getattr(given, name) if given else _start(shape, dtype, *targets)
@@ -114,6 +120,10 @@ def this_chip() -> str | None:
     described = jax.sharding.get_abstract_mesh().abstract_device
     kind = described.device_kind if described else jax.devices()[0].device_kind
     return KINDS.get(kind.removeprefix("TPU").strip())
+
+
+def _room(chip: str | None) -> int:
+    return int(SHARE * (VMEM[chip] if chip else min(VMEM.values())))
 
 
 def _start(shape: Shape, dtype: Any, rows: int, keys: int) -> tuple[int, int]:

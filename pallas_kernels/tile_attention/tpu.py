@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.tile_attention import tpu_kernels
-from pallas_kernels.tile_attention.blocks import Blocks, Shape, Sizes, choose_blocks, this_chip
+from pallas_kernels.tile_attention.blocks import Blocks, Shape, Sizes, choose_blocks, stacked_heads, this_chip
 from pallas_kernels.tile_attention.tile_list import ENTRIES, TileList, from_list, from_states, tile_states
 from pallas_kernels.tile_attention.tiling import cut, cut_tokens, uncut
 from pallas_kernels.tile_attention.tokens import Mask, Tokens
@@ -40,9 +40,9 @@ def forward(
     if shape.T == 0 or shape.S == 0:
         return jnp.zeros((*q.shape[:3], shape.E)), jnp.full(q.shape[:3], -jnp.inf)
     bq, bk = _blocks(shape, q.dtype, blocks, tiles).forward
-    size, K = _sizes(shape, bq, bk), k.shape[2]
-    queries = _cut(q, bq, K), _cut_tokens(q_tokens, bq)
-    keys = _cut(k, bk, K), _cut(v, bk, K), _cut_tokens(k_tokens, bk)
+    size = _sizes(shape, bq, bk)
+    queries = _cut(q, bq, size.G), _cut_tokens(q_tokens, bq)
+    keys = _cut(k, bk, 1), _cut(v, bk, 1), _cut_tokens(k_tokens, bk)
     kernel = tpu_kernels.forward(Scores(mask, scale, softcap), size, q.dtype)
     out, lse = sweep(kernel, queries, keys, *_listing(mask, queries, keys, tiles), interpret)
     return uncut(out, bq, shape.T)[..., : shape.E], uncut(lse[..., 0, :], bq, shape.T)
@@ -74,15 +74,15 @@ def backward(
     if shape.T == 0 or shape.S == 0:
         return tuple(jnp.zeros(x.shape) for x in (q, k, v))
     chosen = _blocks(shape, q.dtype, blocks, tiles)
-    scores, K = Scores(mask, scale, softcap), k.shape[2]
+    scores, G = Scores(mask, scale, softcap), shape.G
     nothing = jnp.isneginf(lse)
     lse = jnp.where(nothing, -LOW, lse * LOG2E)  # 2^(s - lse) is 0 for rows that see nothing
     delta = jnp.where(nothing, 0, delta)
 
     def arrays(bq, bk):
-        rows = (cut(x, bq, 1, K)[..., None, :] for x in (lse, delta))
-        queries = _cut(q, bq, K), _cut(d_out.astype(v.dtype), bq, K), *rows, _cut_tokens(q_tokens, bq)
-        return _sizes(shape, bq, bk), queries, (_cut(k, bk, K), _cut(v, bk, K), _cut_tokens(k_tokens, bk))
+        rows = (cut(x, bq, 1, x.shape[2] // G)[..., None, :] for x in (lse, delta))
+        queries = _cut(q, bq, G), _cut(d_out.astype(v.dtype), bq, G), *rows, _cut_tokens(q_tokens, bq)
+        return _sizes(shape, bq, bk), queries, (_cut(k, bk, 1), _cut(v, bk, 1), _cut_tokens(k_tokens, bk))
 
     size, queries, keys = arrays(*chosen.query_gradient)
     kernel = tpu_kernels.query_gradient(scores, size, q.dtype)
@@ -92,7 +92,8 @@ def backward(
     size, queries, keys = arrays(*chosen.key_gradient)
     kernel = tpu_kernels.key_gradient(scores, size, q.dtype)
     dk, dv = sweep(kernel, keys, queries, *_listing(mask, queries, keys, tiles, "keys"), interpret)
-    return dq, uncut(dk, size.bk, shape.S)[..., : shape.D], uncut(dv, size.bk, shape.S)[..., : shape.E]
+    dk, dv = (uncut(x, size.bk, shape.S).reshape(*k.shape[:3], -1, x.shape[-1]).sum(axis=3) for x in (dk, dv))
+    return dq, dk[..., : shape.D], dv[..., : shape.E]
 
 
 def _shape(q, k, v):
@@ -101,7 +102,8 @@ def _shape(q, k, v):
         raise ValueError(f"dtypes {q.dtype}, {k.dtype}, {v.dtype}: expected one for q, k and v, bfloat16 or float32")
     if H % K:
         raise ValueError(f"{H} query heads, {K} key heads: expected a multiple")
-    return Shape(T, S, H // K, D, E)
+    shape = Shape(T, S, H // K, D, E)
+    return shape._replace(G=stacked_heads(shape, q.dtype, this_chip()))
 
 
 def _blocks(shape, dtype, blocks, tiles):
@@ -119,8 +121,9 @@ def _padded(width: int) -> int:
     return HALF_LANES if width <= HALF_LANES else -(-width // (2 * HALF_LANES)) * 2 * HALF_LANES
 
 
-def _cut(x: Float[Array, "B T heads D"], size: int, K: int) -> Float[Array, "B n 1 K rows width"]:
-    return cut(jnp.pad(x, [(0, 0)] * 3 + [(0, _padded(x.shape[-1]) - x.shape[-1])]), size, 1, K)
+def _cut(x: Float[Array, "B T heads D"], size: int, stacked: int) -> Float[Array, "B n 1 stacks rows width"]:
+    x = jnp.pad(x, [(0, 0)] * 3 + [(0, _padded(x.shape[-1]) - x.shape[-1])])
+    return cut(x, size, 1, x.shape[2] // stacked)
 
 
 def _cut_tokens(tokens: Tokens, size: int) -> Int[Array, "B n 4 size"]:

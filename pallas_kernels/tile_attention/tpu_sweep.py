@@ -1,8 +1,9 @@
 """Runs a kernel over a list of tiles: the grid, copies of tiles into vector memory, ranges of outputs for a long list.
 
 Arrays are tile-major. Those of the major axis stay while the kernel goes over tiles of the minor axis; tokens come last:
-    q, k, v and their like [B, tiles, 1, K, rows, width]   (`tiling.cut`; rows: G query heads x tokens, or the tokens of keys)
-    tokens                 [B, tiles, 4, tokens]            index, order, segments, roles
+    q, k, v and their like [B, tiles, 1, heads, rows, width]   `tiling.cut`; rows: of G stacked query heads, or of one key head
+    tokens                 [B, tiles, 4, tokens]               index, order, segments, roles
+Query heads come in stacks of G; several stacks may share a key head, and then each has its own gradient of it.
 """
 
 import dataclasses
@@ -49,7 +50,7 @@ class Kernel:
 def sweep(
     kernel: Kernel, majors: Arrays, minors: Arrays, entries: Callable[[Array], Entries], parts: int, interpret: Any
 ) -> Arrays:
-    """The outputs [B, tiles, 1, K, rows, width] for the major tiles, made in `parts` ranges. `entries`: of major tokens."""
+    """The outputs [B, tiles, 1, stacks, rows, width] of the major tiles, in `parts` ranges. `entries`: from their tokens."""
     if parts == 1:
         return _launch(kernel, majors, minors, entries(majors[-1]), interpret)
     B, n = majors[0].shape[:2]
@@ -79,12 +80,16 @@ def parts_of(B: int, majors: int, minors: int) -> int:
 
 def _launch(kernel: Kernel, majors: Arrays, minors: Arrays, entries: Entries, interpret: Any) -> Arrays:
     packed, longest = entries
-    B, n, _, K = majors[0].shape[:4]
+    B, n = majors[0].shape[:2]
+    stacks = max(x.shape[3] for x in (*majors, *minors) if x.ndim == 6)
     groups, length = packed.shape[1:]
-    pairs = B * K * length * majors[0].shape[-2] * minors[0].shape[-2]
+    pairs = B * stacks * length * majors[0].shape[-2] * minors[0].shape[-2]
+
+    def own(stack, heads):  # not `//`, whose sign asks which chip this machine has
+        return jax.lax.div(stack, jnp.int32(stacks // heads)) if 1 < heads < stacks else stack if heads > 1 else 0
 
     def entry(b, h, i, codes):
-        return codes[(b * groups + (h if groups > 1 else 0)) * length + i]
+        return codes[(b * groups + own(h, groups)) * length + i]
 
     def major(*at):
         return entry(*at) >> MAJOR
@@ -95,19 +100,19 @@ def _launch(kernel: Kernel, majors: Arrays, minors: Arrays, entries: Entries, in
     def spec(shape, tile):
         if len(shape) == 4:
             return pl.BlockSpec((None, None, *shape[2:]), lambda *at: (at[0], tile(*at), 0, 0))
-        return pl.BlockSpec((None, None, None, None, *shape[4:]), lambda *at: (at[0], tile(*at), 0, at[1], 0, 0))
+        return pl.BlockSpec((None, None, None, None, *shape[4:]), lambda *at: (at[0], tile(*at), 0, own(at[1], shape[3]), 0, 0))
 
     def body(codes, *refs):
         kernel(entry(*(pl.program_id(axis) for axis in range(3)), codes), *refs)
 
-    outputs = [(B, n, 1, K, *tile) for tile in kernel.outputs]
+    outputs = [(B, n, 1, stacks, *tile) for tile in kernel.outputs]
     moved = sum(x.size * x.dtype.itemsize for x in majors) + 4 * sum(map(math.prod, outputs))
     moved += length * sum(x.size // x.shape[1] * x.dtype.itemsize for x in minors)
     call = pl.pallas_call(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(B, K, longest),
+            grid=(B, stacks, longest),
             in_specs=[spec(x.shape, major) for x in majors] + [spec(x.shape, minor) for x in minors],
             out_specs=[spec(shape, major) for shape in outputs],
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in kernel.scratch],

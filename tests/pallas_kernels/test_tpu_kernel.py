@@ -11,7 +11,7 @@ from attention_cases import arrays, compare, random_tokens, whole_document, with
 
 from lcx.attention.mask import Beyond, Causal, Chunk, Hide, Sink, Window, Within
 from pallas_kernels.tile_attention import reference, tile_list, tpu
-from pallas_kernels.tile_attention.blocks import VMEM, Blocks, Shape, choose_blocks, footprint
+from pallas_kernels.tile_attention.blocks import VMEM, Blocks, Shape, choose_blocks, footprint, stacked_heads
 from pallas_kernels.tile_attention.tile_list import FIRST, KIND, LAST, MAJOR, MINOR, TileList, from_list, from_states
 from pallas_kernels.tile_attention.tiling import EMPTY, FULL, PARTIAL
 from pallas_kernels.tile_attention.tokens import Tokens
@@ -134,6 +134,15 @@ def test_a_list_of_tiles_for_every_key_head():
         compare(map(part, got), dense(*map(part, given), q_tokens, seen), 3e-6)
 
 
+def test_stacks_that_share_a_key_head(monkeypatch):
+    """Four query heads of a key head in stacks of two, as where four do not fit."""
+    rng = np.random.default_rng(0)
+    given = *arrays(rng, 1, 201, 201, 8, 2, 64, 64), *(random_tokens(rng, 1, 201, "special"),) * 2
+    monkeypatch.setattr(tpu, "stacked_heads", lambda *_: 2)
+    tiled, dense = both(Causal())
+    compare(tiled(*given), dense(*given), 3e-6)
+
+
 def test_long_lists_are_cut_into_ranges(monkeypatch):
     """Scalar memory for 4 tiles of 3 x 3: one range a row of tiles, the outputs joined again."""
     rng = np.random.default_rng(0)
@@ -198,7 +207,8 @@ def test_what_does_not_fit_is_named():
 
 @pytest.mark.parametrize("chip", [None, *VMEM])
 def test_chosen_blocks_fit(chip):
-    for G, D, dtype in itertools.product((1, 4, 8), (64, 128, 256), (jnp.bfloat16, jnp.float32)):
+    for G, D, dtype in itertools.product((1, 4, 24, 71), (64, 128, 256), (jnp.bfloat16, jnp.float32)):
+        G = stacked_heads(Shape(1, 1, G, D, D), dtype, chip)
         blocks = choose_blocks(Shape(100_000, 100_000, G, D, D), dtype, chip)
         assert footprint(blocks, G, D, D, dtype) <= 7 / 8 * VMEM[chip or "v4"]
         assert choose_blocks(Shape(100_000, 100_000, G, D, D), dtype, chip, blocks) == blocks
