@@ -6,62 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import arrays, compare, random_tokens, whole_document, with_gradient
 from jax.sharding import PartitionSpec
 
 from lcx.attention.mask import Causal, Chunk, Hide, Sink, Window, Within
 from pallas_kernels.tile_attention import op, reference, xla
 from pallas_kernels.tile_attention.tiling import cut, tile_size, uncut
-from pallas_kernels.tile_attention.tokens import Tokens
-
-NAMES = ("out", "lse", "dq", "dk", "dv")
-
-
-def random_tokens(rng, rows, length, kind):
-    """`packed`: documents and padding; `special`: shared, readers, roles too; `shuffled`: arrays in any order.
-
-    `padding`: rows of nothing else; `single`: one document a row, of any length.
-    """
-    segments = np.sort(rng.integers(0 if kind == "packed" else -2, 5, (rows, length)), axis=1)
-    if kind == "single":
-        segments = (np.arange(length) < rng.integers(0, length + 1, (rows, 1))).astype(int)
-    index = np.zeros_like(segments)
-    for row, own in zip(index, segments, strict=True):
-        for segment in set(own):
-            row[own == segment] = np.arange((own == segment).sum())
-    order, roles = index, rng.integers(0, 2, index.shape)
-    if kind == "shuffled":
-        order = np.where(rng.random((rows, 1)) < 0.5, 0, index // 3)
-        places = np.argsort(rng.random(index.shape), axis=1)
-        index, order, segments = (np.take_along_axis(x, places, 1) for x in (index, order, segments))
-    if kind == "padding":
-        segments[: rows // 2] = 0
-    return Tokens(*(jnp.asarray(x, jnp.int32) for x in (index, order, segments, roles)))
-
-
-def whole_document(rows, length):
-    index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (rows, length))
-    return Tokens(index, index, jnp.ones_like(index), jnp.zeros_like(index))
-
-
-def arrays(rng, B, T, S, H, K, D, E, dtype=jnp.float32):
-    """q, k, v and the cotangents of out and lse."""
-    qkv = (jnp.asarray(rng.normal(size=s), dtype) for s in ((B, T, H, D), (B, S, K, D), (B, S, K, E)))
-    return (*qkv, *(jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((B, T, H, E), (B, T, H))))
-
-
-def with_gradient(form):
-    def run(q, k, v, d_out, d_lse, q_tokens, k_tokens):
-        (out, lse), pull = jax.vjp(lambda q, k, v: form(q, k, v, q_tokens, k_tokens), q, k, v)
-        return out, lse, *pull((d_out, jnp.where(lse == -jnp.inf, 0, d_lse)))
-
-    return jax.jit(run)
-
-
-def compare(got, expected, tolerance):
-    for name, value, other in zip(NAMES, got, expected, strict=True):
-        value, other = np.asarray(value, np.float32), np.asarray(other, np.float32)
-        largest = np.abs(other[np.isfinite(other)]).max(initial=0)
-        np.testing.assert_allclose(value, other, rtol=0, atol=tolerance * largest, err_msg=name)
 
 
 @pytest.mark.parametrize(

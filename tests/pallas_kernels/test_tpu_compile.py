@@ -1,0 +1,96 @@
+"""The TPU compiler takes the kernels on every chip, within the vector memory that `blocks.footprint` says they need.
+
+Run as a program for one chip it compiles for a described device and prints a line for each kernel: a compiler that aborts then
+ends that program, not the tests. What is compiled carries its footprint as the limit of vector memory, so that too low an
+estimate is refused by the compiler.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1", "tpu7x": "tpu7x:1x1x1"}
+LONG = {"T": 16384, "H": 64, "K": 16, "D": 128}  # its arrays do not fit the vector memory as a whole
+SHORT = {"T": 512, "H": 4, "K": 2, "D": 64}
+
+
+def cases(chip):
+    """Name, mask, shape, dtype and options of what is compiled for a chip: the masks on one of them."""
+    import jax.numpy as jnp
+
+    from lcx.attention.mask import Beyond, Causal, Chunk, Hide, Sink, Window, Within
+    from pallas_kernels.tile_attention.blocks import Blocks
+
+    small = {"blocks": Blocks.same(128, 128)}
+    yield "chosen blocks", Causal(), LONG, jnp.bfloat16, {}
+    if chip != "v5e":
+        yield "chunk", Chunk(size=100), SHORT, jnp.bfloat16, small
+        return
+    for mask in (
+        Window(size=100) | Sink(size=4),
+        Chunk(size=100) & Beyond(size=3),
+        Within(size=9) & Hide(query_role=1, key_role=0),
+    ):
+        yield repr(mask), mask, SHORT, jnp.bfloat16, small
+    yield "float32 and softcap", Causal(), {**LONG, "T": 512, "D": 192}, jnp.float32, {"softcap": 30.0, **small}
+    yield "one head of 256", Causal(), {**LONG, "K": 64, "D": 256}, jnp.bfloat16, {}
+    yield "a long list", Causal(), {**SHORT, "T": 128 * 520}, jnp.bfloat16, small
+
+
+def compiled(device, mask, shape, dtype, options):
+    """Compiles forward and backward, and checks what the compiler was told."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import SingleDeviceSharding
+
+    from pallas_kernels.tile_attention import tpu
+    from pallas_kernels.tile_attention.tokens import Tokens
+
+    T, H, K, D = shape.values()
+    array = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
+    tokens = Tokens(*(array(1, T, dtype=jnp.int32),) * 4)
+    given = array(1, T, H, D), array(1, T, K, D), array(1, T, K, D), tokens, tokens
+    rows = *(array(1, T, H, dtype=jnp.float32),) * 2, array(1, T, H, D, dtype=jnp.float32)
+    for form, inputs in ((tpu.forward, given), (tpu.backward, (*given, *rows))):
+        run = lambda *inputs, form=form: form(*inputs, mask=mask, scale=0.1, **options)
+        yield jax.jit(run).lower(*inputs).compile()
+
+
+def main(chip):
+    import jax
+    import numpy as np
+
+    from lcx.parallel.topology import topology_devices
+    from pallas_kernels.tile_attention.blocks import this_chip
+
+    device = topology_devices(TOPOLOGIES[chip])[0]
+    with jax.set_mesh(jax.sharding.Mesh(np.array([device]), ("one",))):
+        assert this_chip() == chip
+        for name, *case in cases(chip):
+            start, flops = time.perf_counter(), []
+            for program in compiled(device, *case):
+                flops.append(program.cost_analysis()["flops"])
+            print(json.dumps({"name": name, "flops": flops, "seconds": round(time.perf_counter() - start, 1)}), flush=True)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the TPU compiler")
+@pytest.mark.parametrize("chip", TOPOLOGIES)
+def test_compiles(chip):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    run = subprocess.run([sys.executable, __file__, chip], env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    done = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    assert len(done) == (7 if chip == "v5e" else 2)
+    T, _, D = LONG["T"], LONG["K"], LONG["D"]
+    pairs = T * T * LONG["H"]  # the estimate is of all tiles
+    for flops, products in zip(done[0]["flops"], (2, 7), strict=True):
+        assert 1 <= flops / (2 * products * D * pairs) < 1.05
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
