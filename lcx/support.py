@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from jax.sharding import AbstractMesh
 
+from lcx.attention.attend import choose
 from lcx.attention.mask import Hide
 from lcx.config_text import fields
 from lcx.data.recall import TaskDoesNotFit
@@ -55,6 +56,11 @@ def _check_devices(experiment: Experiment, count: int | None) -> None:
         shape = " x ".join(f"{axis} {size}" for axis, size in sizes(experiment.mesh).items() if size > 1)
         hint = "; on a CPU JAX_NUM_CPU_DEVICES sets how many there are" if count == 1 else ""
         raise SpecError(f"mesh = {shape} = {experiment.mesh.size} devices: expected at most the {count} there are{hint}")
+    for path, mixer in _attentions(experiment) if count is not None else ():
+        try:
+            choose(mixer.backend)
+        except ValueError as error:
+            raise SpecError(f"{path}.backend: {error}") from None
 
 
 def reads_rope(model: Decoder) -> bool:

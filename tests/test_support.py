@@ -142,6 +142,13 @@ def test_devices_are_counted_only_when_they_are_known():
         validate(experiment, 3)
 
 
+def test_a_backend_of_other_devices_is_refused_where_the_run_starts():
+    experiment = edit(base(), f"{LAYER}.mixer.backend", "tpu")
+    validate(experiment)
+    with pytest.raises(SpecError, match=r"model.pattern\[0\].mixer.backend: .*backend = 'tpu': expected 'auto', 'xla' or"):
+        validate(experiment, 1)
+
+
 def test_data_that_are_not_there_are_refused_before_the_run_starts():
     experiment = edit(base(), "data.mixture[0].rows.source", TextFolder(path="nowhere"))
     validate(experiment)
@@ -213,6 +220,7 @@ def test_what_is_not_refused_equals_the_dense_reference(seed):
     draw = random.Random(seed)
     choices = {name: draw.choice(list(kind.variants)) for name, kind in kinds().items()}
     choices["mixer"] = "Attention"
+    choices["backend"] = draw.choice(["auto", "reference", "xla"])
     sizes = dict.fromkeys(draw.sample(["data", "fsdp", "context", "tensor"], 2), 2)
     rules = Rules()
     if choices["communication"] == "RingUlysses":

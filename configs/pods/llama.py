@@ -1,11 +1,10 @@
-"""Llama shapes at long context on TPU slices: full training steps with AdamW that fit their chips. docs/pods.md has the reports.
+"""Llama shapes at long context on TPU slices: whole training steps with AdamW that fit their chips. Reports: docs/pods.md.
 
     python -m experiments.plan --config=config:pods.llama.llama3_8b_1m --topology=v5e:16x16
 
 One row of the whole length a group of devices; parameters, gradients and moments are spread over all of them; zigzag rows over
 rings, the inner ring on the second mesh axis. The text is the standard library's, for want of a corpus: set data.
 """
-
 
 from configs.models import llama
 from lcx.attention.ring import Ring

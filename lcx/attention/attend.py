@@ -11,7 +11,7 @@ from lcx.batch import TokenInfo
 from pallas_kernels.target import platform
 from pallas_kernels.tile_attention import op
 
-Backend = Literal["auto", "reference", "xla"]
+Backend = Literal["auto", "reference", "xla", "tpu"]
 
 
 def attend(
@@ -54,15 +54,21 @@ def local_fold(
     backend: Backend = "auto",
 ) -> op.Tiled:
     """Attention on one device in the form that `choose` takes for these shapes."""
-    return op.Tiled(choose(backend, q.shape, k.shape), mask, scale, softcap)
+    return op.Tiled(choose(backend), mask, scale, softcap)
 
 
-def choose(backend: Backend, q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> str:
-    """The form that runs: the named one, or for `auto` the tiled XLA form, whose memory is linear in length."""
+def choose(backend: Backend) -> str:
+    """The form that runs: the named one; for `auto` the Pallas kernel on a TPU, else the tiled XLA form.
+
+    Raises ValueError for a name that is none, or whose platform is not the one that is compiled for.
+    """
     if backend not in get_args(Backend):
         raise ValueError(f"attend: backend = {backend!r}: expected one of {', '.join(get_args(Backend))}")
-    chosen = "xla" if backend == "auto" else backend
-    _log_once(backend, chosen, platform())
+    target = platform()
+    if backend == "tpu" and target != "tpu":
+        raise ValueError(f"attend: backend = 'tpu': expected 'auto', 'xla' or 'reference' on {target}")
+    chosen = ("tpu" if target == "tpu" else "xla") if backend == "auto" else backend
+    _log_once(backend, chosen, target)
     return chosen
 
 

@@ -44,7 +44,7 @@ def differentiable(**options):
 
 def both(mask, softcap=None, **options):
     tiled = with_gradient(differentiable(mask=mask, scale=0.2, softcap=softcap, **options))
-    return tiled, with_gradient(functools.partial(reference.attention, mask=mask, scale=0.2, softcap=softcap))
+    return tiled, with_gradient(functools.partial(reference.forward, mask=mask, scale=0.2, softcap=softcap))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_gradients_of_shards_of_keys_add_up():
     q, k, v, d_out, d_lse = arrays(rng, 2, 130, 256, 2, 1, 64, 64)
     q_tokens, k_tokens = random_tokens(rng, 2, 130, "special"), random_tokens(rng, 2, 256, "special")
     options = {"mask": Causal(), "scale": 0.2}
-    out, lse, *expected = with_gradient(functools.partial(reference.attention, **options))(
+    out, lse, *expected = with_gradient(functools.partial(reference.forward, **options))(
         q, k, v, d_out, d_lse, q_tokens, k_tokens
     )
     delta = jnp.sum(d_out * out, axis=-1) - jnp.where(jnp.isneginf(lse), 0, d_lse)
