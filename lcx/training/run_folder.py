@@ -25,6 +25,7 @@ from lcx.config import build, dumps, load_file
 from lcx.config_text import first_difference, render
 from lcx.parallel.hosts import check_shared
 from lcx.spec import Spec, SpecError, fingerprint
+from lcx.training import shipped
 
 CONFIG = "config.json"
 LOCK = "lock"
@@ -36,7 +37,7 @@ def open_run(path: Path | str, spec: Spec) -> Path:
     """The folder of a run of `spec`, made or found again. Process 0 writes; every process checks.
 
     A folder keeps to one config. What `spec.identity()` leaves out (the mesh, the number of steps) may change from start to
-    start, and is recorded. Raises SpecError for a folder of another config or of other files.
+    start, and is recorded. Raises SpecError for a folder of another config, of a shipped model or of other files.
     """
     path = Path(path)
     check_config(path, spec)
@@ -48,13 +49,23 @@ def open_run(path: Path | str, spec: Spec) -> Path:
 
 
 def check_config(path: Path, spec: Spec) -> None:
-    """Raises SpecError for a folder of another config or of other files. Reads only."""
+    """Raises SpecError for a folder of another config, of a shipped model or of other files. Reads only."""
     held = _held(path)
+    check_not_shipped(path)
     changed = None if held is None else first_difference(held, spec)
     if held is not None and changed is not None and not _continues(held, spec):
         raise SpecError(
             f"run folder {path} holds config {fingerprint(held)}, this one is {fingerprint(spec)}: "
             f"they differ first in {changed}; give another --run_dir"
+        )
+
+
+def check_not_shipped(path: Path) -> None:
+    """Raises SpecError for the folder of a shipped model, which no run changes."""
+    if (path / shipped.WEIGHTS).is_file():
+        raise SpecError(
+            f"run folder {path}: holds a shipped model ({shipped.WEIGHTS}), which stays as it is; to train on from it, give "
+            f"another --run_dir, with init_from={path}"
         )
 
 

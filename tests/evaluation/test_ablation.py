@@ -26,7 +26,7 @@ from lcx.inference.language_model import LocalModel
 from lcx.positions.linear import LinearInterpolation
 from lcx.positions.rope import Rope
 from lcx.spec import SpecError, edit, edits
-from lcx.training import loop
+from lcx.training import loop, shipped
 from lcx.training.checkpoint import latest, load_model
 from lcx.training.experiment import Experiment
 from lcx.training.loop import train
@@ -247,6 +247,17 @@ def test_a_stopped_training_is_not_taken_for_another_one(ablation, tmp_path, mon
     monkeypatch.setattr(module, "train", train)
     with pytest.raises(SpecError, match=r"one: holds files but no config\.json"):
         run(ablation, tmp_path)
+
+
+@pytest.mark.parametrize("place", [".", "one", "one/fine-tuned-interpolation-x1"])
+def test_a_shipped_model_is_not_trained_on_in_its_folder(ablation, tmp_path, monkeypatch, place):
+    monkeypatch.setattr(module, "train", nothing)
+    folder = tmp_path / "run" / place
+    shutil.copytree(shipped.run_folder("reader"), folder)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SpecError, match=r"holds a shipped model .* with init_from="):
+        run(ablation, tmp_path / "run")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.fixture
