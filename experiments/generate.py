@@ -21,6 +21,7 @@ from lcx.spec import SpecError
 from lcx.support import validate
 from lcx.training.checkpoint import load_model
 from lcx.training.experiment import Experiment
+from lcx.training.run_folder import read_trained
 from lcx.training.shipped import run_folder
 
 
@@ -36,7 +37,7 @@ def define(values: flags.FlagValues) -> None:
 
 def main(arguments: Arguments) -> None:
     asked = arguments.flags
-    experiment = arguments.spec(Experiment, folder=run_folder)
+    experiment = arguments.spec(Experiment, read=read_trained)
     validate(experiment)
     sampling = Sampling(temperature=asked.temperature, top_k=asked.top_k, top_p=asked.top_p)
     if arguments.dry_run:

@@ -37,7 +37,7 @@ from lcx.spec import Spec, SpecError, fingerprint
 from lcx.training.checkpoint import latest, load_model
 from lcx.training.experiment import Experiment
 from lcx.training.loop import train
-from lcx.training.run_folder import CONFIG, check_not_shipped, open_run, read_config
+from lcx.training.run_folder import CONFIG, check_config, check_not_shipped, open_run, read_config
 from lcx.training.shipped import run_folder
 from lcx.training.step import abstract_model
 
@@ -159,6 +159,7 @@ class _Run:
         self.measured: dict[Path, set[str]] = {}  # parameters that rows stand on, by the folder that holds them
 
     def go(self) -> list[Row]:
+        check_config(self.run_dir, self.ablation)
         todo = self._todo()
         self._check(todo)
         open_run(self.run_dir, self.ablation)

@@ -119,6 +119,8 @@ def restore_params(run_dir: Path | str, target: Any, *, step: int | None = None)
     step = newest if step is None else step
     if shipped.step(Path(run_dir)) == step:
         return shipped.restore(Path(run_dir), target)
+    if not folder(run_dir).is_dir():
+        raise SpecError(f"{run_dir}: no checkpoint of step {step}; there are [{newest}]")
     with _manager(run_dir, create=False) as manager:
         if step not in manager.all_steps():
             raise SpecError(f"{folder(run_dir)}: no checkpoint of step {step}; there are {sorted(manager.all_steps())}")

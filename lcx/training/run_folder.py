@@ -52,6 +52,8 @@ def check_config(path: Path, spec: Spec) -> None:
     """Raises SpecError for a folder of another config, of a shipped model or of other files. Reads only."""
     held = _held(path)
     check_not_shipped(path)
+    if held is None and _contents(path) - _NO_RUN_YET:
+        raise SpecError(f"run folder {path}: holds files but no {CONFIG}; give a new or empty --run_dir")
     changed = None if held is None else first_difference(held, spec)
     if held is not None and changed is not None and not _continues(held, spec):
         raise SpecError(
@@ -113,6 +115,15 @@ def read_config(path: Path | str) -> Spec:
     return held
 
 
+def read_trained(model: Path | str) -> Spec:
+    """The config of a trained model: of its run folder, or a shipped one by name. Raises SpecError as `read_config`."""
+    folder = shipped.run_folder(model)
+    if not (folder / CONFIG).is_file():
+        wanted = f"expected the folder of a training run, or a shipped model ({', '.join(shipped.names())})"
+        raise SpecError(f"model {str(model)!r}: the folder holds no {CONFIG}: {wanted}")
+    return read_config(folder)
+
+
 def environment(spec: Spec) -> dict[str, Any]:
     """What else decides the result of a run. `commit` is None outside a checkout; it ends in `+` where files were changed."""
     device = jax.devices()[0]
@@ -131,23 +142,27 @@ def environment(spec: Spec) -> dict[str, Any]:
 
 
 def _held(path: Path) -> Spec | None:
-    """The config already in the folder; None for a new folder."""
-    try:
-        if not path.exists():
-            return None
-        held = {child.name for child in path.iterdir() if not _left_empty(child)} if path.is_dir() else set()
-    except OSError as error:
-        raise SpecError(f"run folder {path}: cannot be read: {error.strerror}; give another --run_dir") from None
-    if not path.is_dir():
-        raise SpecError(f"run folder {path}: is a file; give another --run_dir")
+    """The config already in the folder; None for a folder without one."""
+    _contents(path)
     if not (path / CONFIG).is_file():
-        if held - _NO_RUN_YET:
-            raise SpecError(f"run folder {path}: holds files but no {CONFIG}; give a new or empty --run_dir")
         return None
     try:
         return build(load_file(path / CONFIG))
     except SpecError as error:
         raise SpecError(f"{path / CONFIG}: {error}") from None
+
+
+def _contents(path: Path) -> set[str]:
+    """Names of what is in the folder; none for a new one. Raises SpecError if it cannot be read or is a file."""
+    try:
+        if not path.exists():
+            return set()
+        held = {child.name for child in path.iterdir() if not _left_empty(child)} if path.is_dir() else set()
+    except OSError as error:
+        raise SpecError(f"run folder {path}: cannot be read: {error.strerror}; give another --run_dir") from None
+    if not path.is_dir():
+        raise SpecError(f"run folder {path}: is a file; give another --run_dir")
+    return held
 
 
 def _left_empty(path: Path) -> bool:

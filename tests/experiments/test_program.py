@@ -42,7 +42,11 @@ WRONG = {
     "argument of a wrong type": (["--config=config:models.byte.toy(width='a')"], "width = 'a': expected int"),
     "argument that is no literal": (["--config=config:models.byte.toy(width=a)"], "expected literals"),
     "another kind of config": (["--config=config:models.byte.toy"], "of type Decoder: this program takes Experiment"),
-    "no directive": (["--config=recipes.quick_text.quick"], "expected config:<name> or config_file:<path> before it"),
+    "no directive": (["--config=quick"], "expected config:<name> or config_file:<path> before it"),
+    "forgotten directive": (
+        ["--config=recipes.quick_text.quick(steps=3)"],
+        "did you mean --config=config:recipes.quick_text.quick(steps=3)?",
+    ),
     "unknown directive": ([QUICK, "--config=sett:steps=1"], "expected config:, config_file:, set:<path>=<value> or fiddler:"),
     "set before config": (["--config=set:steps=1", QUICK], "comes first"),
     "two configs": ([QUICK, QUICK], "is a second base config"),

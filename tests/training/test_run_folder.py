@@ -58,8 +58,9 @@ def test_other_folders_are_refused(tmp_path):
         open_run(tmp_path, Rope())
     with pytest.raises(SpecError, match="is a file"):
         open_run(tmp_path / "notes.txt", Rope())
-    with pytest.raises(SpecError, match=r"no config\.json"):
-        read_config(tmp_path / "nowhere")
+    for wanted in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(SpecError, match=r"no config\.json; expected the folder of an earlier run"):
+            read_config(wanted)
 
 
 @pytest.mark.parametrize("place", ["notes.txt/run", "/proc/run"])
