@@ -41,7 +41,7 @@ def test_the_example_method_does_what_it_says_and_is_known_everywhere(tmp_path):
     (tmp_path / "partial.py").write_text(source)
     environment = {**os.environ, "PYTHONPATH": str(DOCS.parent)}
     command = [sys.executable, "-c", ADDED, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "train: model.rope: PartialRope.kept = 1.5: expected a share in (0, 1]\n" in done.stderr
     assert re.search(r"rope of pattern\[0\], PartialRope +8 pairs", done.stdout)
