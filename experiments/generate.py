@@ -50,8 +50,10 @@ def main(arguments: Arguments) -> None:
         raise SpecError("--prompt is empty: expected some text to continue")
     model = load_model(run_folder(arguments.run_dir), experiment.model, step=asked.step)
     options = {"max_new": asked.max_new, "sampling": sampling, "seed": asked.seed, "stop": (tokenizer.eos,)}
-    print(prompt, end="", flush=True)
-    for piece in text_of(stream(model, tokenizer.encode(prompt).tolist(), **options), tokenizer):
+    pieces = text_of(stream(model, tokenizer.encode(prompt).tolist(), **options), tokenizer)
+    first = next(pieces, "")  # before the prompt is shown, so that what is logged on the way stands above the text
+    print(prompt, end=first, flush=True)
+    for piece in pieces:
         print(piece, end="", flush=True)
     print()
 

@@ -76,6 +76,16 @@ def test_generation_streams_what_the_model_says(trained, capsys):
     assert capsys.readouterr().out == f"number{tokenizer.decode(ids)}\n"
 
 
+def test_what_is_logged_stands_above_the_text(trained, capsys, monkeypatch):
+    def talking(*_, **__):
+        print("logged")
+        yield from b"ab"
+
+    monkeypatch.setattr(generate, "stream", talking)
+    assert run(generate.main, [f"--run_dir={trained}", "--prompt=number "]) == 0
+    assert capsys.readouterr().out == "logged\nnumber ab\n"
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
