@@ -1,6 +1,7 @@
 """Metrics: delayed reading, windows, both conventions of FLOPs, divergence named, one line a step after a resume."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -130,10 +131,13 @@ def test_plain_line(capsys):
     assert capsys.readouterr().err == "step 3/9 loss 1.2500 MFU 50.0% (75.0% counted full)\n"
 
 
-def test_bar_shows_the_step_and_the_figures(capsys):
-    bar = Bar(step=1, steps=5)
-    bar.write({"step": 3, "loss": 1.25})
+@pytest.mark.parametrize("columns", [200, 80, 60])
+def test_bar_shows_the_step_the_time_left_and_what_figures_have_room(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    bar = Bar(step=1, steps=100_000)
+    figures = {"gradient_norm": 1.5, "learning_rate": 1e-3, "tokens_per_second": 13_771.0, "mfu_masked": 0.5, "mfu_full": 0.75}
+    bar.write({"step": 3, "loss": 1.25, **figures})
     bar.close()
-    shown = capsys.readouterr().err
-    assert "3/5" in shown
-    assert "loss 1.2500" in shown
+    shown = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"3/100000 .* -:--:-- +loss 1\.2500", shown)
+    assert ("tokens/s MFU 50.0% (75.0% counted full)" in shown) == (columns == 200)
