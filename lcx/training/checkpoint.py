@@ -1,8 +1,8 @@
 """Checkpoints of a run, written asynchronously by Orbax.
 
 `RUN/checkpoints/STEP/` holds four items: `params`, `optimizer`, `data` (the iterator's state, json) and `meta` (json: layout
-version, step, steps of the run, identity, a checksum of every array). A step folder appears complete or not at all.
-Restoring always takes target shardings, so a checkpoint of eight devices restores on any mesh.
+version, step, steps of the run, tokens so far, identity, a checksum of every array). A step folder appears complete or not at
+all. Restoring always takes target shardings, so a checkpoint of eight devices restores on any mesh.
 """
 
 import contextlib

@@ -2,7 +2,7 @@
 
 config.json    the whole config, defaults written out; `--config=config_file:<folder>/config.json` repeats the run
 config.txt     the same for people, one field a line
-starts.jsonl   one record a start: time, command, versions, commit, devices, seed
+starts.jsonl   one record a start: time, command, versions, commit, devices, and the seed where the config has one
 lock           held by the process that trains in the folder
 """
 
@@ -127,18 +127,18 @@ def read_trained(model: Path | str) -> Spec:
 def environment(spec: Spec) -> dict[str, Any]:
     """What else decides the result of a run. `commit` is None outside a checkout; it ends in `+` where files were changed."""
     device = jax.devices()[0]
+    seeded = next((part for part in (spec, getattr(spec, "base", None)) if hasattr(part, "seed")), None)
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
         "fingerprint": fingerprint(spec),
-        "seed": getattr(spec, "seed", None),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "commit": _commit(),
         "system": platform.platform(),
         "devices": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
         "processes": jax.process_count(),
-    }
+    } | ({} if seeded is None else {"seed": seeded.seed})
 
 
 def _held(path: Path) -> Spec | None:

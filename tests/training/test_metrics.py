@@ -56,14 +56,15 @@ def test_a_record_a_window_with_sums_over_it():
     assert kept.records == []  # step 2 may still be running
     run.add(step(3))
     (record,) = kept.records
-    assert record["step"] == record["steps"] == 2
+    assert record["step"] == record["steps_since_last"] == 2
     assert record["loss"] == pytest.approx((3 * 1 + 1 * 9) / 10)
     assert record["accuracy"] == pytest.approx(0.5)
     assert record["gradient_norm"] == pytest.approx(1.5)
     assert record["learning_rate"] == pytest.approx(0.2)
     assert record["compile_seconds"] == 1.5
     run.finish()
-    assert [(r["step"], r["steps"]) for r in kept.records] == [(2, 2), (3, 1)]
+    assert [(r["step"], r["steps_since_last"]) for r in kept.records] == [(2, 2), (3, 1)]
+    assert [(r["tokens_total"], r["tokens_since_last"]) for r in kept.records] == [(12, 12), (18, 6)]
     assert "compile_seconds" not in kept.records[1]
 
 
@@ -74,7 +75,7 @@ def test_speed_in_both_conventions_is_of_the_whole_mesh_divided_by_its_devices()
     run.finish()
     (record,) = kept.records
     seconds = record["step_seconds"]
-    assert record["tokens"] == 2 * 6
+    assert record["tokens_total"] == record["tokens_since_last"] == 2 * 6
     assert record["tokens_per_second"] * seconds == pytest.approx(12)
     assert record["device_flops_masked"] * seconds == pytest.approx(2 * 3 * (6 * 10 + 20 * 2) / 4)
     assert record["device_flops_full"] * seconds == pytest.approx(2 * 3 * (8 * 10 + 32 * 2) / 4)
