@@ -17,6 +17,7 @@ from lcx.evaluation.ablation import Ablation, Stopped, run
 from lcx.plan import compared, listed, model_figures
 from lcx.support import validate
 from lcx.training.experiment import Experiment
+from lcx.training.run_folder import check_config
 
 
 def main(arguments: Arguments) -> int:
@@ -25,6 +26,7 @@ def main(arguments: Arguments) -> int:
         for variant in (None, *ablation.variants):
             validate(ablation.experiment(arm, variant))
     if arguments.dry_run:
+        check_config(arguments.run_dir, ablation)
         print(render(ablation), figures(ablation), sep="\n\n")
         return 0
     for experiment in training_runs(ablation).values():

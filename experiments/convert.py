@@ -14,6 +14,7 @@ from lcx.evaluation.report import curve
 from lcx.spec import SpecError
 from lcx.training.checkpoint import latest, load_model
 from lcx.training.experiment import Experiment
+from lcx.training.run_folder import read_trained
 from lcx.training.shipped import export, run_folder
 
 
@@ -22,7 +23,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def main(arguments: Arguments) -> None:
-    experiment, target = arguments.spec(Experiment, folder=run_folder), arguments.flags.to
+    experiment, target = arguments.spec(Experiment, read=read_trained), arguments.flags.to
     if target is None:
         raise SpecError("--to is missing: expected the folder to write")
     if Path(target).exists():

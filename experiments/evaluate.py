@@ -11,6 +11,7 @@ from lcx.config_text import render
 from lcx.evaluation.evaluation import Evaluation, evaluate
 from lcx.plan import listed, model_figures
 from lcx.support import validate
+from lcx.training.run_folder import check_config
 
 
 def main(arguments: Arguments) -> None:
@@ -18,6 +19,7 @@ def main(arguments: Arguments) -> None:
     experiment = evaluation.experiment()
     validate(experiment)
     if arguments.dry_run:
+        check_config(arguments.run_dir, evaluation)
         print(render(evaluation, "config"), render(experiment.model, "model"), sep="\n\n")
         print("", listed(model_figures(experiment.model, evaluation.lengths)), sep="\n")
         return

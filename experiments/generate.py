@@ -21,6 +21,7 @@ from lcx.spec import SpecError
 from lcx.support import validate
 from lcx.training.checkpoint import load_model
 from lcx.training.experiment import Experiment
+from lcx.training.run_folder import read_trained
 from lcx.training.shipped import run_folder
 
 
@@ -36,7 +37,7 @@ def define(values: flags.FlagValues) -> None:
 
 def main(arguments: Arguments) -> None:
     asked = arguments.flags
-    experiment = arguments.spec(Experiment, folder=run_folder)
+    experiment = arguments.spec(Experiment, read=read_trained)
     validate(experiment)
     sampling = Sampling(temperature=asked.temperature, top_k=asked.top_k, top_p=asked.top_p)
     if arguments.dry_run:
@@ -49,8 +50,10 @@ def main(arguments: Arguments) -> None:
         raise SpecError("--prompt is empty: expected some text to continue")
     model = load_model(run_folder(arguments.run_dir), experiment.model, step=asked.step)
     options = {"max_new": asked.max_new, "sampling": sampling, "seed": asked.seed, "stop": (tokenizer.eos,)}
-    print(prompt, end="", flush=True)
-    for piece in text_of(stream(model, tokenizer.encode(prompt).tolist(), **options), tokenizer):
+    pieces = text_of(stream(model, tokenizer.encode(prompt).tolist(), **options), tokenizer)
+    first = next(pieces, "")  # before the prompt is shown, so that what is logged on the way stands above the text
+    print(prompt, end=first, flush=True)
+    for piece in pieces:
         print(piece, end="", flush=True)
     print()
 

@@ -53,13 +53,13 @@ class Arguments:
 
     flags: flags.FlagValues
 
-    def spec(self, kind: type[Kind], *, folder: Callable[[Path], Path] = Path) -> Kind:
-        """The config, built: from --config, or from `folder(run_dir)` if that is all there is. Raises SpecError."""
+    def spec(self, kind: type[Kind], *, read: Callable[[Path], Spec] = read_config) -> Kind:
+        """The config, built: from --config, or from `read(run_dir)` if that is all there is. Raises SpecError."""
         directives = self.flags["config"]
         if directives.present:
             spec = build(directives.value)
         elif self.flags.run_dir:
-            spec = read_config(folder(self.run_dir))
+            spec = read(self.run_dir)
         else:
             raise SpecError("--config is missing: expected --config=config:<name>, or --run_dir of an earlier run")
         if not isinstance(spec, kind):
@@ -163,6 +163,8 @@ class ConfigFlag(absl_flags.FiddleFlag):
             self.folder = _config_folder(expression) if command == "config" else _file_folder(expression)
             directives = [arguments, "fiddler:lcx.config.expand"]
         elif self.folder is None:
+            if arguments.partition("(")[0] in config_names():
+                raise SpecError(f"--config={arguments}: did you mean --config=config:{arguments}?")
             raise SpecError(f"--config={arguments} comes first: expected config:<name> or config_file:<path> before it")
         elif command == "fiddler":
             _check_call(expression, skip=1)

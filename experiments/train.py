@@ -19,6 +19,7 @@ from lcx.plan import report
 from lcx.support import validate
 from lcx.training.experiment import Experiment
 from lcx.training.loop import train
+from lcx.training.run_folder import check_config
 
 
 def define(values: flags.FlagValues) -> None:
@@ -29,6 +30,7 @@ def main(arguments: Arguments) -> int:
     experiment = arguments.spec(Experiment)
     validate(experiment)
     if arguments.dry_run:
+        check_config(arguments.run_dir, experiment)
         print(report(experiment))
         return 0
     if arguments.flags.multihost:

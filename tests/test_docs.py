@@ -8,14 +8,16 @@ from pathlib import Path
 
 DOCS = Path(__file__).parents[1] / "docs"
 
-# Runs with the example file as lcx/positions/partial.py, as if it had been added.
+# Runs with the example files as lcx/positions/partial.py and configs/ablations/p_rope.py, as if they had been added.
 ADDED = """
 import sys
+import configs.ablations
 import lcx.positions
-lcx.positions.__path__.append(sys.argv[1])
+for package in (configs.ablations, lcx.positions):
+    package.__path__.append(sys.argv[1])
 import numpy as np
 import jax.numpy as jnp
-from experiments import plan, train
+from experiments import ablate, plan, train
 from experiments.program import run
 from lcx.batch import causal_info
 from lcx.positions.partial import PartialRope
@@ -29,19 +31,31 @@ still = np.r_[4:8, 12:16]
 assert (turned[..., still] == x[..., still]).all()
 assert (np.delete(turned - x, still, axis=-1) != 0).all()
 
+import test_partial
+test_partial.test_the_slowest_half_of_the_pairs_does_not_see_the_distance()
+test_partial.test_an_impossible_share_is_refused()
+
 quick = "--config=config:recipes.quick_text.quick"
 assert run(train.main, [quick, "--config=set:model.rope=PartialRope(kept=1.5)"]) == 2
 assert run(train.main, [quick, "--config=set:model.rope=PartialRope(kept=0.5)", "--dry_run"]) == 0
 assert run(plan.main, ["--support"]) == 0
+comparison = "--config=config:ablations.p_rope.quickstart"
+assert run(ablate.main, [comparison, "--dry_run"]) == 0
+ablation = configs.ablations.p_rope.quickstart()
+ropes = {arm.name: [ablation.experiment(arm, v).model.rope for v in (None, *ablation.variants)] for arm in ablation.arms}
+assert ropes["p-RoPE"] == [PartialRope(kept=0.5)] * 2 and PartialRope(kept=0.5) not in ropes["RoPE"]
 """
+
+ADDS = ("lcx/positions/partial.py", "tests/positions/test_partial.py")
 
 
 def test_the_example_method_does_what_it_says_and_is_known_everywhere(tmp_path):
-    source = re.search(r"```python\n(.*?)```", (DOCS / "adding_a_method.md").read_text(), re.DOTALL)[1]
-    (tmp_path / "partial.py").write_text(source)
-    environment = {**os.environ, "PYTHONPATH": str(DOCS.parent)}
+    sources = re.findall(r"```python\n(.*?)```", (DOCS / "adding_a_method.md").read_text(), re.DOTALL)
+    for name, source in zip(("partial", "test_partial", "p_rope"), sources, strict=True):
+        (tmp_path / f"{name}.py").write_text(source)
+    environment = {**os.environ, "PYTHONPATH": f"{DOCS.parent}:{tmp_path}"}
     command = [sys.executable, "-c", ADDED, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "train: model.rope: PartialRope.kept = 1.5: expected a share in (0, 1]\n" in done.stderr
     assert re.search(r"rope of pattern\[0\], PartialRope +8 pairs", done.stdout)
@@ -51,4 +65,4 @@ def test_the_example_method_does_what_it_says_and_is_known_everywhere(tmp_path):
 def test_files_that_the_documents_name_exist():
     for document in DOCS.glob("*.md"):
         for path in re.findall(r"`((?:lcx|configs|experiments|tests)/[\w/.]+)`", document.read_text()):
-            assert (DOCS.parent / path).exists() or path == "lcx/positions/partial.py", f"{document.name}: {path}"
+            assert (DOCS.parent / path).exists() or path in ADDS, f"{document.name}: {path}"

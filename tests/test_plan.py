@@ -96,7 +96,8 @@ def test_the_support_table_is_printed(capsys):
 def test_without_the_compiler_the_message_names_the_extra(capsys):
     argv = ["--config=config:recipes.quick_text.quick", "--topology=v5e:1x1"]
     assert run(plan.main, argv) == 2
-    assert "plan: --topology=v5e:1x1 needs the TPU compiler: install the `tpu` extra" in capsys.readouterr().err
+    told = "plan: --topology=v5e:1x1 needs the TPU compiler: install the `tpu` extra (pip install -e '.[tpu]')\n"
+    assert capsys.readouterr().err == told
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the tpu extra")

@@ -37,7 +37,7 @@ from lcx.spec import Spec, SpecError, fingerprint
 from lcx.training.checkpoint import latest, load_model
 from lcx.training.experiment import Experiment
 from lcx.training.loop import train
-from lcx.training.run_folder import CONFIG, open_run, read_config
+from lcx.training.run_folder import CONFIG, check_config, check_not_shipped, open_run, read_config
 from lcx.training.shipped import run_folder
 from lcx.training.step import abstract_model
 
@@ -159,6 +159,7 @@ class _Run:
         self.measured: dict[Path, set[str]] = {}  # parameters that rows stand on, by the folder that holds them
 
     def go(self) -> list[Row]:
+        check_config(self.run_dir, self.ablation)
         todo = self._todo()
         self._check(todo)
         open_run(self.run_dir, self.ablation)
@@ -196,6 +197,8 @@ class _Run:
         for arm, variant, _ in todo:
             trained, used = self.ablation.experiment(arm), self.ablation.experiment(arm, variant)
             self._check_folder(trained, self.run_dir / arm.name)
+            if variant.finetune:
+                check_not_shipped(self._folder(arm, variant))
             mine, theirs = _parameters(trained.model), _parameters(used.model)
             if differing := sorted(str(path) for path, _ in mine.items() ^ theirs.items()):
                 raise SpecError(f"ablation, {arm.name}, {variant.name}: other parameters than the arm's: {differing[0]}")
@@ -238,6 +241,7 @@ class _Run:
             raise SpecError(f"{self.results} holds {sides}: it was trained again; give another --run_dir")
 
     def _check_folder(self, experiment: Experiment, folder: Path) -> None:
+        check_not_shipped(folder)
         if (folder / CONFIG).is_file():
             held, wanted = (dataclasses.replace(spec, init_from=None) for spec in (read_config(folder), experiment))
             if changed := first_difference(held, wanted):

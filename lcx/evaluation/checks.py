@@ -16,8 +16,7 @@ from lcx.evaluation.tasks.task import Task
 from lcx.spec import Spec, SpecError, edits
 from lcx.support import reads_rope
 from lcx.training.experiment import Experiment
-from lcx.training.run_folder import read_config
-from lcx.training.shipped import run_folder
+from lcx.training.run_folder import read_trained
 
 Edits = tuple[tuple[str, Any], ...]  # (path, value) pairs, applied in order
 
@@ -43,7 +42,7 @@ def check_inputs(jobs: Iterable[tuple[Tokenizer, Task, int]]) -> None:
 
 def trained_experiment(model: str) -> Experiment:
     """The experiment of a run folder or a shipped model. Raises SpecError if there is none."""
-    found = read_config(run_folder(model))
+    found = read_trained(model)
     if not isinstance(found, Experiment):
         kind = type(found).__name__
         raise SpecError(f"model {model!r}: expected the folder of a training run; its config is of type {kind}")

@@ -33,7 +33,7 @@ def topology_devices(name: str) -> list[jax.Device]:
     missing or does not know the name.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise SpecError(f"--topology={name} needs the TPU compiler: install the `tpu` extra (pip install 'lcx[tpu]')")
+        raise SpecError(f"--topology={name} needs the TPU compiler: install the `tpu` extra (pip install -e '.[tpu]')")
     for key, value in _WITHOUT_TPU.items():
         os.environ.setdefault(key, value)
     if not jax.config.jax_platforms:

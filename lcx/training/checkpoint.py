@@ -1,8 +1,8 @@
 """Checkpoints of a run, written asynchronously by Orbax.
 
 `RUN/checkpoints/STEP/` holds four items: `params`, `optimizer`, `data` (the iterator's state, json) and `meta` (json: layout
-version, step, steps of the run, identity, a checksum of every array). A step folder appears complete or not at all.
-Restoring always takes target shardings, so a checkpoint of eight devices restores on any mesh.
+version, step, steps of the run, tokens so far, identity, a checksum of every array). A step folder appears complete or not at
+all. Restoring always takes target shardings, so a checkpoint of eight devices restores on any mesh.
 """
 
 import contextlib
@@ -119,6 +119,8 @@ def restore_params(run_dir: Path | str, target: Any, *, step: int | None = None)
     step = newest if step is None else step
     if shipped.step(Path(run_dir)) == step:
         return shipped.restore(Path(run_dir), target)
+    if not folder(run_dir).is_dir():
+        raise SpecError(f"{run_dir}: no checkpoint of step {step}; there are [{newest}]")
     with _manager(run_dir, create=False) as manager:
         if step not in manager.all_steps():
             raise SpecError(f"{folder(run_dir)}: no checkpoint of step {step}; there are {sorted(manager.all_steps())}")

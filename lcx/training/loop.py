@@ -88,16 +88,27 @@ def train(experiment: Experiment, run_dir: Path | str, *, devices: Sequence[jax.
                 (run_dir / DATA).write_text(json.dumps(counts, indent=1) + "\n")
             if newest is not None:
                 _log.info("resumed at step %d", newest)
-        run = _Run(experiment, step, checkpoints, batches, hosts, run_dir)
+        tokens = 0 if newest is None else checkpoints.meta(newest).get("tokens")
+        run = _Run(experiment, step, checkpoints, batches, hosts, run_dir, tokens)
         return run.go(state, newest or 0, stop, stack)
 
 
 class _Run:
     """One process's part of a run, from a state on."""
 
-    def __init__(self, experiment, step: TrainStep, checkpoints: Checkpoints, batches: Iterator, hosts: int, run_dir: Path):
+    def __init__(
+        self,
+        experiment: Experiment,
+        step: TrainStep,
+        checkpoints: Checkpoints,
+        batches: Iterator,
+        hosts: int,
+        run_dir: Path,
+        tokens: int | None,
+    ):
         self.experiment, self.step, self.checkpoints = experiment, step, checkpoints
         self.batches, self.hosts, self.run_dir = batches, hosts, run_dir
+        self.tokens = tokens  # of the run so far, where they were counted
         self.counter = counter(experiment.model, step.abstract)
         self.shards = math.prod(step.mesh.shape[axis] for axis in experiment.model.rules.sequence)
 
@@ -116,7 +127,7 @@ class _Run:
             stopping = stop.requested(number)
             if stopping or number == experiment.steps or experiment.checkpoint.due(number):
                 meter.finish()
-                self._save(state, number)
+                self._save(state, number, meter.tokens)
             if stopping:
                 break
         if meter is not None:
@@ -160,6 +171,7 @@ class _Run:
             writers=writers,
             last_good=self.checkpoints.latest,
             first=first,
+            tokens=self.tokens,
         )
 
     def _last_record(self) -> Record:
@@ -167,8 +179,9 @@ class _Run:
         records = _records(self.run_dir)
         return records[-1] if records else {}
 
-    def _save(self, state: TrainState, number: int) -> None:
+    def _save(self, state: TrainState, number: int, tokens: int | None) -> None:
         meta = {"steps": self.experiment.steps, "identity": self.experiment.identity()}
+        meta["tokens"] = tokens
         meta["init_from"] = self.experiment.origin(self.run_dir)
         self.checkpoints.save(state, step=number, data=self.batches.get_state(), meta=meta)
 

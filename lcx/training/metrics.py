@@ -42,7 +42,11 @@ class Pending:
 class Meter:
     """Collects the steps of a run and writes a record every `log_every` steps, and whenever `finish` is called.
 
-    report: the objective's, from sums to figures. devices: all of the mesh. hosts: into how many groups the rows are split;
+    A record's `step` and `tokens_total` count from the start of the run, `steps_since_last` and `tokens_since_last` from the
+    record before; tokens are those of documents, without padding.
+
+    report: the objective's, from sums to figures. tokens: of the run so far; None, where an earlier version did not count them,
+    leaves the total out. devices: all of the mesh. hosts: into how many groups the rows are split;
     the work given is that of one group.
     """
 
@@ -57,12 +61,14 @@ class Meter:
         writers: Sequence[Writer],
         last_good: Callable[[], int | None],
         first: Record,
+        tokens: int | None = 0,
     ):
         self._log_every, self._report, self._counter = log_every, report, counter
         self._devices, self._hosts, self._writers, self._last_good = devices, hosts, writers, last_good
         self._pending: collections.deque[Pending] = collections.deque()
         self._window: list[tuple[Pending, dict[str, Any]]] = []
         self._once = first
+        self.tokens = tokens
         self._since = time.perf_counter()
         self.last: Record = {}
 
@@ -105,7 +111,7 @@ class Meter:
         sums = {name: math.fsum(r["sums"][name] for r in results) for name in results[0]["sums"]}
         values = dict(results[-1]["values"])
         values["gradient_norm"] = math.fsum(r["values"]["gradient_norm"] for r in results) / len(results)
-        record: Record = {"step": steps[-1].step, "steps": len(steps)} | self._report(sums) | values
+        record: Record = {"step": steps[-1].step, "steps_since_last": len(steps)} | self._report(sums) | values
         record |= self._speed(steps, seconds) | memory(self._devices) | self._once
         self._once = {}
         self.last = record
@@ -117,8 +123,11 @@ class Meter:
         tokens = self._hosts * sum(pending.masked.tokens for pending in steps)
         masked = scale * sum(self._counter.train(pending.masked) for pending in steps)
         full = scale * sum(self._counter.train(pending.full) for pending in steps)
-        figures: Record = {
-            "tokens": tokens,
+        if self.tokens is not None:
+            self.tokens += tokens
+        total: Record = {} if self.tokens is None else {"tokens_total": self.tokens}
+        figures = total | {
+            "tokens_since_last": tokens,
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds / len(steps),
             "device_flops_masked": masked,

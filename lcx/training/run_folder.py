@@ -2,7 +2,7 @@
 
 config.json    the whole config, defaults written out; `--config=config_file:<folder>/config.json` repeats the run
 config.txt     the same for people, one field a line
-starts.jsonl   one record a start: time, command, versions, commit, devices, seed
+starts.jsonl   one record a start: time, command, versions, commit, devices, and the seed where the config has one
 lock           held by the process that trains in the folder
 """
 
@@ -25,6 +25,7 @@ from lcx.config import build, dumps, load_file
 from lcx.config_text import first_difference, render
 from lcx.parallel.hosts import check_shared
 from lcx.spec import Spec, SpecError, fingerprint
+from lcx.training import shipped
 
 CONFIG = "config.json"
 LOCK = "lock"
@@ -36,7 +37,7 @@ def open_run(path: Path | str, spec: Spec) -> Path:
     """The folder of a run of `spec`, made or found again. Process 0 writes; every process checks.
 
     A folder keeps to one config. What `spec.identity()` leaves out (the mesh, the number of steps) may change from start to
-    start, and is recorded. Raises SpecError for a folder of another config or of other files.
+    start, and is recorded. Raises SpecError for a folder of another config, of a shipped model or of other files.
     """
     path = Path(path)
     check_config(path, spec)
@@ -48,13 +49,25 @@ def open_run(path: Path | str, spec: Spec) -> Path:
 
 
 def check_config(path: Path, spec: Spec) -> None:
-    """Raises SpecError for a folder of another config or of other files. Reads only."""
+    """Raises SpecError for a folder of another config, of a shipped model or of other files. Reads only."""
     held = _held(path)
+    check_not_shipped(path)
+    if held is None and _contents(path) - _NO_RUN_YET:
+        raise SpecError(f"run folder {path}: holds files but no {CONFIG}; give a new or empty --run_dir")
     changed = None if held is None else first_difference(held, spec)
     if held is not None and changed is not None and not _continues(held, spec):
         raise SpecError(
             f"run folder {path} holds config {fingerprint(held)}, this one is {fingerprint(spec)}: "
             f"they differ first in {changed}; give another --run_dir"
+        )
+
+
+def check_not_shipped(path: Path) -> None:
+    """Raises SpecError for the folder of a shipped model, which no run changes."""
+    if (path / shipped.WEIGHTS).is_file():
+        raise SpecError(
+            f"run folder {path}: holds a shipped model ({shipped.WEIGHTS}), which stays as it is; to train on from it, give "
+            f"another --run_dir, with init_from={path}"
         )
 
 
@@ -102,41 +115,54 @@ def read_config(path: Path | str) -> Spec:
     return held
 
 
+def read_trained(model: Path | str) -> Spec:
+    """The config of a trained model: of its run folder, or a shipped one by name. Raises SpecError as `read_config`."""
+    folder = shipped.run_folder(model)
+    if not (folder / CONFIG).is_file():
+        wanted = f"expected the folder of a training run, or a shipped model ({', '.join(shipped.names())})"
+        raise SpecError(f"model {str(model)!r}: the folder holds no {CONFIG}: {wanted}")
+    return read_config(folder)
+
+
 def environment(spec: Spec) -> dict[str, Any]:
     """What else decides the result of a run. `commit` is None outside a checkout; it ends in `+` where files were changed."""
     device = jax.devices()[0]
+    seeded = next((part for part in (spec, getattr(spec, "base", None)) if hasattr(part, "seed")), None)
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
         "fingerprint": fingerprint(spec),
-        "seed": getattr(spec, "seed", None),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "commit": _commit(),
         "system": platform.platform(),
         "devices": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
         "processes": jax.process_count(),
-    }
+    } | ({} if seeded is None else {"seed": seeded.seed})
 
 
 def _held(path: Path) -> Spec | None:
-    """The config already in the folder; None for a new folder."""
-    try:
-        if not path.exists():
-            return None
-        held = {child.name for child in path.iterdir() if not _left_empty(child)} if path.is_dir() else set()
-    except OSError as error:
-        raise SpecError(f"run folder {path}: cannot be read: {error.strerror}; give another --run_dir") from None
-    if not path.is_dir():
-        raise SpecError(f"run folder {path}: is a file; give another --run_dir")
+    """The config already in the folder; None for a folder without one."""
+    _contents(path)
     if not (path / CONFIG).is_file():
-        if held - _NO_RUN_YET:
-            raise SpecError(f"run folder {path}: holds files but no {CONFIG}; give a new or empty --run_dir")
         return None
     try:
         return build(load_file(path / CONFIG))
     except SpecError as error:
         raise SpecError(f"{path / CONFIG}: {error}") from None
+
+
+def _contents(path: Path) -> set[str]:
+    """Names of what is in the folder; none for a new one. Raises SpecError if it cannot be read or is a file."""
+    try:
+        if not path.exists():
+            return set()
+        held = {child.name for child in path.iterdir() if not _left_empty(child)} if path.is_dir() else set()
+    except OSError as error:
+        raise SpecError(f"run folder {path}: cannot be read: {error.strerror}; give another --run_dir") from None
+    if not path.is_dir():
+        raise SpecError(f"run folder {path}: is a file; give another --run_dir")
+    return held
 
 
 def _left_empty(path: Path) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -89,17 +90,17 @@ class TensorBoard(Writer):
 
 
 class Bar(Writer):
-    """A progress bar with the time left, for terminals."""
+    """A progress bar with the time left, for terminals. In a narrow one the last figures are cut off, never the time."""
 
     def __init__(self, *, step: int, steps: int):
         columns = (
             TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(),
+            BarColumn(bar_width=8),
             TimeRemainingColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
         )
-        self._progress = Progress(*columns, console=Console(stderr=True))
+        self._progress = Progress(*columns, console=Console(stderr=True), expand=True)
         self._task = self._progress.add_task("", total=steps, completed=step)
         self._progress.start()
 

@@ -26,7 +26,7 @@ from lcx.inference.language_model import LocalModel
 from lcx.positions.linear import LinearInterpolation
 from lcx.positions.rope import Rope
 from lcx.spec import SpecError, edit, edits
-from lcx.training import loop
+from lcx.training import loop, shipped
 from lcx.training.checkpoint import latest, load_model
 from lcx.training.experiment import Experiment
 from lcx.training.loop import train
@@ -148,6 +148,10 @@ def test_a_finished_ablation_is_left_alone(ablation, finished, monkeypatch):
         monkeypatch.setattr(module, name, nothing)
     said, rows = [], read_rows(finished / "results.jsonl")
     assert run(ablation, finished, say=said.append) == rows
+    with pytest.raises(SpecError, match=r"they differ first in base\.seed: 0 against 5; give another --run_dir"):
+        run(edit(ablation, "base.seed", 5), finished)
+    config = finished / "config.json"
+    config.write_text(dumps(edit(ablation, "base.seed", 5)))
     with pytest.raises(SpecError, match=r"holds rows of config .*: give another --run_dir"):
         run(edit(ablation, "base.seed", 5), finished)
 
@@ -241,12 +245,29 @@ def test_a_stopped_training_is_not_taken_for_another_one(ablation, tmp_path, mon
         run(ablation, tmp_path, say=lambda _: None)
     monkeypatch.setattr(module, "train", nothing)
     for path, value in (("base.seed", 5), ("base.steps", 3)):
+        with pytest.raises(SpecError, match=rf"they differ first in {path}: .*--run_dir"):
+            run(edit(ablation, path, value), tmp_path)
+        (tmp_path / "config.json").write_text(dumps(edit(ablation, path, value)))
         with pytest.raises(SpecError, match=f"one was trained with another config, first in {path[5:]}: .*--run_dir"):
             run(edit(ablation, path, value), tmp_path)
+        (tmp_path / "config.json").write_text(dumps(ablation))
     (tmp_path / "one" / "config.json").unlink()
     monkeypatch.setattr(module, "train", train)
     with pytest.raises(SpecError, match=r"one: holds files but no config\.json"):
         run(ablation, tmp_path)
+
+
+@pytest.mark.parametrize("place", [".", "one", "one/fine-tuned-interpolation-x1"])
+def test_a_shipped_model_is_not_trained_on_in_its_folder(ablation, tmp_path, monkeypatch, place):
+    monkeypatch.setattr(module, "train", nothing)
+    folder = tmp_path / "run" / place
+    if place != ".":
+        open_run(tmp_path / "run", ablation)
+    shutil.copytree(shipped.run_folder("reader"), folder)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SpecError, match=r"holds a shipped model .* with init_from="):
+        run(ablation, tmp_path / "run")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.fixture

@@ -84,11 +84,25 @@ def test_lines_of_a_plot(tmp_path, monkeypatch):
     assert left.get_ylim() == (-0.03, 1.03) and right.get_ylim()[0] > 0.3
     assert [label.get_text() for label in left.get_xticklabels()] == ["128", "256"]
     drawn = [container.lines[0] for container in left.containers]
-    assert [line.get_xydata().tolist() for line in drawn] == [[[256, 0.75]], [[256, 0.9]], [[128, 1.0], [256, 0.5]]]
+    points = [[[256, 0.75]], [[256, 0.9]], [[128, 1.0], [256, 0.5]]]
+    for line, wanted in zip(drawn, points, strict=True):
+        np.testing.assert_allclose(line.get_xydata(), wanted, rtol=0.05)
     assert [line.get_linestyle() for line in drawn] == ["-", "--", "-"]
     assert drawn[0].get_color() == drawn[1].get_color() != drawn[2].get_color()
     legend = [text.get_text() for text in saved[0].legends[0].get_texts()]
     assert legend == ["YaRN, zero-shot", "none, zero-shot", "YaRN, tuned"]
+
+
+@pytest.mark.parametrize("lengths", [(128,), (128, 256), (500, 512, 1024)])
+def test_lines_that_coincide_are_all_seen(lengths, tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: saved.append(self))
+    rows = [row(name, length, 1.0, stage="zero-shot") for name in "abcdef" for length in lengths]
+    lines_plot(tmp_path / "a.png", [Lines("exact match", ANSWERS, rows)], series="method", style="stage")
+    places = np.asarray([container.lines[0].get_xdata() for container in saved[0].axes[0].containers], float)
+    assert (np.diff(places, axis=0) > 0).all() and (places[-1, :-1] < places[0, 1:]).all()
+    np.testing.assert_allclose(np.exp(np.log(places).mean(axis=0)), lengths)
+    assert [label.get_text() for label in saved[0].axes[0].get_xticklabels()] == [str(length) for length in lengths]
 
 
 def test_cells_of_a_heatmap(tmp_path, monkeypatch):

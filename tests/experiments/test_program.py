@@ -10,8 +10,9 @@ import jax
 import jaxtyping
 import pytest
 
+from configs.ablations import rope_extension
 from configs.recipes import quick_text
-from experiments import ablate, bench, train
+from experiments import ablate, bench, evaluate, train
 from experiments.program import config_names, run
 from lcx.spec import edit
 from lcx.training.metrics import TrainingDiverged
@@ -42,7 +43,11 @@ WRONG = {
     "argument of a wrong type": (["--config=config:models.byte.toy(width='a')"], "width = 'a': expected int"),
     "argument that is no literal": (["--config=config:models.byte.toy(width=a)"], "expected literals"),
     "another kind of config": (["--config=config:models.byte.toy"], "of type Decoder: this program takes Experiment"),
-    "no directive": (["--config=recipes.quick_text.quick"], "expected config:<name> or config_file:<path> before it"),
+    "no directive": (["--config=quick"], "expected config:<name> or config_file:<path> before it"),
+    "forgotten directive": (
+        ["--config=recipes.quick_text.quick(steps=3)"],
+        "did you mean --config=config:recipes.quick_text.quick(steps=3)?",
+    ),
     "unknown directive": ([QUICK, "--config=sett:steps=1"], "expected config:, config_file:, set:<path>=<value> or fiddler:"),
     "set before config": (["--config=set:steps=1", QUICK], "comes first"),
     "two configs": ([QUICK, QUICK], "is a second base config"),
@@ -172,9 +177,21 @@ def test_divergence_is_told_in_one_line(monkeypatch, capsys, tmp_path):
 
 
 def test_a_run_folder_keeps_to_its_config(capsys, tmp_path):
-    open_run(tmp_path, quick_text.quick())
-    assert run(train.main, [*sets("seed=1"), f"--run_dir={tmp_path}"]) == 2
-    assert "they differ first in seed: 0 against 1; give another --run_dir" in capsys.readouterr().err
+    evaluation = quick_text.evaluate(model="reader")
+    given = "--config=config:recipes.quick_text.evaluate(model='reader')"
+    ablation = "--config=config:ablations.rope_extension.quickstart"
+    for main, held, argv, field in (
+        (train.main, quick_text.quick(), sets("seed=1"), "seed: 0 against 1"),
+        (evaluate.main, evaluation, [given, "--config=set:lengths=(8,)"], "lengths: (256, 512, 1024) against (8,)"),
+        (ablate.main, rope_extension.quickstart(), [ablation, "--config=set:base.seed=1"], "base.seed: 0 against 1"),
+    ):
+        folder = open_run(tmp_path / field[0], held)
+        before = {path: path.read_bytes() for path in folder.rglob("*")}
+        for dry in ([], ["--dry_run"]):
+            assert run(main, [*argv, f"--run_dir={folder}", *dry]) == 2
+            out, err = capsys.readouterr()
+            assert out == "" and f"they differ first in {field}; give another --run_dir" in err
+        assert {path: path.read_bytes() for path in folder.rglob("*")} == before
 
 
 @pytest.mark.parametrize("again", ["--run_dir={}", "--config=config_file:{}/config.json"])
@@ -206,7 +223,8 @@ def test_an_unexpected_exception_is_not_swallowed(monkeypatch, tmp_path):
         run(train.main, [QUICK, f"--run_dir={tmp_path}"])
 
 
-def test_dry_run_shows_what_was_set_and_what_it_costs(capsys):
+def test_dry_run_shows_what_was_set_and_what_it_costs(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     argv = sets("model.rope=YaRN(factor=4.0, original_length=128)", "model.rope.base=5e5", "mesh.context=64")
     assert run(train.main, [*argv, "--dry_run"]) == 0
     out = capsys.readouterr().out
@@ -215,8 +233,9 @@ def test_dry_run_shows_what_was_set_and_what_it_costs(capsys):
     assert "attention factor 1.139" in out
 
 
-def test_directives_apply_from_left_to_right(capsys):
+def test_directives_apply_from_left_to_right(capsys, tmp_path, monkeypatch):
     """A fiddler swaps a part in every layer; what it put there is a part like any other."""
+    monkeypatch.chdir(tmp_path)
     argv = [QUICK, "--config=set:model.pattern[0].mixer.mask=Sink(size=2)", "--config=fiddler:edits.windowed(64)"]
     assert run(train.main, [*argv, "--config=set:model.pattern[0].mixer.mask.size=96", "--dry_run"]) == 0
     assert "mask = Window\n          size = 96\n" in capsys.readouterr().out
@@ -255,10 +274,10 @@ def test_processes_end_with_the_status_and_no_traceback(argv, status, message, t
     assert not list(tmp_path.iterdir())
 
 
-def test_a_reader_that_leaves_early_ends_the_program_quietly():
+def test_a_reader_that_leaves_early_ends_the_program_quietly(tmp_path):
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "experiments.train", QUICK, "--dry_run"]
-    child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     child.stdout.close()
     assert "Traceback" not in child.stderr.read() and child.wait(timeout=120) == 141
 

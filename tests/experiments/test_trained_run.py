@@ -76,6 +76,16 @@ def test_generation_streams_what_the_model_says(trained, capsys):
     assert capsys.readouterr().out == f"number{tokenizer.decode(ids)}\n"
 
 
+def test_what_is_logged_stands_above_the_text(trained, capsys, monkeypatch):
+    def talking(*_, **__):
+        print("logged")
+        yield from b"ab"
+
+    monkeypatch.setattr(generate, "stream", talking)
+    assert run(generate.main, [f"--run_dir={trained}", "--prompt=number "]) == 0
+    assert capsys.readouterr().out == "logged\nnumber ab\n"
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -90,6 +100,23 @@ def test_what_cannot_be_generated_is_told_in_one_line(trained, argv, message, ca
     assert run(generate.main, [f"--run_dir={trained}", *argv]) == 2
     out, err = capsys.readouterr()
     assert out == "" and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("main", [generate.main, convert.main, evaluate.main])
+def test_a_folder_without_a_model_is_told_what_is_wanted(main, text, tmp_path, capsys):
+    of_model = {
+        evaluate.main: evaluation(text, text, tmp_path / "e"),
+        generate.main: [f"--run_dir={text}", "--prompt=a"],
+        convert.main: [f"--run_dir={text}", f"--to={tmp_path}/to"],
+    }
+    assert run(main, of_model[main]) == 2
+    wanted = "the folder holds no config.json: expected the folder of a training run, or a shipped model (reader)"
+    assert f"model {str(text)!r}: {wanted}\n" in capsys.readouterr().err
+
+
+def test_the_step_of_a_shipped_model_is_named(capsys):
+    assert run(generate.main, ["--run_dir=reader", "--prompt=a", "--step=7"]) == 2
+    assert "reader: no checkpoint of step 7; there are [3300]" in capsys.readouterr().err
 
 
 def test_convert_takes_a_run_or_a_shipped_model_and_overwrites_nothing(trained, tmp_path, capsys, monkeypatch):

@@ -198,8 +198,10 @@ def test_every_step_is_in_one_record_wherever_the_run_was_cut(tmp_path, monkeypa
     train(config, tmp_path / "cut")
     train(config, tmp_path / "whole")
     cut, whole = (read_records(tmp_path / name / "metrics.jsonl") for name in ("cut", "whole"))
-    assert [(r["step"], r["steps"], r["loss"]) for r in cut] == [(r["step"], r["steps"], r["loss"]) for r in whole]
-    assert [(r["step"], r["steps"]) for r in cut] == [(4, 4), (5, 1), (8, 3), (10, 2), (12, 2)]
+    counts = ("step", "steps_since_last", "tokens_since_last", "tokens_total", "loss")
+    assert [[r[name] for name in counts] for r in cut] == [[r[name] for name in counts] for r in whole]
+    assert [r["tokens_total"] for r in cut] == np.cumsum([r["tokens_since_last"] for r in cut]).tolist()
+    assert [(r["step"], r["steps_since_last"]) for r in cut] == [(4, 4), (5, 1), (8, 3), (10, 2), (12, 2)]
 
 
 def test_a_resumed_run_says_so(straight, caplog):

@@ -1,6 +1,7 @@
 """Metrics: delayed reading, windows, both conventions of FLOPs, divergence named, one line a step after a resume."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -55,14 +56,15 @@ def test_a_record_a_window_with_sums_over_it():
     assert kept.records == []  # step 2 may still be running
     run.add(step(3))
     (record,) = kept.records
-    assert record["step"] == record["steps"] == 2
+    assert record["step"] == record["steps_since_last"] == 2
     assert record["loss"] == pytest.approx((3 * 1 + 1 * 9) / 10)
     assert record["accuracy"] == pytest.approx(0.5)
     assert record["gradient_norm"] == pytest.approx(1.5)
     assert record["learning_rate"] == pytest.approx(0.2)
     assert record["compile_seconds"] == 1.5
     run.finish()
-    assert [(r["step"], r["steps"]) for r in kept.records] == [(2, 2), (3, 1)]
+    assert [(r["step"], r["steps_since_last"]) for r in kept.records] == [(2, 2), (3, 1)]
+    assert [(r["tokens_total"], r["tokens_since_last"]) for r in kept.records] == [(12, 12), (18, 6)]
     assert "compile_seconds" not in kept.records[1]
 
 
@@ -73,7 +75,7 @@ def test_speed_in_both_conventions_is_of_the_whole_mesh_divided_by_its_devices()
     run.finish()
     (record,) = kept.records
     seconds = record["step_seconds"]
-    assert record["tokens"] == 2 * 6
+    assert record["tokens_total"] == record["tokens_since_last"] == 2 * 6
     assert record["tokens_per_second"] * seconds == pytest.approx(12)
     assert record["device_flops_masked"] * seconds == pytest.approx(2 * 3 * (6 * 10 + 20 * 2) / 4)
     assert record["device_flops_full"] * seconds == pytest.approx(2 * 3 * (8 * 10 + 32 * 2) / 4)
@@ -130,10 +132,13 @@ def test_plain_line(capsys):
     assert capsys.readouterr().err == "step 3/9 loss 1.2500 MFU 50.0% (75.0% counted full)\n"
 
 
-def test_bar_shows_the_step_and_the_figures(capsys):
-    bar = Bar(step=1, steps=5)
-    bar.write({"step": 3, "loss": 1.25})
+@pytest.mark.parametrize("columns", [200, 80, 60])
+def test_bar_shows_the_step_the_time_left_and_what_figures_have_room(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    bar = Bar(step=1, steps=100_000)
+    figures = {"gradient_norm": 1.5, "learning_rate": 1e-3, "tokens_per_second": 13_771.0, "mfu_masked": 0.5, "mfu_full": 0.75}
+    bar.write({"step": 3, "loss": 1.25, **figures})
     bar.close()
-    shown = capsys.readouterr().err
-    assert "3/5" in shown
-    assert "loss 1.2500" in shown
+    shown = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"3/100000 .* -:--:-- +loss 1\.2500", shown)
+    assert ("tokens/s MFU 50.0% (75.0% counted full)" in shown) == (columns == 200)

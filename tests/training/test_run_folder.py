@@ -5,10 +5,12 @@ import json
 
 import pytest
 
+from configs.ablations import rope_extension
+from configs.recipes import quick_text
 from lcx.config import build, loads
 from lcx.positions.rope import Rope
 from lcx.positions.yarn import YaRN
-from lcx.spec import SpecError, fingerprint
+from lcx.spec import SpecError, edit, fingerprint
 from lcx.training.run_folder import claim, open_run, read_config
 
 
@@ -22,6 +24,17 @@ def test_a_new_folder_holds_config_text_and_environment(tmp_path):
     assert start["devices"]["platform"] == "cpu"
     assert start["packages"]["jax"].count(".") == 2
     assert not list(folder.glob("*.tmp"))
+
+
+def test_a_start_tells_the_seed_of_the_run_or_of_the_base_that_an_ablation_trains(tmp_path):
+    base = rope_extension.base()
+    for name, spec, seed in (
+        ("training", edit(base, "seed", 3), {"seed": 3}),
+        ("ablation", edit(rope_extension.quickstart(), "base.seed", 4), {"seed": 4}),
+        ("evaluation", quick_text.evaluate(model="reader"), {}),
+    ):
+        start = json.loads((open_run(tmp_path / name, spec) / "starts.jsonl").read_text())
+        assert {key: value for key, value in start.items() if key == "seed"} == seed
 
 
 def test_the_same_config_comes_again(tmp_path):
@@ -58,8 +71,9 @@ def test_other_folders_are_refused(tmp_path):
         open_run(tmp_path, Rope())
     with pytest.raises(SpecError, match="is a file"):
         open_run(tmp_path / "notes.txt", Rope())
-    with pytest.raises(SpecError, match=r"no config\.json"):
-        read_config(tmp_path / "nowhere")
+    for wanted in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(SpecError, match=r"no config\.json; expected the folder of an earlier run"):
+            read_config(wanted)
 
 
 @pytest.mark.parametrize("place", ["notes.txt/run", "/proc/run"])

@@ -1,5 +1,7 @@
 """A shipped folder gives back the parameters that were exported, and refuses a model that is another; the reader retrieves."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -10,9 +12,10 @@ from lcx.data.recall import Needles
 from lcx.evaluation.evaluation import Evaluation, evaluate
 from lcx.evaluation.report import select
 from lcx.evaluation.tasks.retrieval import Retrieval
-from lcx.spec import SpecError, edit
+from lcx.spec import SpecError, edit, edits
 from lcx.training import shipped
 from lcx.training.checkpoint import latest, load_model
+from lcx.training.loop import train
 from lcx.training.run_folder import read_config
 
 SPEC = byte.toy(width=32, layers=1)
@@ -45,6 +48,15 @@ def test_damaged_weights_are_refused(folder, cut):
     path.write_bytes(path.read_bytes()[:-100] if cut is None else cut)
     with pytest.raises(SpecError, match=r"weights\.npz: cannot be read"):
         load_model(folder, SPEC)
+
+
+@pytest.mark.parametrize("changes", [[], [("steps", 9000)], [("model.rope.base", 500.0)]])
+def test_a_shipped_model_is_not_trained_on_in_its_folder(changes, tmp_path):
+    model = shutil.copytree(shipped.run_folder("reader"), tmp_path / "model")
+    before = {path: path.read_bytes() for path in model.iterdir()}
+    with pytest.raises(SpecError, match=r"holds a shipped model \(weights\.npz\).* with init_from=.*model"):
+        train(edits(reader.train(), changes), model)
+    assert {path: path.read_bytes() for path in model.iterdir()} == before
 
 
 def test_a_model_is_a_folder_or_a_name(folder):
