@@ -44,3 +44,28 @@ def llama3_8b_128k() -> Experiment:
 def llama3_8b_1m() -> Experiment:
     """Llama-3-8B at 1,048,576 tokens on `v5e:16x16`."""
     return _pod(llama.llama3_8b(), 1 << 20, MeshSpec(fsdp=16, context=16))
+
+
+def llama3_8b_4m() -> Experiment:
+    """Llama-3-8B at 4,194,304 tokens on `v5p:4x8x8`."""
+    return _pod(llama.llama3_8b(), 4 << 20, MeshSpec(fsdp=16, context=16))
+
+
+def llama3_8b_10m() -> Experiment:
+    """Llama-3-8B at 10,485,760 tokens on `v5p:8x8x8`."""
+    return _pod(llama.llama3_8b(), 10 << 20, MeshSpec(fsdp=16, context=32))
+
+
+def llama3_70b_128k() -> Experiment:
+    """Llama-3-70B at 131,072 tokens on `v6e:16x16`."""
+    return _pod(llama.llama3_70b(), 1 << 17, MeshSpec(fsdp=16, context=16))
+
+
+def llama3_70b_1m() -> Experiment:
+    """Llama-3-70B at 1,048,576 tokens on `v5p:8x8x8`."""
+    return _pod(llama.llama3_70b(), 1 << 20, MeshSpec(fsdp=16, context=32))
+
+
+def lwm_7b_1m() -> Experiment:
+    """The last stage of LWM (2024): Llama-2-7B at 1,048,576 tokens, base 5e7, on `v4:8x8x8`."""
+    return _pod(llama.llama2_7b(base=5e7), 1 << 20, MeshSpec(fsdp=16, context=32))

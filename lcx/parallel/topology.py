@@ -38,9 +38,11 @@ def topology_devices(name: str) -> list[jax.Device]:
         os.environ.setdefault(key, value)
     if not jax.config.jax_platforms:
         jax.config.update("jax_platforms", "cpu")
-    single = {"chips_per_host_bounds": [1, 1, 1]} if name.partition(":")[2] in ("1x1", "1x1x1") else {}
+    chip, _, shape = name.partition(":")
+    options = {"chips_per_host_bounds": [1, 1, 1]} if shape in ("1x1", "1x1x1") else {}
+    options |= {"chip_config_name": "megacore"} if chip == "v4" else {}  # one device a chip
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **single).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SpecError(f"--topology={name}: expected one such as v5e:16x16, v5p:8x8x8 or v6e:16x16: {reason}") from None
