@@ -2,8 +2,8 @@
 
     python -m lcx.attention.numerics
 
-The last 16 queries of a row attend to all its keys, causal, 4 heads of 64 over 2 key heads; logits have standard deviation 2, every
-1,000th key is one that all queries look for. An error is the largest of out (or of lse, or of dv) over its largest entry.
+The last 16 queries of a row attend to all its keys, causal, 4 heads of 64 over 2 key heads; logits have standard deviation 2,
+every 1,000th key is one that all queries look for. An error is the largest of out (or of lse, or of dv) over its largest entry.
 bfloat16 inputs are compared with float64 attention of the same rounded inputs.
 """
 
