@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.tile_attention import gpu_kernels
-from pallas_kernels.tile_attention.blocks import Shape, Sizes
-from pallas_kernels.tile_attention.gpu_blocks import Blocks, choose_blocks, padded_width, stacked_heads, this_gpu
+from pallas_kernels.tile_attention.blocks import Shape
+from pallas_kernels.tile_attention.gpu_blocks import Blocks, choose_blocks, sizes, this_gpu
 from pallas_kernels.tile_attention.gpu_launch import launch, padded, programs_of_keys, programs_of_queries, states
 from pallas_kernels.tile_attention.scores import LOG2E, LOW, Scores
 from pallas_kernels.tile_attention.tokens import Mask, Tokens
@@ -36,7 +36,7 @@ def forward(
     if shape.T == 0 or shape.S == 0:
         return jnp.zeros((*q.shape[:3], shape.E)), jnp.full(q.shape[:3], -jnp.inf)
     tile = choose_blocks(shape, q.dtype, this_gpu(), blocks).forward
-    size = _sizes(shape, tile, stacked_heads(shape.G, tile))
+    size = sizes("forward", shape, tile)
     given = padded(size, {"q": q, "q_tokens": q_tokens, "k": k, "v": v, "k_tokens": k_tokens})
     B, T, H, _ = given["q"].shape
     out, lse = launch(
@@ -84,7 +84,7 @@ def backward(
     arrays |= {"k": k, "v": v, "k_tokens": k_tokens}
 
     tile = chosen.query_gradient
-    size = _sizes(shape, tile, stacked_heads(shape.G, tile))
+    size = sizes("query_gradient", shape, tile)
     given = padded(size, arrays)
     programs = programs_of_queries(size, given["q"].shape, given["k"].shape)
     kernel = functools.partial(gpu_kernels.query_gradient, scores, size)
@@ -92,7 +92,7 @@ def backward(
     (dq,) = launch(kernel, programs, state, given, {"dq": given["q"].shape}, 2 * (2 * size.D + size.E), tile, interpret)
 
     tile = chosen.key_gradient
-    size = _sizes(shape, tile, 1)
+    size = sizes("key_gradient", shape, tile)
     given = padded(size, arrays)
     programs = programs_of_keys(size, given["q"].shape, given["k"].shape)
     kernel = functools.partial(gpu_kernels.key_gradient, scores, size)
@@ -109,7 +109,3 @@ def _shape(q, k, v):
     if H % K:
         raise ValueError(f"{H} query heads, {K} key heads: expected a multiple")
     return Shape(T, S, H // K, D, E)
-
-
-def _sizes(shape, tile, stacked):
-    return Sizes(stacked, tile.q, tile.k, padded_width(shape.D), padded_width(shape.E))

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels.tile_attention.blocks import Sizes
 from pallas_kernels.tile_attention.scores import LOG2E, LOW, Scores, dot

@@ -1,7 +1,7 @@
 """Runs a GPU kernel: one program a tile of its outputs, a group of heads and a batch row; what it finds where, and its list.
 
 Arrays go by the names that the kernels give them, and a name says the layout:
-    q, d_out, out, dq [B, T, H, width]    k, v, dk, dv [B, S, K, width]    lse, delta [B, H, T]    q_tokens, k_tokens [B, 4, tokens]
+    q, d_out, out, dq [B, T, H, width]   k, v, dk, dv [B, S, K, width]   lse, delta [B, H, T]   q_tokens [B, 4, T], k_tokens
 """
 
 import math
@@ -85,7 +85,9 @@ def padded(size: Sizes, arrays: Mapping[str, Array | Tokens]) -> dict[str, Array
     return {name: _padded(name, x, size.bk if KIND[name] in ("key", "k_tokens") else size.bq) for name, x in arrays.items()}
 
 
-def states(mask: Mask, size: Sizes, q_tokens: Int32[Array, "B 4 T"], k_tokens: Int32[Array, "B 4 S"]) -> Int32[Array, "B nq nk"]:
+def states(
+    mask: Mask, size: Sizes, q_tokens: Int32[Array, "B 4 T"], k_tokens: Int32[Array, "B 4 S"]
+) -> Int32[Array, "B nq nk"]:
     cut = lambda x, size: x.reshape(*x.shape[:2], -1, size).swapaxes(1, 2)
     return tile_states(mask, cut(q_tokens, size.bq), cut(k_tokens, size.bk))
 
