@@ -10,7 +10,7 @@ import pytest
 from attention_cases import arrays, compare, random_tokens, whole_document, with_gradient
 
 from lcx.attention.mask import Beyond, Causal, Chunk, Hide, Sink, Window, Within
-from pallas_kernels.tile_attention import gpu, reference
+from pallas_kernels.tile_attention import gpu, gpu_bench, reference
 from pallas_kernels.tile_attention.blocks import Shape
 from pallas_kernels.tile_attention.gpu_blocks import ANY, SHARED, Blocks, Tile, choose_blocks, shared_bytes, sizes
 from pallas_kernels.tile_attention.tokens import Tokens
@@ -200,3 +200,20 @@ def test_the_estimate_bounds_what_the_compiler_allocates(name, width, tile, dtyp
     estimate = shared_bytes(name, Shape(4096, 4096, 1, width, width), tile, dtype)
     assert (ampere or 0) <= estimate and hopper <= estimate
     assert dtype == jnp.float32 or estimate <= 1.05 * hopper
+
+
+def test_the_benchmark_says_that_there_is_no_gpu(capsys):
+    assert gpu_bench.main() == 2
+    assert capsys.readouterr().err == "gpu_bench: no GPU: this machine's default device is cpu\n"
+
+
+def test_the_band_of_the_benchmark_is_a_tenth_of_the_square():
+    """Its pairs as counted, and as the mask lets them through."""
+    band = gpu_bench.near(400)
+    tokens = whole_document(1, 400)
+    assert band.visible(tokens.rows(), tokens.columns()).sum() == gpu_bench.pairs(400, band.size)
+    assert gpu_bench.pairs(400, band.size) == pytest.approx(0.1 * 400**2, rel=0.01)
+    dense = gpu_bench.with_gradient(gpu_bench.tiled)
+    shapes = [jax.ShapeDtypeStruct((1, 4096, 2, 128), jnp.bfloat16)] * 4
+    lowered = jax.jit(functools.partial(dense, gpu_bench.near(4096))).trace(*shapes).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("xla.gpu.triton") == 3
