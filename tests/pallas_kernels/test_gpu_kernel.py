@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import arrays, compare, random_tokens, whole_document, with_gradient
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
+from lcx.attention.attend import choose
 from lcx.attention.mask import Beyond, Causal, Chunk, Hide, Sink, Window, Within
 from pallas_kernels.tile_attention import gpu, gpu_bench, reference
 from pallas_kernels.tile_attention.blocks import Shape
-from pallas_kernels.tile_attention.gpu_blocks import ANY, SHARED, Blocks, Tile, choose_blocks, shared_bytes, sizes
+from pallas_kernels.tile_attention.gpu_blocks import ANY, SHARED, Blocks, Tile, choose_blocks, shared_bytes, sizes, this_gpu
 from pallas_kernels.tile_attention.tokens import Tokens
 
 KINDS = ("packed", "special", "shuffled", "padding", "single")
@@ -141,6 +143,19 @@ def test_nothing_to_attend(T, S):
     assert all(g.shape == x.shape and not g.any() for g, x in zip(grads, (q, k, v), strict=True))
 
 
+def described(kind):
+    """A context in which a program is lowered for a GPU that is not here."""
+    device = AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
+    return use_abstract_mesh(AbstractMesh((1,), ("one",), (AxisType.Auto,), abstract_device=device))
+
+
+def kernels_of(form, *inputs):
+    """Triton kernels of a function lowered for an H100."""
+    with described("NVIDIA H100 80GB HBM3"):
+        lowered = jax.jit(lambda *inputs: form(*inputs)).trace(*inputs).lower(lowering_platforms=("cuda",))
+    return lowered.as_text().count("xla.gpu.triton")
+
+
 @pytest.mark.parametrize("mask", MASKS, ids=repr)
 @pytest.mark.parametrize("T, H, D, dtype", [(8192, 8, 128, jnp.bfloat16), (100, 6, 80, jnp.float32)])
 def test_lowers_for_cuda(mask, T, H, D, dtype):
@@ -149,10 +164,16 @@ def test_lowers_for_cuda(mask, T, H, D, dtype):
     tokens = Tokens(*(array(2, T, dtype=jnp.int32),) * 4)
     given = array(2, T, H, D), array(2, T, 2, D), array(2, T, 2, D), tokens, tokens
     rows = *(array(2, T, H, dtype=jnp.float32),) * 2, array(2, T, H, D, dtype=jnp.float32)
-    for form, inputs, kernels in ((gpu.forward, given, 1), (gpu.backward, (*given, *rows), 2)):
-        run = jax.jit(functools.partial(form, mask=mask, scale=0.1, softcap=30.0))
-        lowered = run.trace(*inputs).lower(lowering_platforms=("cuda",))
-        assert lowered.as_text().count("xla.gpu.triton") == kernels
+    options = {"mask": mask, "scale": 0.1, "softcap": 30.0}
+    assert kernels_of(functools.partial(gpu.forward, **options), *given) == 1
+    assert kernels_of(functools.partial(gpu.backward, **options), *given, *rows) == 2
+
+
+@pytest.mark.parametrize("kind, name", [("NVIDIA H200", "H200"), ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA L4", None)])
+def test_the_gpu_is_the_one_that_is_compiled_for(kind, name):
+    assert this_gpu() is None
+    with described(kind):
+        assert this_gpu() == name and choose("auto") == "gpu"
 
 
 def test_what_does_not_fit_is_named():
@@ -215,5 +236,4 @@ def test_the_band_of_the_benchmark_is_a_tenth_of_the_square():
     assert gpu_bench.pairs(400, band.size) == pytest.approx(0.1 * 400**2, rel=0.01)
     dense = gpu_bench.with_gradient(gpu_bench.tiled)
     shapes = [jax.ShapeDtypeStruct((1, 4096, 2, 128), jnp.bfloat16)] * 4
-    lowered = jax.jit(functools.partial(dense, gpu_bench.near(4096))).trace(*shapes).lower(lowering_platforms=("cuda",))
-    assert lowered.as_text().count("xla.gpu.triton") == 3
+    assert kernels_of(functools.partial(dense, gpu_bench.near(4096)), *shapes) == 3
