@@ -104,8 +104,8 @@ def backward(
 
 def _shape(q, k, v):
     (T, H, D), (S, K, E) = q.shape[1:], v.shape[1:]
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        raise ValueError(f"dtypes {q.dtype}, {k.dtype}, {v.dtype}: expected one for q, k and v, bfloat16, float16 or float32")
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(f"dtypes {q.dtype}, {k.dtype}, {v.dtype}: expected one for q, k and v, bfloat16 or float32")
     if H % K:
         raise ValueError(f"{H} query heads, {K} key heads: expected a multiple")
     return Shape(T, S, H // K, D, E)
