@@ -11,7 +11,8 @@ from lcx.batch import TokenInfo
 from pallas_kernels.target import platform
 from pallas_kernels.tile_attention import op
 
-Backend = Literal["auto", "reference", "xla", "tpu"]
+Backend = Literal["auto", "reference", "xla", "tpu", "gpu"]
+KERNELS = ("tpu", "gpu")  # forms named after the platform that they are for
 
 
 def attend(
@@ -58,16 +59,16 @@ def local_fold(
 
 
 def choose(backend: Backend) -> str:
-    """The form that runs: the named one; for `auto` the Pallas kernel on a TPU, else the tiled XLA form.
+    """The form that runs: the named one; for `auto` the Pallas kernel on a TPU or GPU, else the tiled XLA form.
 
     Raises ValueError for a name that is none, or whose platform is not the one that is compiled for.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"attend: backend = {backend!r}: expected one of {', '.join(get_args(Backend))}")
     target = platform()
-    if backend == "tpu" and target != "tpu":
-        raise ValueError(f"attend: backend = 'tpu': expected 'auto', 'xla' or 'reference' on {target}")
-    chosen = ("tpu" if target == "tpu" else "xla") if backend == "auto" else backend
+    if backend in KERNELS and target != backend:
+        raise ValueError(f"attend: backend = {backend!r}: expected 'auto', 'xla' or 'reference' on {target}")
+    chosen = (target if target in KERNELS else "xla") if backend == "auto" else backend
     _log_once(backend, chosen, target)
     return chosen
 

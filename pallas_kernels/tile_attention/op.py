@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from pallas_kernels.tile_attention import reference, tpu, xla
+from pallas_kernels.tile_attention import gpu, reference, tpu, xla
 from pallas_kernels.tile_attention.tokens import Mask, Tokens
 
-FORMS = {"reference": reference, "xla": xla, "tpu": tpu}
+FORMS = {"reference": reference, "xla": xla, "tpu": tpu, "gpu": gpu}
 SAVED = "attention"  # the checkpoint name of (out, lse), which a rematerialisation policy may keep
 
 

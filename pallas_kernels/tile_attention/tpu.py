@@ -12,10 +12,10 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.tile_attention import tpu_kernels
 from pallas_kernels.tile_attention.blocks import Blocks, Shape, Sizes, choose_blocks, stacked_heads, this_chip
+from pallas_kernels.tile_attention.scores import LOG2E, LOW, Scores
 from pallas_kernels.tile_attention.tile_list import ENTRIES, TileList, from_list, from_states, tile_states
 from pallas_kernels.tile_attention.tiling import cut, cut_tokens, uncut
 from pallas_kernels.tile_attention.tokens import Mask, Tokens
-from pallas_kernels.tile_attention.tpu_kernels import LOG2E, LOW, Scores
 from pallas_kernels.tile_attention.tpu_sweep import parts_of, sweep
 
 HALF_LANES = 64

@@ -9,27 +9,15 @@ The kernel of dk and dv holds scores keys first, so that lse and delta are the r
 float32, and summed in float32.
 """
 
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.tile_attention.blocks import LANES, Sizes, forward_bytes, key_gradient_bytes, query_gradient_bytes
-from pallas_kernels.tile_attention.tokens import Mask, Tokens
+from pallas_kernels.tile_attention.scores import LOG2E, LOW, Scores, dot
+from pallas_kernels.tile_attention.tokens import Tokens
 from pallas_kernels.tile_attention.tpu_sweep import Kernel
-
-LOW = -0.7 * float(jnp.finfo(jnp.float32).max)  # the score of a pair that is not visible; -inf would give NaN
-LOG2E = math.log2(math.e)
-
-
-class Scores(NamedTuple):
-    """How products of queries and keys become scores."""
-
-    mask: Mask
-    scale: float
-    softcap: float | None
 
 
 def forward(scores: Scores, size: Sizes, dtype: Any) -> Kernel:
@@ -42,7 +30,7 @@ def forward(scores: Scores, size: Sizes, dtype: Any) -> Kernel:
         total_out[...] = jnp.zeros_like(total_out)
 
     def step(masked, q, q_tokens, k, v, k_tokens, out, lse, top, total, total_out):
-        s = _logits(scores, _dot(q[...], k[...], 1, 1))[0]
+        s = scores.logits(dot(q[...], k[...], 1, 1))[0]
         if masked:
             s = _hide(s, scores.mask.visible(_columns(q_tokens[...]), _rows(k_tokens[...])), size.G, axis=0)
         before = top[...]
@@ -51,7 +39,7 @@ def forward(scores: Scores, size: Sizes, dtype: Any) -> Kernel:
         decay = jnp.exp2(before - peak)
         top[...] = peak
         total[...] = total[...] * decay + p.sum(axis=1, keepdims=True)
-        total_out[...] = total_out[...] * decay[:, :1] + _dot(p.astype(v.dtype), v[...], 1, 0)
+        total_out[...] = total_out[...] * decay[:, :1] + dot(p.astype(v.dtype), v[...], 1, 0)
 
     def finish(q, q_tokens, k, v, k_tokens, out, lse, top, total, total_out):
         out[...] = jnp.where(top[:, :1] > LOW / 2, total_out[...] / total[:, :1], 0)
@@ -78,12 +66,12 @@ def query_gradient(scores: Scores, size: Sizes, dtype: Any) -> Kernel:
         total[...] = jnp.zeros_like(total)
 
     def step(masked, q, d_out, lse, delta, q_tokens, k, v, k_tokens, dq, lse_column, delta_column, total):
-        s, slope = _logits(scores, _dot(q[...], k[...], 1, 1))
+        s, slope = scores.logits(dot(q[...], k[...], 1, 1))
         if masked:
             s = _hide(s, scores.mask.visible(_columns(q_tokens[...]), _rows(k_tokens[...])), size.G, axis=0)
         p = jnp.exp2(s - lse_column[:, :1])
-        ds = p * (_dot(d_out[...], v[...], 1, 1) - delta_column[:, :1]) * slope
-        total[...] += _dot(ds.astype(k.dtype), k[...], 1, 0)
+        ds = p * (dot(d_out[...], v[...], 1, 1) - delta_column[:, :1]) * slope
+        total[...] += dot(ds.astype(k.dtype), k[...], 1, 0)
 
     def finish(q, d_out, lse, delta, q_tokens, k, v, k_tokens, dq, lse_column, delta_column, total):
         dq[...] = total[...] * scores.scale
@@ -108,27 +96,19 @@ def key_gradient(scores: Scores, size: Sizes, dtype: Any) -> Kernel:
         total_dv[...] = jnp.zeros_like(total_dv)
 
     def step(masked, k, v, k_tokens, q, d_out, lse, delta, q_tokens, dk, dv, total_dk, total_dv):
-        s, slope = _logits(scores, _dot(k[...], q[...], 1, 1))
+        s, slope = scores.logits(dot(k[...], q[...], 1, 1))
         if masked:
             s = _hide(s, scores.mask.visible(_rows(q_tokens[...]), _columns(k_tokens[...])), size.G, axis=1)
         p = jnp.exp2(s - lse[...])
-        ds = p * (_dot(v[...], d_out[...], 1, 1) - delta[...]) * slope
-        total_dv[...] += _dot(p.astype(d_out.dtype), d_out[...], 1, 0)
-        total_dk[...] += _dot(ds.astype(q.dtype), q[...], 1, 0)
+        ds = p * (dot(v[...], d_out[...], 1, 1) - delta[...]) * slope
+        total_dv[...] += dot(p.astype(d_out.dtype), d_out[...], 1, 0)
+        total_dk[...] += dot(ds.astype(q.dtype), q[...], 1, 0)
 
     def finish(k, v, k_tokens, q, d_out, lse, delta, q_tokens, dk, dv, total_dk, total_dv):
         dk[...] = total_dk[...] * scores.scale
         dv[...] = total_dv[...]
 
     return Kernel(start, step, finish, outputs, outputs, 4 * (size.D + size.E), key_gradient_bytes(size, dtype))
-
-
-def _logits(scores, raw):
-    """Scores in base 2, and their derivative by the scaled product."""
-    if scores.softcap is None:
-        return raw * (scores.scale * LOG2E), 1
-    bent = jnp.tanh(raw * (scores.scale / scores.softcap))
-    return bent * (scores.softcap * LOG2E), 1 - bent * bent
 
 
 def _rows(tokens: Int[Array, "4 n"]) -> Tokens:
@@ -144,9 +124,3 @@ def _hide(s: Float[Array, "n m"], seen: Bool[Array, "..."], G: int, axis: int) -
     """LOW where a pair is not seen, for all heads along `axis`."""
     seen = jnp.concatenate([seen.astype(jnp.int32)] * G, axis=axis)
     return jnp.where(seen != 0, s, LOW)
-
-
-def _dot(a: Float[Array, "..."], b: Float[Array, "..."], a_axis: int, b_axis: int) -> Float[Array, "..."]:
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    dimensions = (((a_axis,), (b_axis,)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)

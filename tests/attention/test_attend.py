@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from infos import info, random_info
 
-from lcx.attention.attend import attend
+from lcx.attention.attend import attend, choose
 from lcx.attention.mask import Beyond, Causal, Chunk, Hide, Sink, Window, Within, tokens_of
 from lcx.attention.mass import mass
 from lcx.attention.merge import merge
@@ -215,6 +215,15 @@ def test_rows_of_queries_and_keys_must_agree(monkeypatch):
         attend(q, k, k, info([[0, 1, 2, 3]] * 2, [[1] * 4] * 2), info([[0, 1, 2, 3]], [[1] * 4]), mask=Causal(), scale=1.0)
 
 
-def test_a_backend_of_another_platform_is_refused(case):
-    with pytest.raises(ValueError, match="attend: backend = 'tpu': expected 'auto', 'xla' or 'reference' on cpu"):
-        attend(*case, mask=Causal(), scale=1.0, backend="tpu")
+@pytest.mark.parametrize("backend", ["tpu", "gpu"])
+def test_a_backend_of_another_platform_is_refused(case, backend):
+    with pytest.raises(ValueError, match=f"attend: backend = '{backend}': expected 'auto', 'xla' or 'reference' on cpu"):
+        attend(*case, mask=Causal(), scale=1.0, backend=backend)
+
+
+@pytest.mark.parametrize("target, form", [("cpu", "xla"), ("gpu", "gpu"), ("tpu", "tpu")])
+def test_auto_takes_the_kernel_of_the_platform(monkeypatch, target, form):
+    monkeypatch.setattr("lcx.attention.attend.platform", lambda: target)
+    assert choose("auto") == form and choose("xla") == "xla"
+    if form != "xla":
+        assert choose(form) == form

@@ -1,0 +1,111 @@
+"""Attention in tiles for GPUs (Pallas, Triton): FlashAttention-2 (2023) over lists of tiles.
+
+The tiles that some pair can see are listed row by row from the mask's bounds; a program of a kernel (`gpu_kernels`) goes over
+one row of the list (`gpu_launch`). Arrays keep their layout and are padded to whole tiles, head sizes to powers of two. Tile
+sizes and shared memory: `gpu_blocks`. A row that sees nothing gives out = 0 and lse = -inf.
+"""
+
+import functools
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.tile_attention import gpu_kernels
+from pallas_kernels.tile_attention.blocks import Shape
+from pallas_kernels.tile_attention.gpu_blocks import Blocks, choose_blocks, sizes, this_gpu
+from pallas_kernels.tile_attention.gpu_launch import launch, padded, programs_of_keys, programs_of_queries, states
+from pallas_kernels.tile_attention.scores import LOG2E, LOW, Scores
+from pallas_kernels.tile_attention.tokens import Mask, Tokens
+
+
+def forward(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K E"],
+    q_tokens: Tokens,
+    k_tokens: Tokens,
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None = None,
+    blocks: Blocks | None = None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
+    """Returns (out, lse) in float32. Raises ValueError for what does not fit the shared memory of a GPU."""
+    shape = _shape(q, k, v)
+    if shape.T == 0 or shape.S == 0:
+        return jnp.zeros((*q.shape[:3], shape.E)), jnp.full(q.shape[:3], -jnp.inf)
+    tile = choose_blocks(shape, q.dtype, this_gpu(), blocks).forward
+    size = sizes("forward", shape, tile)
+    given = padded(size, {"q": q, "q_tokens": q_tokens, "k": k, "v": v, "k_tokens": k_tokens})
+    B, T, H, _ = given["q"].shape
+    out, lse = launch(
+        functools.partial(gpu_kernels.forward, Scores(mask, scale, softcap), size),
+        programs_of_queries(size, given["q"].shape, given["k"].shape),
+        states(mask, size, given["q_tokens"], given["k_tokens"]),
+        given,
+        {"out": (B, T, H, size.E), "lse": (B, H, T)},
+        2 * (size.D + size.E),
+        tile,
+        interpret,
+    )
+    return out[:, : shape.T, :, : shape.E], lse[..., : shape.T].swapaxes(1, 2)
+
+
+def backward(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K E"],
+    q_tokens: Tokens,
+    k_tokens: Tokens,
+    lse: Float[Array, "B T H"],
+    delta: Float[Array, "B T H"],
+    d_out: Float[Array, "B T H E"],
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None = None,
+    blocks: Blocks | None = None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B S K D"], Float[Array, "B S K E"]]:
+    """Returns (dq, dk, dv) in float32.
+
+    lse: of the whole softmax, over more keys than these if they are a shard; -inf for rows that see nothing, whose gradients
+    are zero. delta = sum(d_out out) - d_lse, the sum over a head's E.
+    """
+    shape = _shape(q, k, v)
+    if shape.T == 0 or shape.S == 0:
+        return tuple(jnp.zeros(x.shape) for x in (q, k, v))
+    chosen = choose_blocks(shape, q.dtype, this_gpu(), blocks)
+    scores, nothing = Scores(mask, scale, softcap), jnp.isneginf(lse)
+    lse = jnp.where(nothing, -LOW, lse * LOG2E).swapaxes(1, 2)  # 2^(s - lse) is 0 where nothing is seen
+    delta = jnp.where(nothing, 0, delta).swapaxes(1, 2)
+    arrays = {"q": q, "d_out": d_out.astype(v.dtype), "lse": lse, "delta": delta, "q_tokens": q_tokens}
+    arrays |= {"k": k, "v": v, "k_tokens": k_tokens}
+
+    tile = chosen.query_gradient
+    size = sizes("query_gradient", shape, tile)
+    given = padded(size, arrays)
+    programs = programs_of_queries(size, given["q"].shape, given["k"].shape)
+    kernel = functools.partial(gpu_kernels.query_gradient, scores, size)
+    state = states(mask, size, given["q_tokens"], given["k_tokens"])
+    (dq,) = launch(kernel, programs, state, given, {"dq": given["q"].shape}, 2 * (2 * size.D + size.E), tile, interpret)
+
+    tile = chosen.key_gradient
+    size = sizes("key_gradient", shape, tile)
+    given = padded(size, arrays)
+    programs = programs_of_keys(size, given["q"].shape, given["k"].shape)
+    kernel = functools.partial(gpu_kernels.key_gradient, scores, size)
+    state = states(mask, size, given["q_tokens"], given["k_tokens"]).swapaxes(1, 2)
+    outputs = {"dk": given["k"].shape, "dv": given["v"].shape}
+    dk, dv = launch(kernel, programs, state, given, outputs, 4 * (size.D + size.E), tile, interpret)
+    return dq[:, : shape.T, :, : shape.D], dk[:, : shape.S, :, : shape.D], dv[:, : shape.S, :, : shape.E]
+
+
+def _shape(q, k, v):
+    (T, H, D), (S, K, E) = q.shape[1:], v.shape[1:]
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(f"dtypes {q.dtype}, {k.dtype}, {v.dtype}: expected one for q, k and v, bfloat16 or float32")
+    if H % K:
+        raise ValueError(f"{H} query heads, {K} key heads: expected a multiple")
+    return Shape(T, S, H // K, D, E)

@@ -1,0 +1,119 @@
+"""Tile sizes of the GPU kernels and the shared memory of a multiprocessor that they take.
+
+What stays is held once, what passes by `copies` times: one is computed with while others come. Bytes, with R = G bq rows:
+    forward      q + copies (k + v)       dq      q + dout + copies (k + v)       dk, dv      k + v + copies (q + dout)
+and rows of tokens and sums. They bound what the Triton compiler allocates (3.9, for compute capabilities 8.0 and 9.0), and
+the targets are tiles whose sums it keeps in registers on the latter.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.tile_attention.blocks import Shape, Sizes
+
+SMALLEST = 16  # tokens of a tile, and elements of a head: the least that a matrix product takes
+KIB = 1 << 10
+SHARED = {"H100": 227 * KIB, "H200": 227 * KIB, "A100": 163 * KIB}  # of one program
+ANY = 99 * KIB  # on every GPU since compute capability 8.0
+
+
+class Tile(NamedTuple):
+    """Powers of two: rows of queries, in which heads of a key head are stacked if the call has few tokens, and keys.
+
+    Of a program: its warps, and the stages of its loop; three or four hold two copies of what passes by.
+    """
+
+    q: int
+    k: int
+    warps: int = 8
+    stages: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """The tile of each kernel."""
+
+    forward: Tile
+    query_gradient: Tile
+    key_gradient: Tile
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            tile = getattr(self, field.name)
+            if any(n < SMALLEST or n & (n - 1) for n in (tile.q, tile.k)):
+                raise ValueError(f"{field.name} = {(tile.q, tile.k)}: expected powers of two from {SMALLEST}")
+
+    @classmethod
+    def same(cls, q: int, k: int) -> "Blocks":
+        """One size for all kernels."""
+        return cls(*(Tile(q, k),) * 3)
+
+
+def padded_width(width: int) -> int:
+    """The power of two that a head is padded to."""
+    return _power_of_two(width)
+
+
+def shared_bytes(name: str, shape: Shape, tile: Tile, dtype: Any) -> int:
+    """Shared memory that a program of a kernel takes."""
+    size = sizes(name, shape, tile)
+    R, copies = size.G * size.bq, max(2, (tile.stages + 1) // 2)
+    elements = {
+        "forward": R * size.D + copies * size.bk * (size.D + size.E),
+        "query_gradient": (R + copies * size.bk) * (size.D + size.E),
+        "key_gradient": (size.bk + copies * R) * (size.D + size.E),
+    }
+    return elements[name] * jnp.dtype(dtype).itemsize + 8 * copies * (R + size.bk)
+
+
+def choose_blocks(shape: Shape, dtype: Any, gpu: str | None, given: Blocks | None = None) -> Blocks:
+    """Tiles that fit the shared memory of a GPU (None: any), from the kernels' targets; ValueError if `given` do not."""
+    room = SHARED.get(gpu, ANY)
+    tiles = {}
+    for name in TARGETS:
+        tile = getattr(given, name) if given else _target(name, shape, dtype)
+        while given is None and shared_bytes(name, shape, tile, dtype) > room and max(tile.q, tile.k) > SMALLEST:
+            tile = tile._replace(q=tile.q // 2) if tile.q >= tile.k else tile._replace(k=tile.k // 2)
+        if (takes := shared_bytes(name, shape, tile, dtype)) > room:
+            raise ValueError(
+                f"{name} = {(tile.q, tile.k)} with heads of {shape.D} and {shape.E} in {jnp.dtype(dtype).name} takes"
+                f" {takes / KIB:.0f} KiB of shared memory: expected at most {room / KIB:.0f} on {gpu or 'any GPU'}"
+            )
+        tiles[name] = tile
+    return Blocks(**tiles)
+
+
+def sizes(name: str, shape: Shape, tile: Tile) -> Sizes:
+    """Of a kernel, tiles no longer than the call. The kernel of dk and dv takes query heads one at a time."""
+    bq, bk = min(tile.q, _power_of_two(shape.T)), min(tile.k, _power_of_two(shape.S))
+    most = 1 if name == "key_gradient" else tile.q // bq
+    G = next(n for n in (128, 64, 32, 16, 8, 4, 2, 1) if n <= most and shape.G % n == 0)
+    return Sizes(G, bq, bk, padded_width(shape.D), padded_width(shape.E))
+
+
+def this_gpu() -> str | None:
+    """The name in `SHARED` of the mesh's device or of this machine's, None if it has none."""
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    kind = described.device_kind if described else jax.devices()[0].device_kind
+    return next((name for name in SHARED if name in kind), None)
+
+
+def _target(name: str, shape: Shape, dtype: Any) -> Tile:
+    wide = sum(max(shape.D, shape.E) > widest for widest in WIDEST)
+    return FLOAT32 if jnp.dtype(dtype).itemsize == 4 else TARGETS[name][wide]
+
+
+def _power_of_two(n: int) -> int:
+    return max(SMALLEST, 1 << (n - 1).bit_length())
+
+
+FLOAT32 = Tile(32, 32)  # products without tensor cores
+WIDEST = (64, 128)  # heads, of the targets of each kernel but the last
+TARGETS = {
+    "forward": (Tile(128, 128), Tile(128, 64), Tile(64, 64)),
+    "query_gradient": (Tile(128, 64), Tile(128, 64), Tile(64, 32)),
+    "key_gradient": (Tile(128, 64), Tile(64, 64), Tile(32, 32)),
+}

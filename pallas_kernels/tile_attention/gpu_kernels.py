@@ -1,0 +1,106 @@
+"""The three kernels of tile attention on a GPU: forward, gradient of the queries, gradients of keys and values.
+
+FlashAttention-2 (2023). A program keeps one tile of its outputs and goes over the tiles of its list, those that are fully
+visible first, without a mask. Rows are the R = bq G queries of a tile of tokens, their G heads beside each other:
+    s = c softcap(scale q k^T),   m' = max(m, max_k s),   p = 2^(s - m'),   l = l 2^(m - m') + sum_k p,   o = o 2^(m - m') + p v
+    backward: p = 2^(s - c lse),  ds = p (dout v^T - delta) scale softcap',  dq += ds k,  dk += ds^T q,  dv += p^T dout
+with c = log2(e). The kernel of dk and dv holds scores keys first and takes one query head at a time, all those of its key head
+one after the other. References of one program, whose batch row and heads the grid has chosen:
+    q, d_out, out, dq [bq, G, width], lse, delta [G, bq]; whole in that of dk and dv: [T, H/K, width], [H/K, T]
+    k, v [S, width]; dk, dv [bk, width];  tokens [4, length];  minors [tiles], ends [2]: the list, after its full and all tiles
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels.tile_attention.blocks import Sizes
+from pallas_kernels.tile_attention.scores import LOG2E, LOW, Scores, dot
+from pallas_kernels.tile_attention.tokens import Tokens
+
+
+def forward(scores: Scores, size: Sizes, minors, ends, q, q_tokens, k, v, k_tokens, out, lse) -> None:
+    R = size.G * size.bq
+    rows, q_tokens = q[...].reshape(R, size.D), _stacked_tokens(q_tokens, size).rows()
+
+    def step(masked, n, carry):
+        total_out, top, total = carry
+        keys = pl.ds(minors[n] * size.bk, size.bk)
+        s, _ = scores.logits(dot(rows, k[keys, :], 1, 1))
+        if masked:
+            s = jnp.where(scores.mask.visible(q_tokens, _tokens(k_tokens, keys).columns()), s, LOW)
+        peak = jnp.maximum(top, s.max(axis=1))
+        p = jnp.exp2(s - peak[:, None])
+        decay = jnp.exp2(top - peak)
+        total_out = total_out * decay[:, None] + dot(p.astype(v.dtype), v[keys, :], 1, 0)
+        return total_out, peak, total * decay + p.sum(axis=1)
+
+    start = jnp.zeros((R, size.E), jnp.float32), jnp.full((R,), LOW, jnp.float32), jnp.zeros((R,), jnp.float32)
+    total_out, top, total = _over_list(ends, step, start)
+    sees = top > LOW / 2
+    total = jnp.where(sees, total, 1.0)
+    out[...] = jnp.where(sees[:, None], total_out / total[:, None], 0.0).reshape(size.bq, size.G, size.E)
+    lse[...] = jnp.where(sees, (top + jnp.log2(total)) / LOG2E, -jnp.inf).reshape(size.bq, size.G).T
+
+
+def query_gradient(scores: Scores, size: Sizes, minors, ends, q, d_out, lse, delta, q_tokens, k, v, k_tokens, dq) -> None:
+    """lse in base 2."""
+    R = size.G * size.bq
+    rows, d_rows = q[...].reshape(R, size.D), d_out[...].reshape(R, size.E)
+    lse, delta = (x[...].T.reshape(R)[:, None] for x in (lse, delta))
+    q_tokens = _stacked_tokens(q_tokens, size).rows()
+
+    def step(masked, n, total):
+        keys = pl.ds(minors[n] * size.bk, size.bk)
+        k_tile = k[keys, :]
+        s, slope = scores.logits(dot(rows, k_tile, 1, 1))
+        if masked:
+            s = jnp.where(scores.mask.visible(q_tokens, _tokens(k_tokens, keys).columns()), s, LOW)
+        ds = jnp.exp2(s - lse) * (dot(d_rows, v[keys, :], 1, 1) - delta) * slope
+        return total + dot(ds.astype(k.dtype), k_tile, 1, 0)
+
+    total = _over_list(ends, step, jnp.zeros((R, size.D), jnp.float32))
+    dq[...] = (total * scores.scale).reshape(size.bq, size.G, size.D)
+
+
+def key_gradient(scores: Scores, size: Sizes, minors, ends, q, d_out, lse, delta, q_tokens, k, v, k_tokens, dk, dv) -> None:
+    """lse in base 2."""
+    heads = q.shape[1]
+    k, v, k_tokens = k[...], v[...], _tokens(k_tokens, slice(None)).rows()
+
+    def step(masked, n, carry):
+        total_dk, total_dv = carry
+        tile, head = jax.lax.div(n, jnp.int32(heads)), jax.lax.rem(n, jnp.int32(heads))
+        queries = pl.ds(minors[tile] * size.bq, size.bq)
+        q_tile, d_tile = q[queries, head, :], d_out[queries, head, :]
+        s, slope = scores.logits(dot(k, q_tile, 1, 1))
+        if masked:
+            s = jnp.where(scores.mask.visible(_tokens(q_tokens, queries).columns(), k_tokens), s, LOW)
+        p = jnp.exp2(s - lse[head, queries][None, :])
+        ds = p * (dot(v, d_tile, 1, 1) - delta[head, queries][None, :]) * slope
+        total_dv += dot(p.astype(d_tile.dtype), d_tile, 1, 0)
+        return total_dk + dot(ds.astype(q_tile.dtype), q_tile, 1, 0), total_dv
+
+    start = jnp.zeros((size.bk, size.D), jnp.float32), jnp.zeros((size.bk, size.E), jnp.float32)
+    total_dk, total_dv = _over_list(ends, step, start, heads)
+    dk[...], dv[...] = total_dk * scores.scale, total_dv
+
+
+def _over_list(ends, step: Callable[[bool, Any, Any], Any], carry: Any, times: int = 1) -> Any:
+    """`carry = step(masked, n, carry)` along the list, `times` for each tile."""
+    full, some = ends[0] * times, ends[1] * times
+    carry = jax.lax.fori_loop(0, full, lambda n, carry: step(False, n, carry), carry)
+    return jax.lax.fori_loop(full, some, lambda n, carry: step(True, n, carry), carry)
+
+
+def _tokens(tokens, place) -> Tokens:
+    return Tokens(*(tokens[field, place] for field in range(4)))
+
+
+def _stacked_tokens(tokens, size: Sizes) -> Tokens:
+    """Of the rows of a stack, token by token."""
+    one = lambda field: jnp.broadcast_to(field[:, None], (size.bq, size.G)).reshape(size.G * size.bq)
+    return Tokens(*map(one, _tokens(tokens, slice(None))))

@@ -1,0 +1,35 @@
+"""What the Pallas kernels share: scores in base 2, their derivative, and products summed in float32."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.tile_attention.tokens import Mask
+
+LOW = -0.7 * float(jnp.finfo(jnp.float32).max)  # the score of a pair that is not visible; -inf would give NaN
+LOG2E = math.log2(math.e)
+
+
+class Scores(NamedTuple):
+    """How products of queries and keys become scores."""
+
+    mask: Mask
+    scale: float
+    softcap: float | None
+
+    def logits(self, raw: Float[Array, "n m"]) -> tuple[Float[Array, "n m"], Float[Array, "n m"] | int]:
+        """Scores in base 2 before the mask, and their derivative by the scaled product."""
+        if self.softcap is None:
+            return raw * (self.scale * LOG2E), 1
+        bent = jnp.tanh(raw * (self.scale / self.softcap))
+        return bent * (self.softcap * LOG2E), 1 - bent * bent
+
+
+def dot(a: Float[Array, "..."], b: Float[Array, "..."], a_axis: int, b_axis: int) -> Float[Array, "..."]:
+    """Product over an axis of each, HIGHEST if the operands are float32."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    dimensions = (((a_axis,), (b_axis,)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
