@@ -16,12 +16,14 @@ BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}  # the others say it: s4,
 
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
-_CALLED = re.compile(r"(calls|body|condition|to_apply|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%?[\w.\-]+)")
+_CALLED = re.compile(
+    r"(calls|body|condition|to_apply|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%?[\w.\-]+)"
+)
 _ARRAY = re.compile(r"([a-z]+[0-9]*(?:e[0-9]m[0-9][a-z0-9]*)?)\[([0-9,]*)\]")
 
 
 class Collective(NamedTuple):
-    """Sends of one kind: how many a device takes part in, and bytes it sends; `assumed` if some loop's trips were not known."""
+    """Sends of one kind: how many a device takes part in, bytes it sends, and whether some were counted by an assumption."""
 
     count: int
     bytes: int
@@ -65,9 +67,9 @@ class Program(NamedTuple):
 
 
 def collectives(text: str, trips: Callable[[str], int] | None = None) -> dict[str, Collective]:
-    """Sends of one run by kind, loop bodies as often as they run; of a conditional, the branch that sends most.
+    """Sends of one run by kind, loop bodies as often as they run, of a conditional the branch that sends most.
 
-    trips: from the op_name of a loop that sends, and whose trips the text does not tell, a bound of them; without it, 1.
+    trips: how often a loop runs, or that branch, where both send and the text does not tell, from the op_name; without it, 1.
     """
     program = parse(text)
     return {kind: found for kind, found in _sent(program, program.entry, trips or (lambda _: 1)).items() if found.count}
@@ -162,7 +164,7 @@ def _sent(program: Program, name: str, trips: Callable[[str], int]) -> dict[str,
         kind = instruction.opcode.removesuffix("-start")
         called = instruction.called()
         if kind in KINDS and not _continues(instruction, instructions):
-            add(_own(program, instruction, instructions))
+            add(_own(program, name, instruction))
         elif instruction.opcode == "while":
             sent = _sent(program, called["body"][0], trips)
             if any(found.count for found in sent.values()):
@@ -170,18 +172,20 @@ def _sent(program: Program, name: str, trips: Callable[[str], int]) -> dict[str,
                 add(sent, trips(instruction.op_name) if known is None else known, known is None)
         elif instruction.opcode == "conditional":
             branches = [_sent(program, branch, trips) for names in called.values() for branch in names]
-            add(max(branches, key=lambda sent: sum(found.bytes for found in sent.values())))
+            most = max(branches, key=lambda sent: sum(found.bytes for found in sent.values()))
+            differ = any(branch != most for branch in branches)
+            add(most, trips(instruction.op_name) if differ else 1, differ)
         elif instruction.opcode not in ("async-update", "async-done"):
             for callee in called.get("calls", ()) + (called.get("to_apply", ()) if instruction.opcode == "call" else ()):
                 add(_sent(program, callee, trips))
     return total
 
 
-def _own(program: Program, instruction: Instruction, around: tuple[Instruction, ...]) -> dict[str, Collective]:
+def _own(program: Program, name: str, instruction: Instruction) -> dict[str, Collective]:
     kind, n = instruction.opcode.removesuffix("-start"), _group_size(instruction, program.devices)
-    if kind == "all-reduce" and any(other.opcode == "dynamic-slice" and other.root for other in around):
-        kind = "reduce-scatter"  # as the TPU compiler writes it: a fusion that keeps a slice of the sum
-    size = _operand_bytes(instruction, around)
+    if kind == "all-reduce" and name.startswith("all-reduce-scatter"):  # a fusion of the TPU compiler that keeps a slice
+        kind = "reduce-scatter"
+    size = _operand_bytes(instruction, program.computations[name])
     parts = {"all-gather": n * (n - 1), "all-reduce": 2 * (n - 1), "collective-permute": n}.get(kind, n - 1)
     return {kind: Collective(1, size * parts // n)}
 
