@@ -31,7 +31,7 @@ class Collective(NamedTuple):
 
 
 class Overlap(NamedTuple):
-    """A permute of a computation with kernels, and those that are issued between its start and its end; none if it is blocking."""
+    """A permute of a computation with kernels, and those issued between its start and its end; none if it blocks."""
 
     computation: str
     permute: str
