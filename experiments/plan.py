@@ -13,7 +13,7 @@ from absl import flags
 
 from experiments.program import Arguments, launch
 from lcx.parallel.topology import topology_devices
-from lcx.plan import compiled, listed, report
+from lcx.plan import communication_report, compiled, listed, report
 from lcx.spec import SpecError
 from lcx.support import validate
 from lcx.support_table import support_table
@@ -44,6 +44,7 @@ def main(arguments: Arguments) -> None:
         validate(experiment, len(devices))
     print(report(experiment))
     if devices is not None:
+        print("", communication_report(experiment, devices[0].device_kind), "", sep="\n")
         print(listed(compiled(experiment, devices)))
 
 

@@ -15,6 +15,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh
 
+from lcx.attention.count import document_pairs
+from lcx.attention.planner import ROOM, Work, estimates, explain, link_rate, sample_balance
 from lcx.attention.ring import full_journeys
 from lcx.batch import Batch, causal_info
 from lcx.config_text import render
@@ -25,9 +27,9 @@ from lcx.parallel.mesh import AXES
 from lcx.parallel.topology import CHIP_MEMORY
 from lcx.positions.frequencies import FrequencyRule
 from lcx.spec import SpecError, fingerprint
-from lcx.support import sizes
+from lcx.support import sequence_axes, sizes
 from lcx.training.experiment import Experiment
-from lcx.training.flops import counter
+from lcx.training.flops import counter, peak
 from lcx.training.optimizer import groups
 from lcx.training.placement import batch_shardings
 from lcx.training.step import abstract_model, bind
@@ -218,6 +220,36 @@ def largest_allocations(message: str) -> str:
     lines = [line.strip() for line in message.strip().splitlines()]
     kept = re.compile(r"\d+\. Size:|Operator:|Shape:|XLA label:|Total hbm usage|(reserved|program|arguments) +[\d.]+[KMGT]?B?$")
     return "\n  ".join([lines[0], *(line for line in lines[1:] if kept.match(line))])
+
+
+def communication_report(experiment: Experiment, device_kind: str) -> str:
+    """What each communication would cost the attention layers of the experiment on such devices, and which is advised."""
+    flops, link = peak(device_kind), link_rate(device_kind)
+    axes, mesh, rules = sequence_axes(experiment), sizes(experiment.mesh), experiment.model.rules
+    if not axes or flops is None or link is None:
+        return ""
+    length, shards = experiment.data.length, math.prod(axes.values())
+    rows = max(1, experiment.data.batch_size // experiment.accumulation // math.prod(mesh[axis] for axis in rules.batch))
+    blocks = []
+    for i, layer in enumerate(experiment.model.pattern):
+        if not isinstance(mixer := layer.mixer, Attention):
+            continue
+        heads = mixer.heads // math.prod(mesh[axis] for axis in rules.heads)
+        work = Work(
+            rows=rows,
+            length=length,
+            heads=heads,
+            kv_heads=max(1, heads * mixer.kv_heads // mixer.heads),
+            head_dim=mixer.head_dim,
+            pairs=document_pairs(mixer.mask, length),
+            itemsize=jnp.dtype(experiment.model.compute).itemsize,
+        )
+        even = sample_balance(mixer.mask, experiment.layout, shards, length)
+        head = f"communication of pattern[{i}] over {' x '.join(f'{axis} {size}' for axis, size in axes.items())}, "
+        head += f"{type(experiment.layout).__name__} layout, balance {even.devices:.3f}, of ring steps {even.steps:.3f}"
+        found = estimates(work, axes, even, flops=flops, link=link)
+        blocks.append(f"{head}\n{explain(found, ROOM)}")
+    return "\n\n".join(blocks)
 
 
 def _embeddings(state: nnx.State) -> int:

@@ -39,24 +39,24 @@ def test_parameters_and_bytes_are_those_of_the_state_that_training_makes():
 
 
 def test_flops_of_both_conventions_by_hand():
-    """One layer, 2 heads of 16, width 32, hidden 32, 4 rows of 64, tied head of 264 rows."""
+    """One layer, 4 query and 2 key heads of 8, width 32, hidden 32, 4 rows of 64, tied head of 264 rows."""
     found = figures(base())
-    matrices = 4 * 32 * 32 + 3 * 32 * 32 + 264 * 32
+    matrices = 3 * 32 * 32 + 3 * 32 * 32 + 264 * 32
     visible, every = 4 * 64 * 65 // 2, 4 * 64 * 64
-    pair = 2 * 2 * (16 + 16)
+    pair = 2 * 4 * (8 + 8)
     assert found["training FLOPs a step, visible pairs only"] == 3 * (256 * 2 * matrices + visible * pair)
     assert found["training FLOPs a step, all pairs"] == 3 * (256 * 2 * matrices + every * pair)
     assert found["tokens a step"] == 256
 
 
 def test_figures_of_a_model_in_use_by_hand():
-    """The same layer: a forward pass is a third of training; the state holds 2 heads of 16 keys and values, and its places."""
+    """The same layer: a forward pass is a third of training; the state holds 2 heads of 8 keys and values, and its places."""
     found, trained = model_figures(base().model, (64, 128)), figures(base())
     assert found["parameters"] == trained["parameters"] and found["parameter bytes"] == trained["parameter bytes"]
     assert 12 * found["forward FLOPs a row of 64, visible pairs only"] == trained["training FLOPs a step, visible pairs only"]
     assert 12 * found["forward FLOPs a row of 64, all pairs"] == trained["training FLOPs a step, all pairs"]
     grown = found["state bytes a row of 128"] - found["state bytes a row of 64"]
-    assert grown == 64 * (2 * 2 * 16 + 5) * 4
+    assert grown == 64 * (2 * 2 * 8 + 5) * 4
 
 
 def test_runs_of_one_cost_share_a_block():
@@ -67,7 +67,7 @@ def test_runs_of_one_cost_share_a_block():
 
 def test_wavelengths_by_hand():
     text = figures(edit(base(), "model.rope", Rope(base=10_000.0)))["rope of pattern[0], Rope"]
-    assert text == "8 pairs, wavelengths 6.283 to 1.987e+04 tokens, 3 turn within 64, attention factor 1"
+    assert text == "4 pairs, wavelengths 6.283 to 6283 tokens, 2 turn within 64, attention factor 1"
 
 
 def test_activations_grow_with_rows_and_shrink_with_rematerialisation_and_accumulation():

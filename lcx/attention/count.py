@@ -17,7 +17,7 @@ def visible_pairs(mask: Mask, q_info: TokenInfo, k_info: TokenInfo) -> np.ndarra
     rows = []
     for b in range(q.index.shape[0]):
         q_row, k_row = (Tokens(*(field[b] for field in side)) for side in (q, k))
-        rows.append(_count_documents(mask, q_row, k_row) if _plain(q_row, k_row) else _count_tiles(mask, q_row, k_row))
+        rows.append(_count_documents(mask, q_row, k_row) if plain(q_row, k_row) else _count_tiles(mask, q_row, k_row))
     return np.asarray(rows, np.int64)
 
 
@@ -28,7 +28,7 @@ def document_pairs(mask: Mask, length: int) -> int:
     return int(_count_documents(mask, row, row) if mask.intervals(index[:1].astype(np.int64)) else _count_tiles(mask, row, row))
 
 
-def _plain(q: Tokens, k: Tokens) -> bool:
+def plain(q: Tokens, k: Tokens) -> bool:
     """Whether queries and keys are the same causal documents: order is the index, and each index stands once a segment."""
     if any(a.shape != b.shape or not np.array_equal(a, b) for a, b in zip(q, k, strict=True)):
         return False
@@ -44,20 +44,29 @@ def _plain(q: Tokens, k: Tokens) -> bool:
     return np.array_equal(ordered[:, 1], expected)
 
 
-def _count_documents(mask: Mask, q: Tokens, k: Tokens) -> int:
-    index = q.index[q.segments != 0].astype(np.int64)
+def spans(mask: Mask, index: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]] | None:
+    """Disjoint half-open ranges of key indices that queries of causal documents see; None if the mask reads more than indices.
+
+    index: i64[n], of the queries.
+    """
     intervals = mask.intervals(index)
     if intervals is None:
-        return _count_tiles(mask, q, k)
+        return None
     lows = np.stack([np.clip(low, 0, index + 1) for low, _ in intervals])
     highs = np.stack([np.clip(high, 0, index + 1) for _, high in intervals])
     order = np.argsort(lows, axis=0, kind="stable")
     lows, highs = np.take_along_axis(lows, order, 0), np.take_along_axis(highs, order, 0)
-    seen, reached = np.zeros_like(index), np.full_like(index, -FAR)
+    found, reached = [], np.full_like(index, -FAR)
     for low, high in zip(lows, highs, strict=True):
-        seen += np.maximum(0, high - np.maximum(low, reached))
+        low = np.maximum(low, reached)
+        found.append((low, np.maximum(low, high)))
         reached = np.maximum(reached, high)
-    return int(seen.sum())
+    return found
+
+
+def _count_documents(mask: Mask, q: Tokens, k: Tokens) -> int:
+    found = spans(mask, q.index[q.segments != 0].astype(np.int64))
+    return _count_tiles(mask, q, k) if found is None else int(sum((high - low).sum() for low, high in found))
 
 
 def _count_tiles(mask: Mask, q: Tokens, k: Tokens, size: int = 256) -> int:

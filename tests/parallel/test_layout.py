@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from lcx.attention.balance import Balance, balance, shard_pairs
-from lcx.attention.mask import Causal, Window
+from lcx.attention.mask import Causal, Chunk, Sink, Window, Within, tokens_of
 from lcx.batch import Batch, causal_info
 from lcx.mixers.mixer import Inherited, Mixer
 from lcx.parallel.layout import Contiguous, Layout, Striped, Zigzag
@@ -74,6 +74,18 @@ def test_balance_counts_the_mask_and_the_documents():
     info = causal_info(np.sort(segments))
     assert shard_pairs(Causal(), info, 2).tolist() == [[36, 0], [0, 36]]
     assert shard_pairs(Window(size=2), causal_info(np.ones((1, 8), np.int32)), 2).tolist() == [[7, 0], [1, 7]]
+
+
+def test_balance_counted_from_intervals_is_that_of_the_visible_pairs():
+    rng = np.random.default_rng(0)
+    segments = np.sort(rng.integers(0, 4, (3, 48)), axis=1)
+    for mask in (Causal(), Sink(size=2) | Window(size=7), Chunk(size=5) & Within(size=4)):
+        for layout in LAYOUTS:
+            places = layout.permutation(48, 4)
+            laid = jax.tree.map(lambda x, places=places: x[:, places], causal_info(segments))
+            tokens = tokens_of(laid)
+            seen = np.asarray(mask.visible(tokens.rows(), tokens.columns())).reshape(3, 4, 12, 4, 12).sum(axis=(0, 2, 4))
+            np.testing.assert_array_equal(shard_pairs(mask, laid, 4), seen)
 
 
 MIXERS = [mixer for cls in parts(Mixer) if not cls.sequential for mixer in cls.examples()]

@@ -1,0 +1,145 @@
+"""Which communication, which layout: what each costs a device and layer on a given mesh, in closed form, and why one is chosen.
+
+c = T/W tokens a device, H and K query and key heads a device, D channels, b bytes an element, R rows, W devices that share one:
+    all-gather   moves 2 R (T - c) K D b forward, as much and float32 gradients backward; holds 2 R T K D b
+    ring         moves as much, hop by hop, behind the tiles of the hop before; holds 4 R c K D b, and gradients in float32
+    all-to-all   moves R c (2 H + 2 K') D b (W - 1)/W, as much again for cotangents backward; K' key heads after repeats; holds
+                 what it receives
+    ring x all-to-all: an all-to-all over the last axis of what a ring over the others works on
+A ring waits for the longer of a step's tiles and its transfer. A visible pair costs 4 D FLOPs forward, 10 D backward.
+Rates are data-sheet peaks, so seconds compare strategies and do not predict a run.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from lcx.attention.all_gather import AllGather
+from lcx.attention.balance import Balance, balance, shard_pairs
+from lcx.attention.communication import Communication
+from lcx.attention.mask import Mask
+from lcx.attention.ring import Ring
+from lcx.attention.ulysses import RingUlysses, Ulysses
+from lcx.batch import causal_info
+from lcx.parallel.layout import Layout
+
+# One-way bytes/s of one link between chips, by the start of `device_kind` (How to Scale Your Model, 2025, table of TPUs).
+LINKS: Mapping[str, float] = {
+    "TPU v4": 4.5e10,
+    "TPU v5 lite": 4.5e10,
+    "TPU v5e": 4.5e10,
+    "TPU v5p": 9e10,
+    "TPU v5": 9e10,
+    "TPU v6": 9e10,
+    "TPU7x": 9e10,
+}
+ROOM = 2 << 30  # bytes of keys and values of others that one layer may hold
+SAMPLE = 128  # tokens a device that balance is counted on, for longer rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Attention of one layer on one device. heads, kv_heads: of the device. pairs: visible, of a row, over all its devices."""
+
+    rows: int
+    length: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    pairs: int
+    itemsize: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Of one layer, forward and backward, on one device. moved: bytes sent. held: bytes at once beside its own share."""
+
+    communication: Communication
+    refused: str | None
+    moved: int = 0
+    held: int = 0
+    seconds: float = math.inf
+
+    @property
+    def name(self) -> str:
+        return type(self.communication).__name__
+
+
+def estimates(work: Work, axes: dict[str, int], even: Balance, *, flops: float, link: float) -> list[Estimate]:
+    """One of each strategy, the fastest first, the refused last. axes: the mesh axes that share a row, outermost first."""
+    found = []
+    for communication in (AllGather(), Ring(), Ulysses(), RingUlysses()):
+        reason = communication.refusal(axes, work.heads, work.kv_heads)
+        if reason is None:
+            moved, held, seconds = _cost(communication, work, tuple(axes.values()), even, flops, link)
+            found.append(Estimate(communication, None, moved, held, seconds))
+        else:
+            found.append(Estimate(communication, reason))
+    return sorted(found, key=lambda estimate: estimate.seconds)
+
+
+def explain(found: list[Estimate], room: int) -> str:
+    """A table of the estimates, and which one is advised: the fastest that holds at most `room` bytes, and why."""
+    lines = ["strategy      moved MiB   held MiB   ms a layer"]
+    for one in found:
+        cells = f"{one.moved / 2**20:9,.1f}  {one.held / 2**20:9,.1f}  {one.seconds * 1e3:11,.3f}"
+        lines.append(f"{one.name:<12} {cells if one.refused is None else f'refused: {one.refused}'}")
+    fits = [one for one in found if one.refused is None and one.held <= room]
+    if not fits:
+        return "\n".join([*lines, f"none holds at most {room / 2**20:,.0f} MiB: share rows among more devices"])
+    best, faster = fits[0], [one.name for one in found if one.seconds < fits[0].seconds]
+    why = f"the fastest of {len(fits)} that hold at most {room / 2**20:,.0f} MiB a layer"
+    why += f" ({', '.join(faster)} would be faster, but holds more)" if faster else ""
+    return "\n".join([*lines, f"advised: {best.name}, {why}"])
+
+
+def sample_balance(mask: Mask, layout: Layout, shards: int, length: int) -> Balance:
+    """Balance of a layout for one causal document of `length` tokens, counted on at most `SAMPLE` tokens a device."""
+    unit = layout.parts(shards)
+    counted = min(length, max(unit, SAMPLE * shards // unit * unit))
+    places = layout.permutation(counted, shards)
+    index = causal_info(np.ones((1, counted), np.int32))
+    info = dataclasses.replace(index, index=index.index[:, places], order=index.order[:, places])
+    return balance(shard_pairs(mask, info, shards))
+
+
+def link_rate(device_kind: str) -> float | None:
+    """One-way bytes/s of one link; None for a device that is not in the table."""
+    return next((rate for name, rate in LINKS.items() if device_kind.startswith(name)), None)
+
+
+def _cost(communication, work: Work, sizes: tuple[int, ...], even: Balance, flops: float, link: float):
+    """(bytes moved, bytes held, seconds) of a layer, forward and backward."""
+    W = math.prod(sizes)
+    compute = 14 * work.head_dim * work.heads * work.rows * work.pairs / W / flops
+    if isinstance(communication, Ulysses):
+        moved, held = _exchange(work, W, W)
+        return moved, held, compute + moved / link  # every device has whole rows: balanced
+    if isinstance(communication, RingUlysses):
+        inner, outer = sizes[-1], math.prod(sizes[:-1])
+        moved, held = _exchange(work, inner, W)
+        repeats = inner // math.gcd(inner, work.kv_heads)
+        each = dataclasses.replace(work, heads=work.heads // inner, kv_heads=work.kv_heads * repeats // inner)
+        hopped, kept = _travel(each, outer)
+        return moved + hopped, held + kept, moved / link + max(compute * even.steps, hopped / link)
+    moved, held = _travel(work, W)
+    if isinstance(communication, Ring):
+        return moved, held, max(compute * even.steps, moved / link)
+    whole = 2 * work.rows * work.length * work.kv_heads * work.head_dim
+    return moved, whole * (work.itemsize + 4), compute * even.devices + moved / link
+
+
+def _travel(work: Work, W: int) -> tuple[int, int]:
+    """Of keys and values, forward and backward, and of their float32 gradients."""
+    shard = 2 * work.rows * work.length // W * work.kv_heads * work.head_dim
+    return (W - 1) * shard * (2 * work.itemsize + 4), 2 * shard * (work.itemsize + 4)
+
+
+def _exchange(work: Work, W: int, shards: int) -> tuple[int, int]:
+    """Among W of the `shards` devices of a row."""
+    kv_heads = work.kv_heads * W // math.gcd(W, work.kv_heads)
+    tokens = work.rows * work.length // shards * work.head_dim
+    once = tokens * (2 * work.heads + 2 * kv_heads) * work.itemsize
+    return 3 * once * (W - 1) // W, 2 * once

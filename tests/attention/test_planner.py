@@ -1,0 +1,64 @@
+"""Closed forms of the planner against numbers worked out by hand, and the choices that follow."""
+
+import pytest
+
+from lcx.attention.all_gather import AllGather
+from lcx.attention.balance import Balance
+from lcx.attention.count import document_pairs
+from lcx.attention.mask import Causal
+from lcx.attention.planner import Work, estimates, explain, link_rate, sample_balance
+from lcx.attention.ring import Ring
+from lcx.attention.ulysses import RingUlysses, Ulysses
+from lcx.parallel.layout import Contiguous, Zigzag
+
+EVEN = Balance(1.0, 1.0)
+WORK = Work(rows=1, length=1024, heads=8, kv_heads=2, head_dim=64, pairs=1024 * 1025 // 2)
+
+
+def by_strategy(work, axes, even=EVEN, flops=1e12, link=1e9):
+    return {type(one.communication): one for one in estimates(work, axes, even, flops=flops, link=link)}
+
+
+def test_bytes_by_hand():
+    """256 tokens a device: keys and values of 256 x 2 x 64 x 2 = 65,536 elements a shard."""
+    found = by_strategy(WORK, {"context": 4})
+    assert found[Ring].moved == found[AllGather].moved == 3 * 65536 * (2 + 2 + 4)
+    assert found[Ring].held == 2 * 65536 * 6 and found[AllGather].held == 4 * 65536 * 6
+    once = 256 * 64 * (2 * 8 + 2 * 4) * 2  # two key heads are repeated for four devices
+    assert found[Ulysses].moved == 3 * once * 3 / 4 and found[Ulysses].held == 2 * once
+    assert "needs two axes" in found[RingUlysses].refused
+
+
+def test_seconds_by_hand():
+    compute = 14 * 64 * 8 * WORK.pairs / 4 / 1e12
+    slow, fast = by_strategy(WORK, {"context": 4}), by_strategy(WORK, {"context": 4}, link=1e12)
+    assert slow[Ring].seconds == pytest.approx(slow[Ring].moved / 1e9)  # the transfer is longer than the tiles
+    assert fast[Ring].seconds == pytest.approx(compute)
+    assert fast[AllGather].seconds == pytest.approx(compute + fast[AllGather].moved / 1e12)
+    idle = by_strategy(WORK, {"context": 4}, even=Balance(1.75, 2.0), link=1e12)
+    assert idle[Ring].seconds == pytest.approx(2 * compute)
+
+
+def test_a_ring_over_two_axes_moves_heads_inside():
+    found = by_strategy(WORK, {"fsdp": 2, "context": 4})[RingUlysses]
+    inner = 3 * (128 * 64 * (2 * 8 + 2 * 4) * 2) * 3 / 4
+    assert found.moved == pytest.approx(inner + 1 * (2 * 512 * 1 * 64) * 8)
+
+
+def test_the_advice_says_why():
+    pairs = document_pairs(Causal(), 1 << 20)
+    million = Work(rows=1, length=1 << 20, heads=32, kv_heads=8, head_dim=128, pairs=pairs)
+    found = estimates(million, {"context": 256}, EVEN, flops=197e12, link=4.5e10)
+    text = explain(found, room=4 << 30)
+    assert text.splitlines()[-1].startswith("advised: Ring, the fastest of")
+    assert "Ulysses      refused: it shares out 32 query heads over 256 devices" in text
+    assert "none holds at most 0 MiB" in explain(found, room=0)
+
+
+def test_balance_is_that_of_the_layout():
+    assert sample_balance(Causal(), Contiguous(), 16, 1 << 20).steps > 1.9
+    assert sample_balance(Causal(), Zigzag(), 16, 1 << 20).steps < 1.01
+
+
+def test_links():
+    assert link_rate("TPU v5 lite") == 4.5e10 and link_rate("TPU v5p") == 9e10 and link_rate("cpu") is None
