@@ -4,9 +4,10 @@ After t hops device r holds the keys of device r - t. A step sends the next keys
 transfer hides behind the tiles; in the backward pass the gradients of keys travel one step behind them and go home at the end.
 Nothing of the ring is kept for the backward pass but q, k, v, out and lse, whatever its size.
 
-Two things keep the transfers around the kernel in the TPU compiler's schedule (tests/attention/test_ring_schedule.py): the
-compiler has five permutes under way at a time, so the fields of the tokens travel as one array; and what arrives passes a
-barrier with a result of the kernel, else the compiler sends after it, behind the merge that follows.
+Two things keep the transfers around the kernel in the TPU compiler's schedule (tests/attention/test_ring_schedule.py). It has
+at most five permutes under way, those of a ring inside a ring included: so keys travel beside their values in one array, the
+fields of the tokens in another, gradients in a third. And what arrives passes a barrier with a result of the kernel, else it
+is sent behind the kernel, while its result is merged.
 
 Which hops are worth making follows from the tokens: from statistics of every shard all devices compute which others can see
 something of it, and the keys travel only as far forward, and as far backward, as somebody needs them. Packed short documents,
@@ -54,13 +55,14 @@ def nested_rings(fold: Fold, axes: tuple[str, ...]) -> Fold:
 
 class RingFold(Wrapped):
     def forward(self, q, k, v, q_tokens, k_tokens):
-        start, keys = _nothing(q, v), (k, v, jnp.stack(k_tokens))
+        start, keys = _nothing(q, v), _packed(k, v, k_tokens)
         for direction, first, last in self._journeys(q_tokens, k_tokens):
 
             def step(_, carry, direction=direction):
-                (k, v, k_tokens), part = carry
-                arriving = self._send((k, v, k_tokens), direction)
-                out, lse = self.inner.forward(q, k, v, q_tokens, Tokens(*k_tokens))
+                held, part = carry
+                arriving = self._send(held, direction)
+                here_k, here_v, here_tokens = _unpacked(held, k.shape[-1])
+                out, lse = self.inner.forward(q, here_k, here_v, q_tokens, here_tokens)
                 arriving, lse = jax.lax.optimization_barrier((arriving, lse))
                 return arriving, merge(part, (out, lse))
 
@@ -71,23 +73,23 @@ class RingFold(Wrapped):
 
     def backward(self, q, k, v, q_tokens, k_tokens, lse, delta, d_out):
         zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
-        dq, dk, dv = zeros(q), zeros(k), zeros(v)
-        keys = k, v, jnp.stack(k_tokens)
+        keys = _packed(k, v, k_tokens)
+        dq, gradient = zeros(q), zeros(keys[0])
         for direction, first, last in self._journeys(q_tokens, k_tokens):
 
             def step(_, carry, direction=direction):
-                (k, v, k_tokens), dq, travelling = carry
-                sent = self._send(((k, v, k_tokens), travelling), direction)
-                mine, *theirs = self.inner.backward(q, k, v, q_tokens, Tokens(*k_tokens), lse, delta, d_out)
+                held, dq, travelling = carry
+                sent = self._send((held, travelling), direction)
+                here_k, here_v, here_tokens = _unpacked(held, k.shape[-1])
+                mine, *theirs = self.inner.backward(q, here_k, here_v, q_tokens, here_tokens, lse, delta, d_out)
                 (arriving, travelling), theirs = jax.lax.optimization_barrier((sent, theirs))
-                return arriving, dq + mine, tuple(sent + new for sent, new in zip(travelling, theirs, strict=True))
+                return arriving, dq + mine, travelling + jnp.concatenate(theirs, axis=-1)
 
             with self._named(direction):
                 held = self._set_out(keys, direction, first, last)
-                _, dq, travelled = jax.lax.fori_loop(first, last + 1, step, (held, dq, (zeros(k), zeros(v))))
-                home = self._go_home(travelled, -direction * last)
-            dk, dv = dk + home[0], dv + home[1]
-        return dq, dk, dv
+                _, dq, travelled = jax.lax.fori_loop(first, last + 1, step, (held, dq, zeros(keys[0])))
+                gradient += self._go_home(travelled, -direction * last)
+        return dq, *jnp.split(gradient, [k.shape[-1]], axis=-1)
 
     def _journeys(self, q_tokens: Tokens, k_tokens: Tokens):
         """(direction, first hop, last hop) of the keys' way forward, own keys included, and of their way backward."""
@@ -181,6 +183,15 @@ def _statistics(tokens: Tokens):
     """Of up to PIECES consecutive pieces of the shard, every field [B, pieces]."""
     size = -(-tokens.index.shape[-1] // PIECES)
     return tiles(pad_tokens(tokens, size), size)
+
+
+def _packed(k, v, k_tokens: Tokens):
+    """What travels: keys beside their values [B, S, K, D + E], and the fields of the tokens [4, B, S]."""
+    return jnp.concatenate([k, v], axis=-1), jnp.stack(k_tokens)
+
+
+def _unpacked(held, width: int):
+    return *jnp.split(held[0], [width], axis=-1), Tokens(*held[1])
 
 
 def _nothing(q, v):

@@ -1,9 +1,9 @@
 """The TPU compiler's schedule of a ring: what travels starts before a tile kernel and ends after it, on every chip.
 
 Run as a program for one chip it compiles forward and backward of a ring over a described slice and prints the permutes of its
-loops. As seen with libtpu 0.0.42, of keys, values (2 MiB each here) and their gradients (4 MiB each), forward and backward:
+loops. As seen with libtpu 0.0.42, of keys with values (4 MiB each here) and their gradients (8 MiB), forward and backward:
 
-    chip           as it is    tokens as four arrays, no barrier
+    chip           as it is    keys, values and four fields of tokens apart, no barrier
     v4             all         forward none; backward: keys and values behind dq, gradients behind dk, dv
     v5e            all         forward keys, not values; backward: keys and values behind dq, gradients behind dk, dv
     v5p            all         forward none; backward: keys and values behind dq, gradients behind no kernel
@@ -11,6 +11,8 @@ loops. As seen with libtpu 0.0.42, of keys, values (2 MiB each here) and their g
     tpu7x          all         as v5e
 
 The tokens (64 KiB) go behind the forward kernel but on v5p and v6e, where they go behind the small copies that follow it.
+A ring of 4 around rings of 4 (v5e): all but the tokens of the outer ring's backward pass; its keys and gradients behind no
+kernel while they travelled in four arrays.
 """
 
 import importlib.util
@@ -23,8 +25,8 @@ import pytest
 
 SLICES = {"v4": "v4:2x2x1", "v5e": "v5e:2x4", "v5p": "v5p:2x2x1", "v6e": "v6e:2x4", "tpu7x": "tpu7x:2x2x1"}
 c, H, K, D = 4096, 8, 2, 128  # tokens a device, heads
-KEYS, GRADIENTS, TOKENS = c * K * D * 2, c * K * D * 4, 4 * c * 4
-FORWARD, BACKWARD = sorted((KEYS, KEYS, TOKENS)), sorted((KEYS, KEYS, TOKENS, GRADIENTS, GRADIENTS))
+KEYS, GRADIENTS, TOKENS = 2 * c * K * D * 2, 2 * c * K * D * 4, 4 * c * 4
+FORWARD, BACKWARD = [TOKENS, KEYS], [TOKENS, KEYS, GRADIENTS]
 LATE_TOKENS = ("v5p", "v6e")
 
 
