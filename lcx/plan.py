@@ -4,8 +4,9 @@ Nothing here makes an array: `report` traces, `compiled` compiles for the given 
 """
 
 import math
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,11 +17,14 @@ from jax.sharding import AbstractMesh
 
 from lcx.attention.count import document_pairs
 from lcx.attention.planner import ROOM, Work, estimates, explain, link_rate, sample_balance
+from lcx.attention.ring import full_journeys
 from lcx.batch import Batch, causal_info
 from lcx.config_text import render
 from lcx.mixers.attention import Attention
 from lcx.models.decoder import Decoder
+from lcx.parallel.hlo import collectives
 from lcx.parallel.mesh import AXES
+from lcx.parallel.topology import CHIP_MEMORY
 from lcx.positions.frequencies import FrequencyRule
 from lcx.spec import SpecError, fingerprint
 from lcx.support import sequence_axes, sizes
@@ -155,26 +159,67 @@ def abstract_batch(rows: int, length: int) -> Batch:
 
 
 def compiled(experiment: Experiment, devices: Sequence[jax.Device]) -> dict[str, Any]:
-    """Bytes a device of the compiled training step by kind, and the seconds it took. Raises SpecError if it does not fit."""
+    """Of the compiled training step, a device: memory by class, what it sends by kind. Raises SpecError if it does not fit."""
     mesh = experiment.mesh.build(devices)
     batch = abstract_batch(experiment.data.batch_size, experiment.data.length)
     place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     batch = jax.tree.map(place, batch, batch_shardings(batch, experiment.model.rules, mesh))
-    begin = time.perf_counter()
+    step, begin = experiment.training_step(mesh), time.perf_counter()
     try:
-        memory = experiment.training_step(mesh).compile(batch).memory_analysis()
+        program = step.compile(batch)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise SpecError(f"the training step does not fit its devices: {str(error).strip().splitlines()[0]}") from None
-    arguments, outputs, aliased = memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.alias_size_in_bytes
+        raise SpecError(f"the training step does not fit its devices: {largest_allocations(str(error))}") from None
+    kind, state = mesh.devices.flat[0].device_kind, step.abstract_state()
     return {
-        "compiled for": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+        "compiled for": f"{mesh.size} x {kind}",
         "compile seconds": time.perf_counter() - begin,
-        "argument bytes a device": arguments,
-        "temporary bytes a device": memory.temp_size_in_bytes,
-        "total bytes a device": arguments + outputs - aliased + memory.temp_size_in_bytes,
+        "parameter bytes a device": _device_bytes(state.params),
+        "optimizer bytes a device": _device_bytes(state.optimizer),
+        "batch bytes a device": _device_bytes(batch),
+        **memory_figures(program.memory_analysis(), kind),
+        **collective_figures(program.as_text(), mesh.shape),
     }
+
+
+def memory_figures(memory: Any, kind: str) -> dict[str, Any]:
+    """What the compiler says of a program's memory a device, and whether it fits a chip of this kind."""
+    arguments, outputs, aliased = memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.alias_size_in_bytes
+    temporary, code = memory.temp_size_in_bytes, memory.generated_code_size_in_bytes
+    total = arguments + outputs - aliased + temporary + code
+    found = {
+        "argument bytes a device": arguments,
+        "output bytes a device beyond the arguments": outputs - aliased,
+        "temporary bytes a device": temporary,
+        "generated code bytes a device": code,
+        "total bytes a device": total,
+    }
+    for name in ("argument", "output", "alias", "temp", "generated_code"):
+        if size := getattr(memory, f"host_{name}_size_in_bytes", 0):
+            found[f"{name.replace('_', ' ')} bytes on the host"] = size
+    if kind in CHIP_MEMORY:
+        spare = CHIP_MEMORY[kind] - total / (1 << 30)
+        found["fits"] = f"{'yes' if spare >= 0 else 'no'}, by {abs(spare):.2f} GiB of {CHIP_MEMORY[kind]}"
+    return found
+
+
+def collective_figures(text: str, mesh_shape: Mapping[str, int]) -> dict[str, Any]:
+    """Bytes that a device sends a step by kind, in rings as if every key were seen from every device."""
+    found = {}
+    for kind, sent in collectives(text, full_journeys(mesh_shape)).items():
+        found[f"{kind} bytes sent a device and step{', all keys seen' if sent.assumed else ''}"] = sent.bytes
+    return found
+
+
+def largest_allocations(message: str) -> str:
+    """Of the compiler's report that memory does not suffice, the totals, and sizes and names of what takes most.
+
+    Where the temporaries alone are too large the compiler gives the totals only.
+    """
+    lines = [line.strip() for line in message.strip().splitlines()]
+    kept = re.compile(r"\d+\. Size:|Operator:|Shape:|XLA label:|Total hbm usage|(reserved|program|arguments) +[\d.]+[KMGT]?B?$")
+    return "\n  ".join([lines[0], *(line for line in lines[1:] if kept.match(line))])
 
 
 def communication_report(experiment: Experiment, device_kind: str) -> str:

@@ -4,12 +4,19 @@ After t hops device r holds the keys of device r - t. A step sends the next keys
 transfer hides behind the tiles; in the backward pass the gradients of keys travel one step behind them and go home at the end.
 Nothing of the ring is kept for the backward pass but q, k, v, out and lse, whatever its size.
 
+Two things keep the transfers around the kernel in the TPU compiler's schedule (tests/attention/test_ring_schedule.py). It has
+at most five permutes under way, those of a ring inside a ring included: so keys travel beside their values in one array, the
+fields of the tokens in another, gradients in a third. And what arrives passes a barrier with a result of the kernel, else it
+is sent behind the kernel, while its result is merged.
+
 Which hops are worth making follows from the tokens: from statistics of every shard all devices compute which others can see
 something of it, and the keys travel only as far forward, and as far backward, as somebody needs them. Packed short documents,
 windows and any layout are cases of this. A ring over several axes is a ring around a ring, the last axis innermost.
 """
 
 import dataclasses
+import re
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +28,7 @@ from pallas_kernels.tile_attention.op import Fold
 from pallas_kernels.tile_attention.tokens import Mask, Tokens, pad_tokens, tiles
 
 PIECES = 8  # of a shard, whose statistics decide whether anybody sees it
+WAYS = {1: "forward", -1: "backward"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,39 +55,56 @@ def nested_rings(fold: Fold, axes: tuple[str, ...]) -> Fold:
 
 class RingFold(Wrapped):
     def forward(self, q, k, v, q_tokens, k_tokens):
-        start = _nothing(q, v)
+        start, keys = _nothing(q, v), _packed(k, v, k_tokens)
         for direction, first, last in self._journeys(q_tokens, k_tokens):
 
             def step(_, carry, direction=direction):
                 held, part = carry
                 arriving = self._send(held, direction)
-                return arriving, merge(part, self.inner.forward(q, *held[:2], q_tokens, held[2]))
+                here_k, here_v, here_tokens = _unpacked(held, k.shape[-1])
+                out, lse = self.inner.forward(q, here_k, here_v, q_tokens, here_tokens)
+                arriving, lse = jax.lax.optimization_barrier((arriving, lse))
+                return arriving, merge(part, (out, lse))
 
-            held = (k, v, k_tokens) if first == 0 else self._send((k, v, k_tokens), direction)
-            _, start = jax.lax.fori_loop(first, last + 1, step, (held, start))
+            with self._named(direction):
+                held = self._set_out(keys, direction, first, last)
+                _, start = jax.lax.fori_loop(first, last + 1, step, (held, start))
         return start
 
     def backward(self, q, k, v, q_tokens, k_tokens, lse, delta, d_out):
         zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
-        dq, dk, dv = zeros(q), zeros(k), zeros(v)
+        keys = _packed(k, v, k_tokens)
+        dq, gradient = zeros(q), zeros(keys[0])
         for direction, first, last in self._journeys(q_tokens, k_tokens):
 
             def step(_, carry, direction=direction):
                 held, dq, travelling = carry
-                arriving, travelling = self._send((held, travelling), direction)
-                mine, *theirs = self.inner.backward(q, *held[:2], q_tokens, held[2], lse, delta, d_out)
-                return arriving, dq + mine, tuple(sent + new for sent, new in zip(travelling, theirs, strict=True))
+                sent = self._send((held, travelling), direction)
+                here_k, here_v, here_tokens = _unpacked(held, k.shape[-1])
+                mine, *theirs = self.inner.backward(q, here_k, here_v, q_tokens, here_tokens, lse, delta, d_out)
+                (arriving, travelling), theirs = jax.lax.optimization_barrier((sent, theirs))
+                return arriving, dq + mine, travelling + jnp.concatenate(theirs, axis=-1)
 
-            held = (k, v, k_tokens) if first == 0 else self._send((k, v, k_tokens), direction)
-            _, dq, travelled = jax.lax.fori_loop(first, last + 1, step, (held, dq, (zeros(k), zeros(v))))
-            home = self._go_home(travelled, -direction * last)
-            dk, dv = dk + home[0], dv + home[1]
-        return dq, dk, dv
+            with self._named(direction):
+                held = self._set_out(keys, direction, first, last)
+                _, dq, travelled = jax.lax.fori_loop(first, last + 1, step, (held, dq, zeros(keys[0])))
+                gradient += self._go_home(travelled, -direction * last)
+        return dq, *jnp.split(gradient, [k.shape[-1]], axis=-1)
 
     def _journeys(self, q_tokens: Tokens, k_tokens: Tokens):
         """(direction, first hop, last hop) of the keys' way forward, own keys included, and of their way backward."""
         forward, backward = hops(self.mask, q_tokens, k_tokens, self.axis, self.axes)
         return (1, 0, forward), (-1, 1, backward)
+
+    def _named(self, direction: int):
+        """The scope of a journey, which `full_journeys` reads off a compiled program."""
+        return jax.named_scope(f"ring over {self.axis} {WAYS[direction]}")
+
+    def _set_out(self, keys, direction: int, first: int, last):
+        """The keys of the first hop of a journey; of one without hops, any."""
+        if first == 0:
+            return keys
+        return jax.lax.cond(last >= first, lambda keys: self._send(keys, direction), lambda keys: keys, keys)
 
     def _send(self, tree, distance: int):
         """Everything to the device `distance` places on."""
@@ -96,7 +121,8 @@ class RingFold(Wrapped):
             bit = 1
             while bit <= size // 2:
                 send = lambda tree, by=sign * bit: self._send(tree, by)
-                tree = jax.lax.cond(wanted & (shorter & bit > 0), send, lambda tree: tree, tree)
+                with jax.named_scope(f"home by {sign * bit}"):
+                    tree = jax.lax.cond(wanted & (shorter & bit > 0), send, lambda tree: tree, tree)
                 bit *= 2
         return tree
 
@@ -124,6 +150,23 @@ def hops(
     return _journey(jax.lax.pmax(at.astype(jnp.int32), everywhere) > 0)
 
 
+def full_journeys(mesh_shape: Mapping[str, int]) -> Callable[[str], int]:
+    """For `hlo.collectives`, how often the loops and branches of rings run where every key is seen from every device.
+
+    Keys then visit each device, all the way forward, and their gradients are one place from home.
+    """
+
+    def trips(op_name: str) -> int:
+        journeys = re.findall(r"ring over (\w+) (\w+)", op_name)
+        if not journeys:
+            return 1
+        axis, way = journeys[-1]
+        home = re.search(r"home by (-?\d+)", op_name)
+        return 0 if way == WAYS[-1] or (home and home[1] != "1") else 1 if home else mesh_shape[axis]
+
+    return trips
+
+
 def _journey(needed: Bool[Array, "W"]) -> tuple[Int[Array, ""], Int[Array, ""]]:
     """(forward, backward): the fewest hops that visit every needed offset: those up to a cut forward, the rest backward."""
     size = needed.shape[0]
@@ -140,6 +183,15 @@ def _statistics(tokens: Tokens):
     """Of up to PIECES consecutive pieces of the shard, every field [B, pieces]."""
     size = -(-tokens.index.shape[-1] // PIECES)
     return tiles(pad_tokens(tokens, size), size)
+
+
+def _packed(k, v, k_tokens: Tokens):
+    """What travels: keys beside their values [B, S, K, D + E], and the fields of the tokens [4, B, S]."""
+    return jnp.concatenate([k, v], axis=-1), jnp.stack(k_tokens)
+
+
+def _unpacked(held, width: int):
+    return *jnp.split(held[0], [width], axis=-1), Tokens(*held[1])
 
 
 def _nothing(q, v):

@@ -15,6 +15,9 @@ _WITHOUT_TPU = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
+# GiB a device that programs may use, by device kind: "available HBM" in what libtpu 0.0.42 says of a program that does not fit.
+CHIP_MEMORY = {"TPU v4": 30.75, "TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25, "TPU7x": 94.75}
+
 
 def quiet_without_tpu() -> None:
     """Keeps libtpu, where it is installed for its compiler alone, from complaining that it finds no TPU.
