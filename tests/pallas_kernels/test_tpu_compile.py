@@ -79,7 +79,7 @@ def main(chip):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the TPU compiler")
-@pytest.mark.parametrize("chip", TOPOLOGIES)
+@pytest.mark.parametrize("chip", [pytest.param(c, marks=() if c in ("v4", "v5e") else pytest.mark.slow) for c in TOPOLOGIES])
 def test_compiles(chip):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     run = subprocess.run([sys.executable, __file__, chip], env=environment, capture_output=True, text=True, timeout=300)
