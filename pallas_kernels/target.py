@@ -12,6 +12,12 @@ def platform() -> str:
     return "gpu" if found in ("cuda", "rocm") else found
 
 
+def device_kind() -> str:
+    """The kind of those devices, such as `TPU v5 lite` or `NVIDIA H200`."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
 def precision(dtype: DTypeLike) -> jax.lax.Precision | None:
     """Of a matrix product: float32 operands are multiplied as float32, which TPUs and GPUs by default do not."""
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None

@@ -11,8 +11,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array
+
+from pallas_kernels.target import device_kind
 
 LANES, SUBLANES = 128, 8
 MIB = 1 << 20
@@ -41,6 +43,16 @@ class Shape(NamedTuple):
     G: int
     D: int
     E: int
+
+
+def shape_of(q: Array, k: Array, v: Array) -> Shape:
+    """Of q [B,T,H,D], k [B,S,K,D], v [B,S,K,E]. Raises ValueError for what the kernels do not take."""
+    (T, H, D), (S, K, E) = q.shape[1:], v.shape[1:]
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(f"dtypes {q.dtype}, {k.dtype}, {v.dtype}: expected one for q, k and v, bfloat16 or float32")
+    if H % K:
+        raise ValueError(f"{H} query heads, {K} key heads: expected a multiple")
+    return Shape(T, S, H // K, D, E)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +129,7 @@ def choose_blocks(shape: Shape, dtype: Any, chip: str | None, given: Blocks | No
 
 def this_chip() -> str | None:
     """The chip of the mesh in use or of this machine, None if it is no TPU."""
-    described = jax.sharding.get_abstract_mesh().abstract_device
-    kind = described.device_kind if described else jax.devices()[0].device_kind
-    return KINDS.get(kind.removeprefix("TPU").strip())
+    return KINDS.get(device_kind().removeprefix("TPU").strip())
 
 
 def _room(chip: str | None) -> int:

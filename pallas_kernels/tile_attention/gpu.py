@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.tile_attention import gpu_kernels
-from pallas_kernels.tile_attention.blocks import Shape
+from pallas_kernels.tile_attention.blocks import shape_of
 from pallas_kernels.tile_attention.gpu_blocks import Blocks, choose_blocks, sizes, this_gpu
 from pallas_kernels.tile_attention.gpu_launch import launch, padded, programs_of_keys, programs_of_queries, states
-from pallas_kernels.tile_attention.scores import LOG2E, LOW, Scores
+from pallas_kernels.tile_attention.scores import Scores, in_base_2
 from pallas_kernels.tile_attention.tokens import Mask, Tokens
 
 
@@ -32,7 +32,7 @@ def forward(
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
     """Returns (out, lse) in float32. Raises ValueError for what does not fit the shared memory of a GPU."""
-    shape = _shape(q, k, v)
+    shape = shape_of(q, k, v)
     if shape.T == 0 or shape.S == 0:
         return jnp.zeros((*q.shape[:3], shape.E)), jnp.full(q.shape[:3], -jnp.inf)
     tile = choose_blocks(shape, q.dtype, this_gpu(), blocks).forward
@@ -73,13 +73,12 @@ def backward(
     lse: of the whole softmax, over more keys than these if they are a shard; -inf for rows that see nothing, whose gradients
     are zero. delta = sum(d_out out) - d_lse, the sum over a head's E.
     """
-    shape = _shape(q, k, v)
+    shape = shape_of(q, k, v)
     if shape.T == 0 or shape.S == 0:
         return tuple(jnp.zeros(x.shape) for x in (q, k, v))
     chosen = choose_blocks(shape, q.dtype, this_gpu(), blocks)
-    scores, nothing = Scores(mask, scale, softcap), jnp.isneginf(lse)
-    lse = jnp.where(nothing, -LOW, lse * LOG2E).swapaxes(1, 2)  # 2^(s - lse) is 0 where nothing is seen
-    delta = jnp.where(nothing, 0, delta).swapaxes(1, 2)
+    scores = Scores(mask, scale, softcap)
+    lse, delta = (x.swapaxes(1, 2) for x in in_base_2(lse, delta))
     arrays = {"q": q, "d_out": d_out.astype(v.dtype), "lse": lse, "delta": delta, "q_tokens": q_tokens}
     arrays |= {"k": k, "v": v, "k_tokens": k_tokens}
 
@@ -100,12 +99,3 @@ def backward(
     outputs = {"dk": given["k"].shape, "dv": given["v"].shape}
     dk, dv = launch(kernel, programs, state, given, outputs, 4 * (size.D + size.E), tile, interpret)
     return dq[:, : shape.T, :, : shape.D], dk[:, : shape.S, :, : shape.D], dv[:, : shape.S, :, : shape.E]
-
-
-def _shape(q, k, v):
-    (T, H, D), (S, K, E) = q.shape[1:], v.shape[1:]
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
-        raise ValueError(f"dtypes {q.dtype}, {k.dtype}, {v.dtype}: expected one for q, k and v, bfloat16 or float32")
-    if H % K:
-        raise ValueError(f"{H} query heads, {K} key heads: expected a multiple")
-    return Shape(T, S, H // K, D, E)

@@ -9,9 +9,9 @@ the targets are tiles whose sums it keeps in registers on the latter.
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
+from pallas_kernels.target import device_kind
 from pallas_kernels.tile_attention.blocks import Shape, Sizes
 
 SMALLEST = 16  # tokens of a tile, and elements of a head: the least that a matrix product takes
@@ -96,8 +96,7 @@ def sizes(name: str, shape: Shape, tile: Tile) -> Sizes:
 
 def this_gpu() -> str | None:
     """The name in `SHARED` of the mesh's device or of this machine's, None if it has none."""
-    described = jax.sharding.get_abstract_mesh().abstract_device
-    kind = described.device_kind if described else jax.devices()[0].device_kind
+    kind = device_kind()
     return next((name for name in SHARED if name in kind), None)
 
 

@@ -28,6 +28,12 @@ class Scores(NamedTuple):
         return bent * (self.softcap * LOG2E), 1 - bent * bent
 
 
+def in_base_2(lse: Float[Array, "B T H"], delta: Float[Array, "B T H"]) -> tuple[Float[Array, "B T H"], Float[Array, "B T H"]]:
+    """lse and delta as the backward kernels take them: 2^(s - lse) is 0 for rows that see nothing."""
+    nothing = jnp.isneginf(lse)
+    return jnp.where(nothing, -LOW, lse * LOG2E), jnp.where(nothing, 0, delta)
+
+
 def dot(a: Float[Array, "..."], b: Float[Array, "..."], a_axis: int, b_axis: int) -> Float[Array, "..."]:
     """Product over an axis of each, HIGHEST if the operands are float32."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.tile_attention import tpu_kernels
-from pallas_kernels.tile_attention.blocks import Blocks, Shape, Sizes, choose_blocks, stacked_heads, this_chip
-from pallas_kernels.tile_attention.scores import LOG2E, LOW, Scores
+from pallas_kernels.tile_attention.blocks import Blocks, Sizes, choose_blocks, shape_of, stacked_heads, this_chip
+from pallas_kernels.tile_attention.scores import Scores, in_base_2
 from pallas_kernels.tile_attention.tile_list import ENTRIES, TileList, from_list, from_states, tile_states
 from pallas_kernels.tile_attention.tiling import cut, cut_tokens, uncut
 from pallas_kernels.tile_attention.tokens import Mask, Tokens
@@ -75,9 +75,7 @@ def backward(
         return tuple(jnp.zeros(x.shape) for x in (q, k, v))
     chosen = _blocks(shape, q.dtype, blocks, tiles)
     scores, G = Scores(mask, scale, softcap), shape.G
-    nothing = jnp.isneginf(lse)
-    lse = jnp.where(nothing, -LOW, lse * LOG2E)  # 2^(s - lse) is 0 for rows that see nothing
-    delta = jnp.where(nothing, 0, delta)
+    lse, delta = in_base_2(lse, delta)
 
     def arrays(bq, bk):
         rows = (cut(x, bq, 1, x.shape[2] // G)[..., None, :] for x in (lse, delta))
@@ -97,12 +95,7 @@ def backward(
 
 
 def _shape(q, k, v):
-    (T, H, D), (S, K, E) = q.shape[1:], v.shape[1:]
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
-        raise ValueError(f"dtypes {q.dtype}, {k.dtype}, {v.dtype}: expected one for q, k and v, bfloat16 or float32")
-    if H % K:
-        raise ValueError(f"{H} query heads, {K} key heads: expected a multiple")
-    shape = Shape(T, S, H // K, D, E)
+    shape = shape_of(q, k, v)
     return shape._replace(G=stacked_heads(shape, q.dtype, this_chip()))
 
 

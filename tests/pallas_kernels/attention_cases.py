@@ -1,9 +1,12 @@
 """Tokens, arrays and comparisons that the tests of every form of tile attention share."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.tile_attention import op, reference
 from pallas_kernels.tile_attention.tokens import Tokens
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
@@ -55,3 +58,23 @@ def compare(got, expected, tolerance):
         value, other = np.asarray(value, np.float32), np.asarray(other, np.float32)
         largest = np.abs(other[np.isfinite(other)]).max(initial=0)
         np.testing.assert_allclose(value, other, rtol=0, atol=tolerance * largest, err_msg=name)
+
+
+class Interpreted(op.Fold):
+    """A module's two functions in interpret mode, as `op.attention` takes them."""
+
+    def __init__(self, form, **options):
+        self.form, self.options = form, {"interpret": True, **options}
+
+    def forward(self, *given):
+        return self.form.forward(*given, **self.options)
+
+    def backward(self, *given):
+        return self.form.backward(*given, **self.options)
+
+
+def beside_the_reference(form, mask, softcap=None, **options):
+    """(the interpreted form, the dense reference), each with its gradient."""
+    logits = {"mask": mask, "scale": 0.2, "softcap": softcap}
+    fold = Interpreted(form, **logits, **options)
+    return tuple(map(with_gradient, (functools.partial(op.attention, fold), functools.partial(reference.forward, **logits))))

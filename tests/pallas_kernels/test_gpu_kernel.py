@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import arrays, compare, random_tokens, whole_document, with_gradient
+from attention_cases import arrays, beside_the_reference, compare, random_tokens, whole_document, with_gradient
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from lcx.attention.attend import choose
@@ -26,31 +26,8 @@ MASKS = [
 ]
 
 
-def differentiable(**options):
-    """out and lse with the module's own backward."""
-
-    @jax.custom_vjp
-    def form(*inputs):
-        return gpu.forward(*inputs, interpret=True, **options)
-
-    def save(*inputs):
-        out, lse = form(*inputs)
-        return (out, lse), (inputs, out, lse)
-
-    def pull(saved, cotangents):
-        (q, k, v, *tokens), out, lse = saved
-        d_out, d_lse = cotangents
-        delta = jnp.sum(d_out * out, axis=-1) - d_lse
-        grads = gpu.backward(q, k, v, *tokens, lse, delta, d_out, interpret=True, **options)
-        return *(g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)), None, None
-
-    form.defvjp(save, pull)
-    return form
-
-
 def both(mask, softcap=None, **options):
-    tiled = with_gradient(differentiable(mask=mask, scale=0.2, softcap=softcap, **options))
-    return tiled, with_gradient(functools.partial(reference.forward, mask=mask, scale=0.2, softcap=softcap))
+    return beside_the_reference(gpu, mask, softcap, **options)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import arrays, compare, random_tokens, whole_document, with_gradient
+from attention_cases import arrays, beside_the_reference, compare, random_tokens, whole_document, with_gradient
 
 from lcx.attention.mask import Beyond, Causal, Chunk, Hide, Sink, Window, Within
 from pallas_kernels.tile_attention import reference, tile_list, tpu
@@ -20,31 +20,8 @@ SMALL = Blocks.same(128, 128)
 KINDS = ("packed", "special", "shuffled", "padding", "single", "single")
 
 
-def differentiable(**options):
-    """out and lse with the module's own backward."""
-    options = {"blocks": SMALL, "interpret": True, **options}
-
-    @jax.custom_vjp
-    def form(*inputs):
-        return tpu.forward(*inputs, **options)
-
-    def save(*inputs):
-        out, lse = form(*inputs)
-        return (out, lse), (inputs, out, lse)
-
-    def pull(saved, cotangents):
-        (q, k, v, *tokens), out, lse = saved
-        d_out, d_lse = cotangents
-        grads = tpu.backward(q, k, v, *tokens, lse, jnp.sum(d_out * out, axis=-1) - d_lse, d_out, **options)
-        return *(g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)), None, None
-
-    form.defvjp(save, pull)
-    return form
-
-
 def both(mask, softcap=None, **options):
-    tiled = with_gradient(differentiable(mask=mask, scale=0.2, softcap=softcap, **options))
-    return tiled, with_gradient(functools.partial(reference.forward, mask=mask, scale=0.2, softcap=softcap))
+    return beside_the_reference(tpu, mask, softcap, **{"blocks": SMALL, **options})
 
 
 @pytest.mark.parametrize(
