@@ -1,5 +1,8 @@
 """What a program is being built for, which need not be the machine that builds it."""
 
+import functools
+import logging
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -21,3 +24,9 @@ def device_kind() -> str:
 def precision(dtype: DTypeLike) -> jax.lax.Precision | None:
     """Of a matrix product: float32 operands are multiplied as float32, which TPUs and GPUs by default do not."""
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+
+
+@functools.cache
+def log_once(message: str) -> None:
+    """Says which form or size was chosen, the first time that it is."""
+    logging.getLogger("pallas_kernels").info(message)

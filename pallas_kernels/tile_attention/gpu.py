@@ -1,21 +1,18 @@
-"""Attention in tiles for GPUs (Pallas, Triton): FlashAttention-2 (2023) over lists of tiles.
+"""Attention in tiles for GPUs: in the Hopper form where it serves (`hopper_blocks.takes`), else through Triton.
 
-The tiles that some pair can see are listed row by row from the mask's bounds; a program of a kernel (`gpu_kernels`) goes over
-one row of the list (`gpu_launch`). Arrays keep their layout and are padded to whole tiles, head sizes to powers of two. Tile
-sizes and shared memory: `gpu_blocks`. A row that sees nothing gives out = 0 and lse = -inf.
+A row that sees nothing gives out = 0 and lse = -inf.
 """
-
-import functools
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.tile_attention import gpu_kernels
+from pallas_kernels.target import log_once
+from pallas_kernels.tile_attention import hopper, triton
 from pallas_kernels.tile_attention.blocks import shape_of
-from pallas_kernels.tile_attention.gpu_blocks import Blocks, choose_blocks, sizes, this_gpu
-from pallas_kernels.tile_attention.gpu_launch import launch, padded, programs_of_keys, programs_of_queries, states
-from pallas_kernels.tile_attention.scores import Scores, in_base_2
+from pallas_kernels.tile_attention.hopper_blocks import MAJOR, takes
+from pallas_kernels.tile_attention.tile_list import TileList
 from pallas_kernels.tile_attention.tokens import Mask, Tokens
+from pallas_kernels.tile_attention.triton_blocks import Blocks, this_gpu
 
 
 def forward(
@@ -28,28 +25,15 @@ def forward(
     mask: Mask,
     scale: float,
     softcap: float | None = None,
-    blocks: Blocks | None = None,
-    interpret: bool = False,
+    tiles: TileList | None = None,
+    tile: tuple[int, int] = (MAJOR, MAJOR),
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
-    """Returns (out, lse) in float32. Raises ValueError for what does not fit the shared memory of a GPU."""
-    shape = shape_of(q, k, v)
-    if shape.T == 0 or shape.S == 0:
-        return jnp.zeros((*q.shape[:3], shape.E)), jnp.full(q.shape[:3], -jnp.inf)
-    tile = choose_blocks(shape, q.dtype, this_gpu(), blocks).forward
-    size = sizes("forward", shape, tile)
-    given = padded(size, {"q": q, "q_tokens": q_tokens, "k": k, "v": v, "k_tokens": k_tokens})
-    B, T, H, _ = given["q"].shape
-    out, lse = launch(
-        functools.partial(gpu_kernels.forward, Scores(mask, scale, softcap), size),
-        programs_of_queries(size, given["q"].shape, given["k"].shape),
-        states(mask, size, given["q_tokens"], given["k_tokens"]),
-        given,
-        {"out": (B, T, H, size.E), "lse": (B, H, T)},
-        2 * (size.D + size.E),
-        tile,
-        interpret,
-    )
-    return out[:, : shape.T, :, : shape.E], lse[..., : shape.T].swapaxes(1, 2)
+    """Returns (out, lse) in float32. `tiles` are of `tile` queries and keys, powers of two.
+
+    Raises ValueError for what does not fit the shared memory of a GPU.
+    """
+    form, options = _form(q, k, v, scale, tiles, tile)
+    return form.forward(q, k, v, q_tokens, k_tokens, mask=mask, scale=scale, softcap=softcap, **options)
 
 
 def backward(
@@ -65,37 +49,25 @@ def backward(
     mask: Mask,
     scale: float,
     softcap: float | None = None,
-    blocks: Blocks | None = None,
-    interpret: bool = False,
+    tiles: TileList | None = None,
+    tile: tuple[int, int] = (MAJOR, MAJOR),
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B S K D"], Float[Array, "B S K E"]]:
     """Returns (dq, dk, dv) in float32.
 
     lse: of the whole softmax, over more keys than these if they are a shard; -inf for rows that see nothing, whose gradients
     are zero. delta = sum(d_out out) - d_lse, the sum over a head's E.
     """
-    shape = shape_of(q, k, v)
-    if shape.T == 0 or shape.S == 0:
-        return tuple(jnp.zeros(x.shape) for x in (q, k, v))
-    chosen = choose_blocks(shape, q.dtype, this_gpu(), blocks)
-    scores = Scores(mask, scale, softcap)
-    lse, delta = (x.swapaxes(1, 2) for x in in_base_2(lse, delta))
-    arrays = {"q": q, "d_out": d_out.astype(v.dtype), "lse": lse, "delta": delta, "q_tokens": q_tokens}
-    arrays |= {"k": k, "v": v, "k_tokens": k_tokens}
+    form, options = _form(q, k, v, scale, tiles, tile)
+    return form.backward(q, k, v, q_tokens, k_tokens, lse, delta, d_out, mask=mask, scale=scale, softcap=softcap, **options)
 
-    tile = chosen.query_gradient
-    size = sizes("query_gradient", shape, tile)
-    given = padded(size, arrays)
-    programs = programs_of_queries(size, given["q"].shape, given["k"].shape)
-    kernel = functools.partial(gpu_kernels.query_gradient, scores, size)
-    state = states(mask, size, given["q_tokens"], given["k_tokens"])
-    (dq,) = launch(kernel, programs, state, given, {"dq": given["q"].shape}, 2 * (2 * size.D + size.E), tile, interpret)
 
-    tile = chosen.key_gradient
-    size = sizes("key_gradient", shape, tile)
-    given = padded(size, arrays)
-    programs = programs_of_keys(size, given["q"].shape, given["k"].shape)
-    kernel = functools.partial(gpu_kernels.key_gradient, scores, size)
-    state = states(mask, size, given["q_tokens"], given["k_tokens"]).swapaxes(1, 2)
-    outputs = {"dk": given["k"].shape, "dv": given["v"].shape}
-    dk, dv = launch(kernel, programs, state, given, outputs, 4 * (size.D + size.E), tile, interpret)
-    return dq[:, : shape.T, :, : shape.D], dk[:, : shape.S, :, : shape.D], dv[:, : shape.S, :, : shape.E]
+def _form(q, k, v, scale, tiles, tile):
+    shape, gpu = shape_of(q, k, v), this_gpu()
+    if takes(shape, q.dtype, scale, gpu) and (tiles is None or tile == (MAJOR, MAJOR)):
+        form, options = hopper, {"tiles": tiles}
+    else:
+        form, options = triton, {"tiles": tiles, "blocks": None if tiles is None else Blocks.same(*tile)}
+    log_once(
+        f"tile attention in the {form.__name__.rpartition('.')[2]} form on {gpu or 'this GPU'}: {jnp.dtype(q.dtype)}, {shape}"
+    )
+    return form, options

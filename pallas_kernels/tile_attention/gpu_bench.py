@@ -1,14 +1,15 @@
-"""Speed of the GPU kernels beside cuDNN's attention: causal self-attention in bfloat16, all keys or a tenth of the tiles.
+"""Speed of the GPU kernels: self-attention in bfloat16 beside cuDNN's, and of their two forms beside each other.
 
-    python -m pallas_kernels.tile_attention.gpu_bench        needs a GPU; without one, one line and exit status 2
+    python -m pallas_kernels.tile_attention.gpu_bench          needs a GPU; without one, one line and exit status 2
+    python -m pallas_kernels.tile_attention.gpu_bench forms    Hopper and Triton: head sizes, few queries over many keys
 
-Figures are the shortest of the rounds, in which both forms take turns. TFLOP/s count visible pairs alone, 4 head sizes each
+Figures are the shortest of the rounds, in which all forms take turns. TFLOP/s count visible pairs alone, 4 head sizes each
 forward and 14 in both passes, so that work on hidden pairs lowers them. `difference`: of outputs and gradients, the largest
-as a part of the largest value.
+as a part of the largest value. `all / it`: the time of attention over all pairs divided by the row's, both lcx.
 """
 
 import dataclasses
-import itertools
+import functools
 import sys
 import time
 from collections.abc import Callable
@@ -18,14 +19,26 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels.target import platform
-from pallas_kernels.tile_attention import op
+from pallas_kernels.tile_attention import hopper, op, triton
 from pallas_kernels.tile_attention.bench import Causal
 from pallas_kernels.tile_attention.tokens import Tokens
 
 LENGTHS = (4096, 16384, 65536)
 HEADS, KEY_HEADS, WIDTH = 16, 16, 128
 DENSITY = 0.1
-ROUNDS, CALLS = 8, 4
+SECONDS = 1.0  # of a row, about
+
+
+@dataclasses.dataclass(frozen=True)
+class All:
+    """Every token of a document sees every other."""
+
+    def visible(self, q, k):
+        return (q.segments == k.segments) & (q.segments > 0)
+
+    def bounds(self, q, k):
+        everything = q.index_low == q.index_low
+        return everything & k.ordinary, everything & ~(q.padding | k.padding)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,21 +60,25 @@ def near(length: int) -> Near:
     return Near(round(length * (1 - (1 - 2 * DENSITY) ** 0.5)))
 
 
-def pairs(length: int, size: int) -> int:
-    """Visible pairs of a causal band of `size` tokens."""
+def pairs(length: int, mask: All | Causal | Near) -> int:
+    """Visible pairs of a row of one document."""
+    if isinstance(mask, All):
+        return length * length
+    size = mask.size if isinstance(mask, Near) else length
     return size * length - size * (size - 1) // 2
 
 
 def tiled(mask, q, k, v):
-    B, T = q.shape[:2]
-    index = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    tokens = Tokens(index, index, jnp.ones_like(index), jnp.zeros_like(index))
-    return op.attention(op.Tiled("gpu", mask, q.shape[-1] ** -0.5), q, k, v, tokens, tokens)[0].astype(q.dtype)
+    index = lambda x: jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+    tokens = lambda index: Tokens(index, index, jnp.ones_like(index), jnp.zeros_like(index))
+    fold = op.Tiled("gpu", mask, q.shape[-1] ** -0.5)
+    return op.attention(fold, q, k, v, tokens(index(q)), tokens(index(k)))[0].astype(q.dtype)
 
 
 def cudnn(mask, q, k, v):
     window = (mask.size - 1, 0) if isinstance(mask, Near) else None
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=window, implementation="cudnn")
+    causal = not isinstance(mask, All)
+    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, local_window_size=window, implementation="cudnn")
 
 
 def with_gradient(form: Callable) -> Callable:
@@ -72,23 +89,26 @@ def with_gradient(form: Callable) -> Callable:
     return run
 
 
-def inputs(length: int) -> tuple[Array, ...]:
+def inputs(length: int, keys: int, heads: int, key_heads: int, width: int) -> tuple[Array, ...]:
     """q, k, v and the cotangent of the output."""
-    heads = HEADS, KEY_HEADS, KEY_HEADS, HEADS
-    keys = jax.random.split(jax.random.key(0), len(heads))
-    return tuple(jax.random.normal(key, (1, length, n, WIDTH), jnp.bfloat16) for key, n in zip(keys, heads, strict=True))
+    shapes = (length, heads), (keys, key_heads), (keys, key_heads), (length, heads)
+    seeds = jax.random.split(jax.random.key(0), len(shapes))
+    return tuple(jax.random.normal(seed, (1, *shape, width), jnp.bfloat16) for seed, shape in zip(seeds, shapes, strict=True))
 
 
 def shortest(runs: dict[str, Callable], arrays: tuple[Array, ...]) -> dict[str, float]:
     """Seconds of a call."""
-    best = dict.fromkeys(runs, float("inf"))
-    for _ in range(ROUNDS):
+    best, start = dict.fromkeys(runs, float("inf")), time.perf_counter()
+    for run in runs.values():
+        jax.block_until_ready(run(*arrays))
+    calls = 1 + int(0.02 * len(runs) / (time.perf_counter() - start))
+    while time.perf_counter() - start < SECONDS:
         for name, run in runs.items():
-            start = time.perf_counter()
-            for _ in range(CALLS):
+            begin = time.perf_counter()
+            for _ in range(calls):
                 out = run(*arrays)
             jax.block_until_ready(out)
-            best[name] = min(best[name], (time.perf_counter() - start) / CALLS)
+            best[name] = min(best[name], (time.perf_counter() - begin) / calls)
     return best
 
 
@@ -97,33 +117,64 @@ def difference(ours: list[Array], theirs: list[Array]) -> float:
     return max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in wide)
 
 
-def row(length: int, mask: Causal | Near, part: str) -> str:
-    """One line of the table: `forward`, or `both` passes."""
-    arrays = inputs(length) if part == "both" else inputs(length)[:3]
-    forms = {name: with_gradient(form) if part == "both" else form for name, form in (("lcx", tiled), ("cudnn", cudnn))}
-    runs = {
-        name: jax.jit(lambda *arrays, form=form: form(mask, *arrays)).lower(*arrays).compile() for name, form in forms.items()
-    }
-    best, outs = shortest(runs, arrays), [jax.tree.leaves(run(*arrays)) for run in runs.values()]
-    size = mask.size if isinstance(mask, Near) else length
-    work = pairs(length, size) * HEADS * (14 if part == "both" else 4) * WIDTH / 1e12
-    cells = [length, "causal" if size == length else f"window {size}", part]
-    cells += [f"{seconds * 1e3:.2f} ms, {work / seconds:.0f} TFLOP/s" for seconds in best.values()]
-    cells += [f"{best['cudnn'] / best['lcx']:.2f}", f"{difference(*outs):.1e}"]
-    return f"| {' | '.join(map(str, cells))} |"
+def compiled(forms: dict[str, Callable], mask, part: str, arrays: tuple[Array, ...]) -> dict[str, Callable]:
+    """`forward`, or `both` passes, of each form."""
+    wrap = with_gradient if part == "both" else lambda form: form
+    return {name: jax.jit(functools.partial(wrap(form), mask)).lower(*arrays).compile() for name, form in forms.items()}
 
 
-def main() -> int:
+def beside_cudnn() -> None:
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {HEADS} heads of {WIDTH}, bfloat16\n")
+    print("| tokens | mask | part | lcx | cuDNN | cuDNN / lcx | all / it | difference |\n|---|---|---|---|---|---|---|---|")
+    for length in LENGTHS:
+        for part in ("forward", "both"):
+            arrays = inputs(length, length, HEADS, KEY_HEADS, WIDTH)[: 4 if part == "both" else 3]
+            for mask in (All(), Causal(), near(length)):
+                runs = compiled({"lcx": tiled, "cudnn": cudnn}, mask, part, arrays)
+                best = shortest(runs, arrays)
+                whole = best["lcx"] if isinstance(mask, All) else whole
+                work = pairs(length, mask) * HEADS * (14 if part == "both" else 4) * WIDTH / 1e12
+                cells = [length, {All: "all", Causal: "causal"}.get(type(mask)) or f"window {mask.size}", part]
+                cells += [f"{seconds * 1e3:.2f} ms, {work / seconds:.0f} TFLOP/s" for seconds in best.values()]
+                cells += [f"{best['cudnn'] / best['lcx']:.2f}", f"{whole / best['lcx']:.2f}"]
+                cells += [f"{difference(*(jax.tree.leaves(run(*arrays)) for run in runs.values())):.1e}"]
+                print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def beside_each_other() -> None:
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, causal, bfloat16\n")
+    print("| queries | keys | heads | key heads | width | part | Hopper ms | Triton ms |\n|---|---|---|---|---|---|---|---|")
+    shapes = [(8192, 8192, 16, 16, 64), (8192, 8192, 16, 4, 128), (8192, 8192, 8, 4, 256)]
+    shapes += [(few, 65536, 32, 8, 128) for few in (1, 16, 64, 256)]
+    for shape in shapes:
+        for part in ("forward", "both") if shape[0] == shape[1] else ("forward",):
+            arrays = inputs(*shape)[: 4 if part == "both" else 3]
+            best = {}
+            for form in (hopper, triton):
+                with_form = lambda mask, q, k, v, form=form: _alone(form, mask, q, k, v)
+                best |= shortest(compiled({form.__name__: with_form}, All(), part, arrays), arrays)
+            print(
+                f"| {' | '.join(map(str, (*shape, part)))} | {' | '.join(f'{s * 1e3:.3f}' for s in best.values())} |",
+                flush=True,
+            )
+
+
+def _alone(form, mask, q, k, v):
+    """`tiled` in one form, wherever it would be chosen."""
+    chosen, op.FORMS["gpu"] = op.FORMS["gpu"], form
+    try:
+        return tiled(mask, q, k, v)
+    finally:
+        op.FORMS["gpu"] = chosen
+
+
+def main(arguments: list[str]) -> int:
     if platform() != "gpu":
         print(f"gpu_bench: no GPU: this machine's default device is {jax.devices()[0].device_kind}", file=sys.stderr)
         return 2
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {HEADS} heads of {WIDTH}, bfloat16\n")
-    print("| tokens | mask | part | lcx | cuDNN | cuDNN / lcx | difference |\n|---|---|---|---|---|---|---|")
-    for length, part in itertools.product(LENGTHS, ("forward", "both")):
-        for mask in (Causal(), near(length)):
-            print(row(length, mask, part), flush=True)
+    beside_each_other() if arguments == ["forms"] else beside_cudnn()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -1,6 +1,7 @@
 """What the Pallas kernels share: scores in base 2, their derivative, and products summed in float32."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -20,11 +21,13 @@ class Scores(NamedTuple):
     scale: float
     softcap: float | None
 
-    def logits(self, raw: Float[Array, "n m"]) -> tuple[Float[Array, "n m"], Float[Array, "n m"] | int]:
+    def logits(
+        self, raw: Float[Array, "n m"], tanh: Callable[[Array], Array] = jnp.tanh
+    ) -> tuple[Float[Array, "n m"], Float[Array, "n m"] | int]:
         """Scores in base 2 before the mask, and their derivative by the scaled product."""
         if self.softcap is None:
             return raw * (self.scale * LOG2E), 1
-        bent = jnp.tanh(raw * (self.scale / self.softcap))
+        bent = tanh(raw * (self.scale / self.softcap))
         return bent * (self.softcap * LOG2E), 1 - bent * bent
 
 

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from pallas_kernels.tile_attention import op, reference
 from pallas_kernels.tile_attention.tokens import Tokens
@@ -78,3 +79,9 @@ def beside_the_reference(form, mask, softcap=None, **options):
     logits = {"mask": mask, "scale": 0.2, "softcap": softcap}
     fold = Interpreted(form, **logits, **options)
     return tuple(map(with_gradient, (functools.partial(op.attention, fold), functools.partial(reference.forward, **logits))))
+
+
+def described(kind):
+    """A context in which a program is lowered for a GPU that is not here."""
+    device = AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
+    return use_abstract_mesh(AbstractMesh((1,), ("one",), (AxisType.Auto,), abstract_device=device))

@@ -1,8 +1,4 @@
-"""Runs a GPU kernel: one program a tile of its outputs, a group of heads and a batch row; what it finds where, and its list.
-
-Arrays go by the names that the kernels give them, and a name says the layout:
-    q, d_out, out, dq [B, T, H, width]   k, v, dk, dv [B, S, K, width]   lse, delta [B, H, T]   q_tokens [B, 4, T], k_tokens
-"""
+"""Runs a GPU kernel: one program a tile of its outputs, a group of heads and a batch row; what it finds where, and its list."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -12,22 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
-from jaxtyping import Array, Int32
+from jaxtyping import Array
 
 from pallas_kernels.tile_attention.blocks import Sizes
-from pallas_kernels.tile_attention.gpu_blocks import Tile, padded_width
-from pallas_kernels.tile_attention.tile_list import tile_states
-from pallas_kernels.tile_attention.tiling import EMPTY, FULL
-from pallas_kernels.tile_attention.tokens import Mask, Tokens, pad_tokens
-
-KINDS = {
-    "query": ("q", "d_out", "out", "dq"),
-    "row": ("lse", "delta"),
-    "q_tokens": ("q_tokens",),
-    "key": ("k", "v", "dk", "dv"),
-    "k_tokens": ("k_tokens",),
-}
-KIND = {name: kind for kind, names in KINDS.items() for name in names}
+from pallas_kernels.tile_attention.gpu_arrays import KIND
+from pallas_kernels.tile_attention.gpu_lists import Lists
+from pallas_kernels.tile_attention.triton_blocks import Tile
 
 
 class Programs(NamedTuple):
@@ -80,22 +66,10 @@ def programs_of_keys(size: Sizes, q_shape: tuple[int, ...], k_shape: tuple[int, 
     )
 
 
-def padded(size: Sizes, arrays: Mapping[str, Array | Tokens]) -> dict[str, Array]:
-    """Zeros appended up to whole tiles and padded head sizes; tokens as one array."""
-    return {name: _padded(name, x, size.bk if KIND[name] in ("key", "k_tokens") else size.bq) for name, x in arrays.items()}
-
-
-def states(
-    mask: Mask, size: Sizes, q_tokens: Int32[Array, "B 4 T"], k_tokens: Int32[Array, "B 4 S"]
-) -> Int32[Array, "B nq nk"]:
-    cut = lambda x, size: x.reshape(*x.shape[:2], -1, size).swapaxes(1, 2)
-    return tile_states(mask, cut(q_tokens, size.bq), cut(k_tokens, size.bk))
-
-
 def launch(
     kernel: Callable,
     programs: Programs,
-    state: Int32[Array, "B majors minors"],
+    lists: Lists,
     inputs: Mapping[str, Array],
     outputs: Mapping[str, tuple[int, ...]],
     flops: int,
@@ -103,9 +77,11 @@ def launch(
     interpret: bool,
 ) -> tuple[Array, ...]:
     """The outputs in float32, by name and shape; `flops` of one pair of a query and a key, of the work without a mask."""
-    B, majors, minors = state.shape
-    listed = lambda width: pl.BlockSpec((None, None, width), lambda i, h, b: (b, programs.tile(i), 0))
-    in_specs = [listed(minors), listed(2), *(programs.spec(name, x.shape) for name, x in inputs.items())]
+    B, groups, majors, _ = lists.ends.shape
+    group = lambda h: 0 if groups == 1 else jax.lax.div(h, jnp.int32(programs.heads // groups))
+    minors = pl.BlockSpec((None, None, lists.minors.shape[2]), lambda i, h, b: (b, group(h), 0))
+    ends = pl.BlockSpec((None, None, None, 3), lambda i, h, b: (b, group(h), programs.tile(i), 0))
+    in_specs = [minors, ends, *(programs.spec(name, x.shape) for name, x in inputs.items())]
     out_specs = [programs.spec(name, shape) for name, shape in outputs.items()]
     pairs = B * inputs["q"].shape[2] * inputs["q"].shape[1] * inputs["k"].shape[1]
     each = sum(x.dtype.itemsize * _size(spec) for x, spec in zip(inputs.values(), in_specs[2:], strict=True))
@@ -122,23 +98,7 @@ def launch(
         ),
         interpret=interpret,
     )
-    return tuple(call(*_lists(state), *inputs.values()))
-
-
-def _lists(state: Int32[Array, "B majors minors"]) -> tuple[Int32[Array, "B majors minors"], Int32[Array, "B majors 2"]]:
-    """Of every major tile, its minor tiles: full, partial, empty; and where the full and the partial ones end."""
-    minors = state.shape[-1]
-    order = jnp.sort(state * minors + jnp.arange(minors, dtype=jnp.int32), axis=-1) % minors
-    ends = jnp.stack([(state == FULL).sum(-1, dtype=jnp.int32), (state != EMPTY).sum(-1, dtype=jnp.int32)], axis=-1)
-    return order, ends
-
-
-def _padded(name: str, x: Array | Tokens, tile: int) -> Array:
-    if isinstance(x, Tokens):
-        return jnp.stack([field.astype(jnp.int32) for field in pad_tokens(x, tile)], axis=1)
-    if KIND[name] == "row":
-        return jnp.pad(x, [(0, 0), (0, 0), (0, -x.shape[2] % tile)])
-    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % tile), (0, 0), (0, padded_width(x.shape[3]) - x.shape[3])])
+    return tuple(call(*lists, *inputs.values()))
 
 
 def _size(spec: pl.BlockSpec) -> int:

@@ -1,4 +1,4 @@
-"""The GPU kernels, interpreted, equal the float32 reference in value and gradient, and they lower to Triton for CUDA."""
+"""The Triton kernels, interpreted, equal the float32 reference in value and gradient, and they lower to Triton for CUDA."""
 
 import functools
 import itertools
@@ -7,15 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import arrays, beside_the_reference, compare, random_tokens, whole_document, with_gradient
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+from attention_cases import arrays, beside_the_reference, compare, described, random_tokens, whole_document, with_gradient
 
-from lcx.attention.attend import choose
 from lcx.attention.mask import Beyond, Causal, Chunk, Hide, Sink, Window, Within
-from pallas_kernels.tile_attention import gpu, gpu_bench, reference
+from pallas_kernels.tile_attention import reference, triton
 from pallas_kernels.tile_attention.blocks import Shape
-from pallas_kernels.tile_attention.gpu_blocks import ANY, SHARED, Blocks, Tile, choose_blocks, shared_bytes, sizes, this_gpu
 from pallas_kernels.tile_attention.tokens import Tokens
+from pallas_kernels.tile_attention.triton_blocks import ANY, SHARED, Blocks, Tile, choose_blocks, shared_bytes, sizes
 
 KINDS = ("packed", "special", "shuffled", "padding", "single")
 MASKS = [
@@ -27,7 +25,7 @@ MASKS = [
 
 
 def both(mask, softcap=None, **options):
-    return beside_the_reference(gpu, mask, softcap, **options)
+    return beside_the_reference(triton, mask, softcap, **options)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +98,7 @@ def test_gradients_of_shards_of_keys_add_up():
         q, k, v, d_out, d_lse, q_tokens, k_tokens
     )
     delta = jnp.sum(d_out * out, axis=-1) - jnp.where(jnp.isneginf(lse), 0, d_lse)
-    run = jax.jit(functools.partial(gpu.backward, **options, blocks=Blocks.same(32, 32), interpret=True))
+    run = jax.jit(functools.partial(triton.backward, **options, blocks=Blocks.same(32, 32), interpret=True))
     halves = []
     for half in (slice(0, 48), slice(48, 96)):
         part = Tokens(*(field[:, half] for field in k_tokens))
@@ -114,16 +112,10 @@ def test_gradients_of_shards_of_keys_add_up():
 def test_nothing_to_attend(T, S):
     q, k, v, d_out, d_lse = arrays(np.random.default_rng(0), 1, T, S, 2, 1, 4, 3)
     tokens = whole_document(1, T), whole_document(1, S)
-    out, lse = gpu.forward(q, k, v, *tokens, mask=Causal(), scale=1.0)
+    out, lse = triton.forward(q, k, v, *tokens, mask=Causal(), scale=1.0)
     assert out.shape == (1, T, 2, 3) and not out.any() and np.isneginf(lse).all()
-    grads = gpu.backward(q, k, v, *tokens, lse, d_lse, d_out, mask=Causal(), scale=1.0)
+    grads = triton.backward(q, k, v, *tokens, lse, d_lse, d_out, mask=Causal(), scale=1.0)
     assert all(g.shape == x.shape and not g.any() for g, x in zip(grads, (q, k, v), strict=True))
-
-
-def described(kind):
-    """A context in which a program is lowered for a GPU that is not here."""
-    device = AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
-    return use_abstract_mesh(AbstractMesh((1,), ("one",), (AxisType.Auto,), abstract_device=device))
 
 
 def kernels_of(form, *inputs):
@@ -142,20 +134,13 @@ def test_lowers_for_cuda(mask, T, H, D, dtype):
     given = array(2, T, H, D), array(2, T, 2, D), array(2, T, 2, D), tokens, tokens
     rows = *(array(2, T, H, dtype=jnp.float32),) * 2, array(2, T, H, D, dtype=jnp.float32)
     options = {"mask": mask, "scale": 0.1, "softcap": 30.0}
-    assert kernels_of(functools.partial(gpu.forward, **options), *given) == 1
-    assert kernels_of(functools.partial(gpu.backward, **options), *given, *rows) == 2
-
-
-@pytest.mark.parametrize("kind, name", [("NVIDIA H200", "H200"), ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA L4", None)])
-def test_the_gpu_is_the_one_that_is_compiled_for(kind, name):
-    assert this_gpu() is None
-    with described(kind):
-        assert this_gpu() == name and choose("auto") == "gpu"
+    assert kernels_of(functools.partial(triton.forward, **options), *given) == 1
+    assert kernels_of(functools.partial(triton.backward, **options), *given, *rows) == 2
 
 
 def test_what_does_not_fit_is_named():
     q, k, v, *_ = arrays(np.random.default_rng(0), 1, 500, 500, 2, 1, 128, 128)
-    call = functools.partial(gpu.forward, mask=Causal(), scale=1.0)
+    call = functools.partial(triton.forward, mask=Causal(), scale=1.0)
     tokens = whole_document(1, 500), whole_document(1, 500)
     with pytest.raises(ValueError, match="float32, bfloat16, float32: expected one"):
         call(q, k.astype(jnp.bfloat16), v, *tokens)
@@ -198,19 +183,3 @@ def test_the_estimate_bounds_what_the_compiler_allocates(name, width, tile, dtyp
     estimate = shared_bytes(name, Shape(4096, 4096, 1, width, width), tile, dtype)
     assert (ampere or 0) <= estimate and hopper <= estimate
     assert dtype == jnp.float32 or estimate <= 1.05 * hopper
-
-
-def test_the_benchmark_says_that_there_is_no_gpu(capsys):
-    assert gpu_bench.main() == 2
-    assert capsys.readouterr().err == "gpu_bench: no GPU: this machine's default device is cpu\n"
-
-
-def test_the_band_of_the_benchmark_is_a_tenth_of_the_square():
-    """Its pairs as counted, and as the mask lets them through."""
-    band = gpu_bench.near(400)
-    tokens = whole_document(1, 400)
-    assert band.visible(tokens.rows(), tokens.columns()).sum() == gpu_bench.pairs(400, band.size)
-    assert gpu_bench.pairs(400, band.size) == pytest.approx(0.1 * 400**2, rel=0.01)
-    dense = gpu_bench.with_gradient(gpu_bench.tiled)
-    shapes = [jax.ShapeDtypeStruct((1, 4096, 2, 128), jnp.bfloat16)] * 4
-    assert kernels_of(functools.partial(dense, gpu_bench.near(4096)), *shapes) == 3

@@ -7,7 +7,7 @@ visible first, without a mask. Rows are the R = bq G queries of a tile of tokens
 with c = log2(e). The kernel of dk and dv holds scores keys first and takes one query head at a time, all those of its key head
 one after the other. References of one program, whose batch row and heads the grid has chosen:
     q, d_out, out, dq [bq, G, width], lse, delta [G, bq]; whole in that of dk and dv: [T, H/K, width], [H/K, T]
-    k, v [S, width]; dk, dv [bk, width];  tokens [4, length];  minors [tiles], ends [2]: the list, after its full and all tiles
+    k, v [S, width]; dk, dv [bk, width];  tokens [4, length];  minors [A], ends [3]: the list (`gpu_lists`)
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def forward(scores: Scores, size: Sizes, minors, ends, q, q_tokens, k, v, k_toke
 
     def step(masked, n, carry):
         total_out, top, total = carry
-        keys = pl.ds(minors[n] * size.bk, size.bk)
+        keys = pl.ds(minors[ends[0] + n] * size.bk, size.bk)
         s, _ = scores.logits(dot(rows, k[keys, :], 1, 1))
         if masked:
             s = jnp.where(scores.mask.visible(q_tokens, _tokens(k_tokens, keys).columns()), s, LOW)
@@ -54,7 +54,7 @@ def query_gradient(scores: Scores, size: Sizes, minors, ends, q, d_out, lse, del
     q_tokens = _stacked_tokens(q_tokens, size).rows()
 
     def step(masked, n, total):
-        keys = pl.ds(minors[n] * size.bk, size.bk)
+        keys = pl.ds(minors[ends[0] + n] * size.bk, size.bk)
         k_tile = k[keys, :]
         s, slope = scores.logits(dot(rows, k_tile, 1, 1))
         if masked:
@@ -74,7 +74,7 @@ def key_gradient(scores: Scores, size: Sizes, minors, ends, q, d_out, lse, delta
     def step(masked, n, carry):
         total_dk, total_dv = carry
         tile, head = jax.lax.div(n, jnp.int32(heads)), jax.lax.rem(n, jnp.int32(heads))
-        queries = pl.ds(minors[tile] * size.bq, size.bq)
+        queries = pl.ds(minors[ends[0] + tile] * size.bq, size.bq)
         q_tile, d_tile = q[queries, head, :], d_out[queries, head, :]
         s, slope = scores.logits(dot(k, q_tile, 1, 1))
         if masked:
@@ -91,7 +91,7 @@ def key_gradient(scores: Scores, size: Sizes, minors, ends, q, d_out, lse, delta
 
 def _over_list(ends, step: Callable[[bool, Any, Any], Any], carry: Any, times: int = 1) -> Any:
     """`carry = step(masked, n, carry)` along the list, `times` for each tile."""
-    full, some = ends[0] * times, ends[1] * times
+    full, some = ends[1] * times, ends[2] * times
     carry = jax.lax.fori_loop(0, full, lambda n, carry: step(False, n, carry), carry)
     return jax.lax.fori_loop(full, some, lambda n, carry: step(True, n, carry), carry)
 

@@ -1,4 +1,4 @@
-"""Tile sizes of the GPU kernels and the shared memory of a multiprocessor that they take.
+"""Tile sizes of the Triton kernels and the shared memory of a multiprocessor that they take.
 
 What stays is held once, what passes by `copies` times: one is computed with while others come. Bytes, with R = G bq rows:
     forward      q + copies (k + v)       dq      q + dout + copies (k + v)       dk, dv      k + v + copies (q + dout)
@@ -13,6 +13,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.target import device_kind
 from pallas_kernels.tile_attention.blocks import Shape, Sizes
+from pallas_kernels.tile_attention.gpu_arrays import power_of_two
+from pallas_kernels.tile_attention.tile_list import TileList
 
 SMALLEST = 16  # tokens of a tile, and elements of a head: the least that a matrix product takes
 KIB = 1 << 10
@@ -52,11 +54,6 @@ class Blocks:
         return cls(*(Tile(q, k),) * 3)
 
 
-def padded_width(width: int) -> int:
-    """The power of two that a head is padded to."""
-    return _power_of_two(width)
-
-
 def shared_bytes(name: str, shape: Shape, tile: Tile, dtype: Any) -> int:
     """Shared memory that a program of a kernel takes."""
     size = sizes(name, shape, tile)
@@ -86,12 +83,21 @@ def choose_blocks(shape: Shape, dtype: Any, gpu: str | None, given: Blocks | Non
     return Blocks(**tiles)
 
 
+def one_size(blocks: Blocks | None, tiles: TileList | None) -> Blocks | None:
+    """`blocks`; ValueError if a list of tiles is given and they are not all of its size."""
+    if tiles is not None and (
+        blocks is None or len({(getattr(blocks, name).q, getattr(blocks, name).k) for name in TARGETS}) > 1
+    ):
+        raise ValueError(f"tiles with blocks = {blocks}: expected one size for all kernels, the one that the list is about")
+    return blocks
+
+
 def sizes(name: str, shape: Shape, tile: Tile) -> Sizes:
     """Of a kernel, tiles no longer than the call. The kernel of dk and dv takes query heads one at a time."""
-    bq, bk = min(tile.q, _power_of_two(shape.T)), min(tile.k, _power_of_two(shape.S))
+    bq, bk = min(tile.q, _padded(shape.T)), min(tile.k, _padded(shape.S))
     most = 1 if name == "key_gradient" else tile.q // bq
     G = next(n for n in (128, 64, 32, 16, 8, 4, 2, 1) if n <= most and shape.G % n == 0)
-    return Sizes(G, bq, bk, padded_width(shape.D), padded_width(shape.E))
+    return Sizes(G, bq, bk, _padded(shape.D), _padded(shape.E))
 
 
 def this_gpu() -> str | None:
@@ -105,8 +111,8 @@ def _target(name: str, shape: Shape, dtype: Any) -> Tile:
     return FLOAT32 if jnp.dtype(dtype).itemsize == 4 else TARGETS[name][wide]
 
 
-def _power_of_two(n: int) -> int:
-    return max(SMALLEST, 1 << (n - 1).bit_length())
+def _padded(n: int) -> int:
+    return max(SMALLEST, power_of_two(n))
 
 
 FLOAT32 = Tile(32, 32)  # products without tensor cores

@@ -1,0 +1,171 @@
+"""Which form a GPU gets, lists of tiles; on a machine with a GPU (JAX_PLATFORMS=cuda) both forms equal the reference."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_cases import arrays, compare, described, random_tokens, with_gradient
+
+from lcx.attention.attend import choose
+from lcx.attention.mask import Beyond, Causal, Chunk, Hide, Sink, Window, Within
+from pallas_kernels.target import platform
+from pallas_kernels.tile_attention import gpu, gpu_bench, gpu_lists, hopper, op, reference, triton
+from pallas_kernels.tile_attention.bench import Causal as OneDocument
+from pallas_kernels.tile_attention.tile_list import TileList
+from pallas_kernels.tile_attention.tiling import EMPTY, FULL, PARTIAL
+from pallas_kernels.tile_attention.triton_blocks import this_gpu
+
+KINDS = (FULL, PARTIAL)
+on_a_gpu = pytest.mark.skipif(platform() != "gpu", reason="needs a GPU")
+
+
+@pytest.mark.parametrize("kind, name", [("NVIDIA H200", "H200"), ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA L4", None)])
+def test_the_gpu_is_the_one_that_is_compiled_for(kind, name):
+    with described(kind):
+        assert this_gpu() == name and choose("auto") == "gpu"
+
+
+@pytest.mark.parametrize(
+    "kind, T, width, dtype, scale, form",
+    [
+        ("NVIDIA H100 80GB HBM3", 4096, 128, jnp.bfloat16, 0.1, "mosaic_gpu"),
+        ("NVIDIA A100-SXM4-80GB", 4096, 128, jnp.bfloat16, 0.1, "triton"),
+        ("NVIDIA H200", 1, 128, jnp.bfloat16, 0.1, "triton"),
+        ("NVIDIA H200", 4096, 320, jnp.bfloat16, 0.1, "triton"),
+        ("NVIDIA H200", 4096, 64, jnp.float32, 0.1, "triton"),
+        ("NVIDIA H200", 4096, 64, jnp.bfloat16, -0.1, "triton"),
+    ],
+)
+def test_the_form_follows_from_gpu_and_call(kind, T, width, dtype, scale, form):
+    shape = lambda T, heads: jax.ShapeDtypeStruct((1, T, heads, width), dtype)
+    fold = op.Tiled("gpu", OneDocument(), scale)
+    tokens = gpu_bench.Tokens(*(jax.ShapeDtypeStruct((1, T), jnp.int32),) * 4)
+    with described(kind):
+        lowered = (
+            jax.jit(fold.forward)
+            .trace(shape(T, 4), shape(T, 2), shape(T, 2), tokens, tokens)
+            .lower(lowering_platforms=("cuda",))
+        )
+    text = lowered.as_text()
+    assert [name for name in ("mosaic_gpu", "triton") if f"custom_call @{name}" in text or f"xla.gpu.{name}" in text] == [form]
+
+
+def test_lists_of_states():
+    """Full tiles, then partial ones, in order."""
+    states = np.random.default_rng(0).choice([FULL, PARTIAL, EMPTY], (2, 5, 7)).astype(np.int32)
+    states[0, 3] = EMPTY
+    minors, ends = map(np.asarray, gpu_lists.from_states(jnp.asarray(states)))
+    for b, row in np.ndindex(2, 5):
+        start, full, some = ends[b, 0, row]
+        expected = [*np.flatnonzero(states[b, row] == FULL), *np.flatnonzero(states[b, row] == PARTIAL)]
+        assert minors[b, 0, start : start + some].tolist() == expected
+        assert full == (states[b, row] == FULL).sum()
+
+
+@pytest.mark.parametrize("parts", [(1, 1), (2, 1), (1, 2)])
+def test_lists_of_tiles(parts):
+    """As given, in any order, cut into parts; what stands behind the count is left out."""
+    rng = np.random.default_rng(0)
+    places = np.stack([rng.permutation(35)[:12] for _ in range(4)]).reshape(2, 2, 12)
+    kind = rng.choice([FULL, PARTIAL, EMPTY], places.shape)
+    count = rng.integers(0, 13, (2, 2))
+    tiles = TileList(
+        *(jnp.asarray(x, jnp.int32) for x in (places // 7, places % 7)),
+        jnp.asarray(kind, jnp.int8),
+        jnp.asarray(count, jnp.int32),
+    )
+    columns, rows = parts
+    minors, ends = map(np.asarray, gpu_lists.from_list(gpu_lists.split(tiles, columns, rows), 5 * rows))
+    for b, g, row in np.ndindex(2, 2, 5 * rows):
+        start, full, some = ends[b, g, row]
+        listed = [(kind[b, g, n], places[b, g, n] % 7) for n in range(count[b, g]) if places[b, g, n] // 7 == row // rows]
+        expected = [[col * columns + i for k, col in sorted(listed) if k == wanted for i in range(columns)] for wanted in KINDS]
+        assert [minors[b, g, start : start + full].tolist(), minors[b, g, start + full : start + some].tolist()] == expected
+
+
+def test_the_benchmark_says_that_there_is_no_gpu(capsys):
+    if platform() == "gpu":
+        pytest.skip("there is one")
+    assert gpu_bench.main([]) == 2
+    assert capsys.readouterr().err == "gpu_bench: no GPU: this machine's default device is cpu\n"
+
+
+@pytest.mark.parametrize("mask", [gpu_bench.All(), OneDocument(), gpu_bench.near(400)], ids=["all", "causal", "near"])
+def test_the_benchmark_counts_pairs_as_the_mask_lets_them_through(mask):
+    index = jnp.arange(400)[None]
+    tokens = gpu_bench.Tokens(index, index, jnp.ones_like(index), jnp.zeros_like(index))
+    assert mask.visible(tokens.rows(), tokens.columns()).sum() == gpu_bench.pairs(400, mask)
+    assert gpu_bench.pairs(400, gpu_bench.near(400)) == pytest.approx(0.1 * 400**2, rel=0.01)
+
+
+CASES = [
+    (Causal(), (2, 2), (64, 64), None),
+    (Window(size=40) | (Sink(size=3) & Hide(query_role=1, key_role=0)), (6, 2), (128, 40), 2.0),
+    (Within(size=90) & Chunk(size=50), (4, 1), (40, 64), None),
+    (Beyond(size=30), (2, 1), (128, 128), None),
+    (Causal(), (4, 2), (256, 256), 30.0),
+]
+
+
+@on_a_gpu
+@pytest.mark.parametrize("form", [hopper, triton], ids=lambda form: form.__name__.rpartition(".")[2])
+@pytest.mark.parametrize("mask, heads, widths, softcap", CASES, ids=["causal", "window or sink", "chunk", "beyond", "wide"])
+def test_equals_the_reference_on_this_gpu(mask, heads, widths, softcap, form):
+    """bfloat16, several documents, shared and shuffled tokens, rows that see nothing."""
+    options = {"mask": mask, "scale": 0.1, "softcap": softcap}
+    dense = with_gradient(functools.partial(reference.forward, **options))
+    run = with_gradient(functools.partial(op.attention, OneForm(form, options)))
+    for seed, kind in enumerate(("packed", "special", "shuffled", "padding")):
+        rng = np.random.default_rng(seed)
+        q, k, v, *rest = arrays(rng, 2, 371, 501, *heads, *widths, jnp.bfloat16)
+        rest += [random_tokens(rng, 2, length, kind) for length in (371, 501)]
+        compare(run(q, k, v, *rest), dense(*(x.astype(jnp.float32) for x in (q, k, v)), *rest), 1e-2)
+
+
+@on_a_gpu
+def test_float32_equals_the_reference_on_this_gpu():
+    options = {"mask": Causal(), "scale": 0.2, "softcap": None}
+    rng = np.random.default_rng(0)
+    given = *arrays(rng, 2, 300, 300, 4, 2, 64, 64), *(random_tokens(rng, 2, 300, "packed"),) * 2
+    got = with_gradient(functools.partial(op.attention, OneForm(gpu, options)))(*given)
+    compare(got, with_gradient(functools.partial(reference.forward, **options))(*given), 1e-5)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("form", [hopper, triton], ids=lambda form: form.__name__.rpartition(".")[2])
+def test_lists_of_tiles_equal_the_reference_on_this_gpu(form):
+    """Every second tile of 128 x 128, another choice for each key head."""
+    rng = np.random.default_rng(0)
+    q, k, v, *_ = arrays(rng, 1, 500, 640, 4, 2, 64, 64, jnp.bfloat16)
+    seen = rng.random((1, 2, 4, 5)) < 0.5
+    places = np.stack([np.argsort(~row.reshape(-1), kind="stable") for row in seen[0]])[None]
+    tiles = TileList(
+        *(jnp.asarray(x, jnp.int32) for x in (places // 5, places % 5)),
+        jnp.full(places.shape, PARTIAL, jnp.int8),
+        jnp.asarray(seen.sum((2, 3)), jnp.int32),
+    )
+    tokens = [random_tokens(rng, 1, length, "packed") for length in (500, 640)]
+    options = {"mask": Causal(), "scale": 0.1, "softcap": None}
+    given = {"tiles": tiles} if form is hopper else {"tiles": tiles, "blocks": triton.Blocks.same(128, 128)}
+    out, lse = form.forward(q, k, v, *tokens, **options, **given)
+    pairs = seen.repeat(128, 2).repeat(128, 3)[:, :, :500, :640]
+    mask = Causal().visible(tokens[0].rows(), tokens[1].columns())
+    scores = 0.1 * jnp.einsum("bthd,bshd->bhts", *(x.astype(jnp.float32) for x in (q, k.repeat(2, 2))))
+    scores = jnp.where(pairs.repeat(2, 1) & mask[:, None], scores, -jnp.inf)
+    np.testing.assert_allclose(lse, jax.nn.logsumexp(scores, axis=-1).swapaxes(1, 2), atol=2e-2)
+    assert out.shape == (1, 500, 4, 64)
+
+
+class OneForm(op.Fold):
+    """One form, wherever another would be chosen."""
+
+    def __init__(self, form, options):
+        self.form, self.options = form, options
+
+    def forward(self, *given):
+        return self.form.forward(*given, **self.options)
+
+    def backward(self, *given):
+        return self.form.backward(*given, **self.options)
