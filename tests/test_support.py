@@ -222,7 +222,7 @@ COMBINED = [pytest.param(seed, marks=pytest.mark.slow if seed >= 2 else ()) for 
 @pytest.mark.parametrize("seed", COMBINED)
 def test_what_is_not_refused_equals_the_dense_reference(seed):
     draw = random.Random(seed)
-    choices = {name: draw.choice(list(kind.variants)) for name, kind in kinds().items()}
+    choices = {name: draw.choice(list(kind.variants)) for name, kind in kinds().items() if name != "mesh axis"}  # two, below
     choices["mixer"] = "Attention"
     choices["backend"] = draw.choice(["auto", "reference", "xla"])
     sizes = dict.fromkeys(draw.sample(["data", "fsdp", "context", "tensor"], 2), 2)
