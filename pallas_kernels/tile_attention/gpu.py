@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.target import log_once
-from pallas_kernels.tile_attention import hopper, triton
+from pallas_kernels.tile_attention import gpu_few, hopper, triton
 from pallas_kernels.tile_attention.blocks import shape_of
 from pallas_kernels.tile_attention.hopper_blocks import MAJOR, takes
 from pallas_kernels.tile_attention.tile_list import TileList
@@ -33,7 +33,10 @@ def forward(
     Raises ValueError for what does not fit the shared memory of a GPU.
     """
     form, options = _form(q, k, v, scale, tiles, tile)
-    return form.forward(q, k, v, q_tokens, k_tokens, mask=mask, scale=scale, softcap=softcap, **options)
+    options |= {"mask": mask, "scale": scale, "softcap": softcap}
+    if tiles is None and gpu_few.serves(q, k):
+        return gpu_few.forward(form.forward, q, k, v, q_tokens, k_tokens, **options)
+    return form.forward(q, k, v, q_tokens, k_tokens, **options)
 
 
 def backward(
