@@ -68,6 +68,7 @@ def kinds() -> Mapping[str, Kind]:
         "mixer": Kind(attention, _examples(Mixer) | {"Attention": base().model.pattern[0].mixer}),
         "mask": Kind(f"{attention}.mask", _examples(Mask)),
         "rope": Kind("model.rope", _examples(FrequencyRule) | {"none": None}),
+        "sinks": Kind(f"{attention}.sinks", {name: name for name in ("none", "learned")}),
         "cache": Kind(f"{attention}.cache", {f"{cache.keys} keys": cache for cache in DenseCache.examples()}),
         "backend": Kind(f"{attention}.backend", {name: name for name in get_args(Backend)}),
         "packing": Kind("data.mixture[0].rows.packing", _examples(Packing)),

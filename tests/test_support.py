@@ -196,16 +196,20 @@ def packed_batch(rows, length, vocab, seed):
 
 @functools.cache
 def parameters():
-    """Of the base model with a convolution; no other choice of the table adds or changes one."""
-    model = edit(base().model, "embed_mixer", ShortConvolution()).build(rngs=nnx.Rngs(0))
-    return nnx.to_pure_dict(nnx.state(model))
+    """Of the base model with every part of the table that has some."""
+    spec = edits(base(), [("model.embed_mixer", ShortConvolution()), (f"{LAYER}.mixer.sinks", "learned")]).model
+    return nnx.to_pure_dict(nnx.state(spec.build(rngs=nnx.Rngs(0))))
+
+
+def held(params, like):
+    """The parameters that stand in the tree `like`."""
+    return {k: held(v, like[k]) if isinstance(v, dict) else v for k, v in params.items() if k in like}
 
 
 def totals(experiment, batch):
     """(sums, gradient over its largest entry) of the experiment on its mesh."""
     step = experiment.training_step(experiment.mesh.build())
-    given = parameters() if experiment.model.embed_mixer else {k: v for k, v in parameters().items() if k != "embed_mixer"}
-    params = jax.device_put(given, step.shardings.params)
+    params = jax.device_put(held(parameters(), step.shardings.params), step.shardings.params)
     batch = experiment.layout.lay(batch, math.prod(sequence_axes(experiment).values()))
     with jax.set_mesh(step.mesh):
         gradient, sums = jax.jit(step.totals)(params, batch, jax.random.key(0))

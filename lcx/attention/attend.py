@@ -7,6 +7,8 @@ from typing import Literal, get_args
 from jaxtyping import Array, Float
 
 from lcx.attention.mask import Mask, tokens_of
+from lcx.attention.plan import BlockPlan, check_plan
+from lcx.attention.planned import Planned
 from lcx.batch import TokenInfo
 from pallas_kernels.target import platform
 from pallas_kernels.tile_attention import op
@@ -25,15 +27,16 @@ def attend(
     mask: Mask,
     scale: float,
     softcap: float | None = None,
+    plan: BlockPlan | None = None,
     backend: Backend = "auto",
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
     """Attention of queries to keys: `(out f32, lse f32)`.
 
     Query head h reads key head h // (H/K). `lse` is the natural log of the sum of exponentials, after scale and soft-cap.
     Rows that see nothing give out = 0 and lse = -inf. Gradients accept a cotangent for `lse`. `auto` chooses a form in
-    `choose` and logs it once; a named backend is mandatory.
+    `choose` and logs it once; a named backend is mandatory. plan: of the visible pairs only those that it lists.
 
-    Raises ValueError if the heads do not divide or an array disagrees with another or its token info.
+    Raises ValueError if the heads do not divide or an array disagrees with another, its token info or the plan.
     """
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"attend: {q.shape[2]} query heads are not a multiple of {k.shape[2]} key heads")
@@ -41,8 +44,9 @@ def attend(
         raise ValueError(f"attend: {q.shape[0]} rows of queries, {k.shape[0]} of keys")
     if q.shape[:2] != q_info.shape or k.shape[:2] != k_info.shape or v.shape[:3] != k.shape[:3]:
         raise ValueError(f"attend: q {q.shape}, k {k.shape}, v {v.shape} disagree with infos {q_info.shape}, {k_info.shape}")
-    fold = local_fold(q, k, mask=mask, scale=scale, softcap=softcap, backend=backend)
-    return op.attention(fold, q, k, v, tokens_of(q_info), tokens_of(k_info))
+    fold = local_fold(q, k, mask=mask, scale=scale, softcap=softcap, plan=plan, backend=backend)
+    plans = () if plan is None else (plan,)
+    return op.attention(fold, q, k, v, tokens_of(q_info), tokens_of(k_info), *plans)
 
 
 def local_fold(
@@ -52,10 +56,14 @@ def local_fold(
     mask: Mask,
     scale: float,
     softcap: float | None = None,
+    plan: BlockPlan | None = None,
     backend: Backend = "auto",
-) -> op.Tiled:
-    """Attention on one device in the form that `choose` takes for these shapes."""
-    return op.Tiled(choose(backend), mask, scale, softcap)
+) -> op.Fold:
+    """Attention on one device in the form that `choose` takes for these shapes; with a plan, a fold that takes it too."""
+    if plan is None:
+        return op.Tiled(choose(backend), mask, scale, softcap)
+    check_plan(plan, B=q.shape[0], T=q.shape[1], S=k.shape[1], H=q.shape[2], K=k.shape[2])
+    return Planned(choose(backend), mask, scale, softcap, plan.block)
 
 
 def choose(backend: Backend) -> str:

@@ -1,5 +1,6 @@
 """Merging partial attention outputs: the associative fold that every split of the keys ends in."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -18,3 +19,11 @@ def merge(a: Part, b: Part) -> Part:
     total = jnp.where(nothing, 1, weight_a + weight_b)
     out = (out_a * weight_a[..., None] + out_b * weight_b[..., None]) / total[..., None]
     return out, jnp.where(nothing, -jnp.inf, peak + jnp.log(total))
+
+
+def with_sinks(out: Float[Array, "B T H E"], lse: Float[Array, "B T H"], sinks: Float[Array, "H"]) -> Float[Array, "B T H E"]:
+    """`merge` with the part (0, sink_h): one more logit a head in the softmax, which brings no value (gpt-oss, 2025).
+
+    For after the last fold, whose `lse` is without sinks. Rows that see nothing give 0, and no gradient.
+    """
+    return out * jax.nn.sigmoid(lse - sinks)[..., None]

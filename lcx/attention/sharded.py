@@ -1,5 +1,7 @@
 """attend on a mesh: batch and heads stay where they are, keys meet queries over the axes that shard the sequence."""
 
+import functools
+
 import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
@@ -7,6 +9,7 @@ from jaxtyping import Array, Float
 from lcx.attention.attend import Backend, attend, local_fold
 from lcx.attention.communication import Communication
 from lcx.attention.mask import Mask, tokens_of
+from lcx.attention.plan import BlockPlan
 from lcx.batch import TokenInfo
 from lcx.parallel.rules import Rules, ambient_mesh
 from pallas_kernels.tile_attention import op
@@ -24,37 +27,50 @@ def sharded_attend(
     mask: Mask,
     scale: float,
     softcap: float | None = None,
+    plan: BlockPlan | None = None,
     backend: Backend = "auto",
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
     """`attend` with the same arguments and result under the ambient mesh; each device computes its own queries and heads.
 
-    Key heads lie on the mesh as the query heads do, or every device has them all and takes those of its queries.
+    Key heads lie on the mesh as the query heads do, or every device has them all and takes those of its queries; a plan's
+    groups lie as the heads that they are of. Raises ValueError for a plan where the sequence is sharded: its tiles are places
+    in whole rows, and which of them meet on a device is up to the communication.
     """
     options = {"mask": mask, "scale": scale, "softcap": softcap, "backend": backend}
     mesh = ambient_mesh()
     if mesh is None:
-        return attend(q, k, v, q_info, k_info, **options)
+        return attend(q, k, v, q_info, k_info, plan=plan, **options)
     axes = tuple(axis for axis in rules.sequence if mesh.shape[axis] > 1)
+    if axes and plan is not None:
+        raise ValueError(
+            f"attend: a block plan, of whole rows, with rows shared out over {', '.join(axes)}: expected whole rows"
+        )
 
-    def local(q, k, v, q_tokens, k_tokens):
-        k, v = (_own(leaf, heads // kv_heads, q.shape[2], kv_heads, rules) for leaf in (k, v))
-        fold = local_fold(q, k, **options)
-        return op.attention(communication.wrap(fold, axes) if axes else fold, q, k, v, q_tokens, k_tokens)
+    def local(q, k, v, q_tokens, k_tokens, plan):
+        own = functools.partial(_own, group=heads // kv_heads, queries=q.shape[2], kv_heads=kv_heads, rules=rules)
+        k, v = own(k, axis=2), own(v, axis=2)
+        if groups == "kv_heads":
+            plan = jax.tree.map(functools.partial(own, axis=1), plan)
+        fold = local_fold(q, k, plan=plan, **options)
+        plans = () if plan is None else (plan,)
+        return op.attention(communication.wrap(fold, axes) if axes else fold, q, k, v, q_tokens, k_tokens, *plans)
 
     heads, kv_heads = q.shape[2], k.shape[2]
+    groups = None if plan is None else {heads: "heads", kv_heads: "kv_heads", 1: None}.get(plan.rows.shape[1])
     queries, keys = (rules.partition(("batch", "sequence", heads, None)) for heads in ("heads", "kv_heads"))
     tokens = tokens_of(q_info), tokens_of(k_info)
     infos = jax.tree.map(lambda _: PartitionSpec(*rules.partition(("batch", "sequence"))), tokens)
     lse = rules.partition(("batch", "sequence", "heads"))
-    run = jax.shard_map(local, in_specs=(queries, keys, keys, *infos), out_specs=(queries, lse), check_vma=False)
-    return run(q, k, v, *tokens)
+    lists = rules.partition(("batch", groups))
+    run = jax.shard_map(local, in_specs=(queries, keys, keys, *infos, lists), out_specs=(queries, lse), check_vma=False)
+    return run(q, k, v, *tokens, plan)
 
 
-def _own(x: Float[Array, "B S k D"], group: int, queries: int, kv_heads: int, rules: Rules) -> Float[Array, "B S own D"]:
-    """Of keys or values, the heads that this device's `queries` query heads read; `group` query heads share a key head."""
-    if x.shape[2] < kv_heads or queries == group * kv_heads:
+def _own(x: Array, *, axis: int, group: int, queries: int, kv_heads: int, rules: Rules) -> Array:
+    """Of key heads on an axis, those that this device's `queries` query heads read; `group` query heads share a key head."""
+    if x.shape[axis] < kv_heads or queries == group * kv_heads:
         return x
     if queries % group and group % queries:
         raise ValueError(f"attend: a device's {queries} query heads cannot read whole key heads of {group} query heads each")
     first = jax.lax.axis_index(rules.heads) * queries // group
-    return jax.lax.dynamic_slice_in_dim(x, first, max(1, queries // group), axis=2)
+    return jax.lax.dynamic_slice_in_dim(x, first, max(1, queries // group), axis=axis)

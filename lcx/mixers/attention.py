@@ -1,4 +1,4 @@
-"""Softmax attention as a token mixer: grouped queries, optional qk-norm, biases and soft-cap, any mask, rope and cache."""
+"""Softmax attention as a token mixer: grouped queries, any mask, rope and cache, optional qk-norm, biases, soft-cap, sinks."""
 
 import dataclasses
 import math
@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from lcx.attention.attend import Backend
 from lcx.attention.mask import Causal, Mask
+from lcx.attention.merge import with_sinks
 from lcx.attention.sharded import sharded_attend
 from lcx.batch import Batch
 from lcx.cache.cache import Cache
@@ -27,7 +28,8 @@ class Attention(Mixer):
     """heads: query heads; kv_heads divides them. rope: `model` takes the model's rule, `none` is NoPE, a rule is its own.
 
     bias: which projections have one. scale: of the logits, default 1 / sqrt(head_dim). qk_norm: over the channels of a head,
-    before the rotation. softcap: cap * tanh(logits / cap).
+    before the rotation. softcap: cap * tanh(logits / cap). sinks: `learned` gives each query head a logit that stands in every
+    softmax and brings no value (gpt-oss, 2025), so that a head can look at nothing; it begins at 0, as that of a key of zeros.
     """
 
     heads: int
@@ -39,6 +41,7 @@ class Attention(Mixer):
     bias: Literal["none", "qkv", "all"] = "none"
     scale: float | None = None
     softcap: float | None = None
+    sinks: Literal["none", "learned"] = "none"
     cache: Cache = DenseCache()
     backend: Backend = "auto"
 
@@ -60,6 +63,7 @@ class Attention(Mixer):
             cls(heads=4, kv_heads=2, head_dim=8),
             cls(heads=2, kv_heads=2, head_dim=8, bias="all", qk_norm=RMSNorm(), softcap=5.0, cache=DenseCache(keys="raw")),
             cls(heads=2, kv_heads=1, head_dim=8, rope="none", mask=Sink(size=1) | Window(size=5), bias="qkv"),
+            cls(heads=4, kv_heads=2, head_dim=8, mask=Window(size=6), sinks="learned"),
         )
 
 
@@ -76,6 +80,7 @@ class AttentionModule(MixerModule):
         self.key_bias = zeros((K, D), ("kv_heads", None)) if spec.bias != "none" else None
         self.value_bias = zeros((K, D), ("kv_heads", None)) if spec.bias != "none" else None
         self.output_bias = zeros((M,), ("width",)) if spec.bias == "all" else None
+        self.sinks = zeros((H,), ("heads",)) if spec.sinks == "learned" else None
         self.query_norm = spec.qk_norm.build(D) if spec.qk_norm else None
         self.key_norm = spec.qk_norm.build(D) if spec.qk_norm else None
 
@@ -102,10 +107,12 @@ class AttentionModule(MixerModule):
             if frequencies is not None:
                 k = rotate(k, info.positions, frequencies).astype(x.dtype)
             mesh = {"rules": rules, "communication": self.inherited.communication}
-            out, _ = sharded_attend(q, k, v, info, info, **mesh, **options)
+            out, lse = sharded_attend(q, k, v, info, info, **mesh, **options)
         else:
             state = spec.cache.append(state, k, v, info, frequencies)
-            out, _ = spec.cache.attend(state, q, info, frequencies=frequencies, **options)
+            out, lse = spec.cache.attend(state, q, info, frequencies=frequencies, **options)
+        if self.sinks is not None:
+            out = with_sinks(out, lse, self.sinks[...])
         y = linear(out.astype(x.dtype), self.output[...], contracted=2)
         if self.output_bias is not None:
             y = y + self.output_bias[...].astype(x.dtype)

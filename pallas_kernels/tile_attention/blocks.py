@@ -100,9 +100,10 @@ def footprint(blocks: Blocks, G: int, D: int, E: int, dtype: Any) -> int:
     return max(bytes_of(Sizes(G, *getattr(blocks, name), D, E), dtype) for name, bytes_of, _ in KERNELS)
 
 
-def stacked_heads(shape: Shape, dtype: Any, chip: str | None) -> int:
-    """The most heads of a group, a divisor of G, whose smallest tiles fit the VMEM of a chip; 1 if none do."""
-    fits = lambda G: footprint(Blocks.same(LANES, LANES), G, shape.D, shape.E, dtype) <= _room(chip)
+def stacked_heads(shape: Shape, dtype: Any, chip: str | None, given: Blocks | None = None) -> int:
+    """The most heads of a group, a divisor of G, whose tiles (None: the smallest) fit the VMEM of a chip; 1 if none do."""
+    blocks = given or Blocks.same(LANES, LANES)
+    fits = lambda G: footprint(blocks, G, shape.D, shape.E, dtype) <= _room(chip)
     return next((G for G in range(shape.G, 1, -1) if shape.G % G == 0 and fits(G)), 1)
 
 

@@ -10,6 +10,7 @@ Only q, k, v, out and lse are kept for the backward pass.
 import abc
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +18,23 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from pallas_kernels.tile_attention import gpu, reference, tpu, xla
+from pallas_kernels.tile_attention.blocks import Blocks
 from pallas_kernels.tile_attention.tokens import Mask, Tokens
 
 FORMS = {"reference": reference, "xla": xla, "tpu": tpu, "gpu": gpu}
+LISTED = {  # the forms that take a list of tiles, and their sizes of one of (query, key) tokens
+    "xla": lambda bq, bk: {"sizes": xla.Sizes(bq, bk, 1)},
+    "tpu": lambda bq, bk: {"blocks": Blocks.same(bq, bk)},
+    "gpu": lambda bq, bk: {"tile": (bq, bk)},
+}
 SAVED = "attention"  # the checkpoint name of (out, lse), which a rematerialisation policy may keep
 
 
 class Fold(abc.ABC):
     """Hashable and static. Arrays as in `attend`: q [B,T,H,D], k [B,S,K,D], v [B,S,K,E].
 
-    mask: a pair is seen only if it lets it through. axes: the mesh axes that the fold communicates over.
+    mask: a pair is seen only if it lets it through. axes: the mesh axes that the fold communicates over. A fold that computes
+    only what arrays say takes them as a last argument.
     """
 
     mask: Mask
@@ -43,7 +51,7 @@ class Fold(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Tiled(Fold):
-    """All given keys by one form; `sizes` of its tiles, by default the form's own choice."""
+    """All given keys by one form, or those of a list of tiles; `sizes` of its tiles, by default the form's own choice."""
 
     form: str
     mask: Mask
@@ -51,14 +59,16 @@ class Tiled(Fold):
     softcap: float | None = None
     sizes: tuple[int, ...] | None = None
 
-    def forward(self, q, k, v, q_tokens, k_tokens):
-        return FORMS[self.form].forward(q, k, v, q_tokens, k_tokens, **self._options())
+    def forward(self, q, k, v, q_tokens, k_tokens, tiles=None):
+        return FORMS[self.form].forward(q, k, v, q_tokens, k_tokens, **self._options(tiles))
 
-    def backward(self, q, k, v, q_tokens, k_tokens, lse, delta, d_out):
-        return FORMS[self.form].backward(q, k, v, q_tokens, k_tokens, lse, delta, d_out, **self._options())
+    def backward(self, q, k, v, q_tokens, k_tokens, lse, delta, d_out, tiles=None):
+        return FORMS[self.form].backward(q, k, v, q_tokens, k_tokens, lse, delta, d_out, **self._options(tiles))
 
-    def _options(self):
+    def _options(self, tiles):
         options = {"mask": self.mask, "scale": self.scale, "softcap": self.softcap}
+        if tiles is not None:
+            return options | LISTED[self.form](*self.sizes) | {"tiles": tiles}
         return options if self.sizes is None else options | {"sizes": self.sizes}
 
 
@@ -70,9 +80,10 @@ def attention(
     v: Float[Array, "B S K E"],
     q_tokens: Tokens,
     k_tokens: Tokens,
+    *plan: Any,
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
-    """`fold.forward`, differentiable in q, k and v with cotangents for out and lse; tokens get no gradient."""
-    return fold.forward(q, k, v, q_tokens, k_tokens)
+    """`fold.forward`, differentiable in q, k and v with cotangents for out and lse; tokens and plan get no gradient."""
+    return fold.forward(q, k, v, q_tokens, k_tokens, *plan)
 
 
 def _save(fold, *inputs):
@@ -83,12 +94,12 @@ def _save(fold, *inputs):
 
 
 def _pull(fold, saved, cotangents):
-    *inputs, out, lse = saved
+    q, k, v, q_tokens, k_tokens, *plan, out, lse = saved
     d_out, d_lse = cotangents
     delta = jnp.where(lse == -jnp.inf, 0, jnp.sum(d_out * out, axis=-1) - d_lse)
     d_out = jnp.where((lse == -jnp.inf)[..., None], 0, d_out)
-    gradients = fold.backward(*inputs, lse, delta, d_out)
-    return *(g.astype(x.dtype) for g, x in zip(gradients, inputs[:3], strict=True)), None, None
+    gradients = fold.backward(q, k, v, q_tokens, k_tokens, lse, delta, d_out, *plan)
+    return *(g.astype(x.dtype) for g, x in zip(gradients, (q, k, v), strict=True)), None, None, *(None for _ in plan)
 
 
 attention.defvjp(_save, _pull)

@@ -5,7 +5,7 @@ A row that sees nothing gives out = 0 and lse = -inf, with zero gradients.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.tile_attention.tokens import Mask, Tokens
 
@@ -20,9 +20,13 @@ def forward(
     mask: Mask,
     scale: float,
     softcap: float | None = None,
+    allowed: Bool[Array, "B groups T S"] | None = None,
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
-    """Returns (out, lse), both in the precision of at least float32 (float64 if the inputs are). Differentiable."""
-    q, k, v, visible = _prepared(q, k, v, q_tokens, k_tokens, mask)
+    """Returns (out, lse), both in the precision of at least float32 (float64 if the inputs are). Differentiable.
+
+    allowed: pairs beside which the mask hides all others; one set for all heads, a key head or a query head.
+    """
+    q, k, v, visible = _prepared(q, k, v, q_tokens, k_tokens, mask, allowed)
     scores = _scores(q, k, scale, softcap)
     sees = visible.any(axis=-1, keepdims=True)
     scores = jnp.where(visible, scores, -jnp.inf)
@@ -49,10 +53,11 @@ def backward(
     mask: Mask,
     scale: float,
     softcap: float | None = None,
+    allowed: Bool[Array, "B groups T S"] | None = None,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B S K D"], Float[Array, "B S K E"]]:
     """Returns (dq, dk, dv). lse and delta are those of the whole softmax, of which these keys may be a part."""
     shape = q.shape
-    q, k, v, visible = _prepared(q, k, v, q_tokens, k_tokens, mask)
+    q, k, v, visible = _prepared(q, k, v, q_tokens, k_tokens, mask, allowed)
     B, T, K, G, _ = q.shape
     lse, delta = (x.reshape(B, T, K, G).transpose(0, 2, 3, 1)[..., None] for x in (lse, delta))
     d_out = d_out.astype(q.dtype).reshape(B, T, K, G, -1)
@@ -66,11 +71,14 @@ def backward(
     return dq, dk, jnp.einsum("bkgts,btkge->bske", p, d_out, precision="highest")
 
 
-def _prepared(q, k, v, q_tokens, k_tokens, mask):
-    """q by key head, all in at least float32, and the visible pairs [B, 1, 1, T, S]."""
+def _prepared(q, k, v, q_tokens, k_tokens, mask, allowed):
+    """q by key head, all in at least float32, and the visible pairs [B, K or 1, H/K or 1, T, S]."""
     (B, T, H, D), K = q.shape, k.shape[2]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     visible = mask.visible(q_tokens.rows(), k_tokens.columns())[:, None, None]
+    if allowed is not None:
+        groups = min(allowed.shape[1], K)
+        visible = visible & allowed.reshape(B, groups, allowed.shape[1] // groups, T, k.shape[1])
     return q.astype(dtype).reshape(B, T, K, H // K, D), k.astype(dtype), v.astype(dtype), visible
 
 

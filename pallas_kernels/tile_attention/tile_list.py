@@ -20,13 +20,14 @@ KIND, FIRST, LAST = 3, 4, 8
 MAJOR, MINOR = 18, 4  # shifts
 MAJORS, MINORS = (1 << 13) - 1, 1 << 14  # tiles that fit an entry
 ENTRIES = 250_000  # of one call: scalar memory is 1 MiB
+KINDS = 4  # two bits
 UNLISTED = jnp.iinfo(jnp.int32).max
 
 
 class TileList(NamedTuple):
-    """Tiles chosen by the caller, each at most once, in any order; `groups` is 1, or K for one list a key head.
+    """Tiles chosen by the caller, each at most once, in any order; `groups` is 1, K or H: one list for all heads or one a head.
 
-    The first `count` places are the tiles. FULL says that every pair is visible: the mask is left out.
+    The first `count` places are the tiles. FULL says that every pair is visible: the mask is left out. `verified` sees to it.
     """
 
     rows: Int32[Array, "B groups A"]  # query tiles
@@ -53,8 +54,7 @@ def tile_states(mask: Mask, q: Int[Array, "B nq 4 bq"], k: Int[Array, "B nk 4 bk
         each = tiles(Tokens(*(x[:, :, field] for field in range(4))), x.shape[-1])  # one tile a row
         return Tiles(*(field[..., 0] for field in each))
 
-    may, must = mask.bounds(statistics(q).rows(), statistics(k).columns())
-    return jnp.where(must, FULL, jnp.where(may, PARTIAL, EMPTY)).astype(jnp.int32)
+    return kinds(*mask.bounds(statistics(q).rows(), statistics(k).columns()))
 
 
 def from_states(states: Int32[Array, "B majors minors"]) -> Entries:
@@ -66,14 +66,48 @@ def from_states(states: Int32[Array, "B majors minors"]) -> Entries:
     return _finished(_joined(jnp.sort(packed, axis=-1))[:, None])
 
 
-def from_list(given: TileList, majors: int) -> Entries:
-    """The tiles of a list with `majors` tiles on its row axis, and an EMPTY one where a row has none."""
-    real = jnp.arange(given.rows.shape[-1]) < given.count[..., None]
-    real &= given.kind != EMPTY
-    packed = jnp.where(real, given.rows << MAJOR | given.cols << MINOR | given.kind.astype(jnp.int32), UNLISTED)
+def from_list(given: TileList, majors: int, minors: int = MINORS, first: Int[Array, ""] | int = 0) -> Entries:
+    """The tiles of a list on the `majors` rows from `first` on, and an EMPTY one where a row has none."""
+    rows = given.rows - first
+    real = jnp.arange(rows.shape[-1]) < given.count[..., None]
+    real &= (given.kind != EMPTY) & (rows >= 0) & (rows < majors)
+    packed = jnp.where(real, rows << MAJOR | given.cols << MINOR | given.kind.astype(jnp.int32), UNLISTED)
     nothing = jnp.arange(majors, dtype=jnp.int32) << MAJOR | EMPTY
-    nothing = jnp.where(_visited(jnp.where(real, given.rows, majors), majors), UNLISTED, nothing)
-    return _finished(jnp.sort(jnp.concatenate([packed, nothing], axis=-1), axis=-1))
+    nothing = jnp.where(_visited(jnp.where(real, rows, majors), majors), UNLISTED, nothing)
+    packed = jnp.sort(jnp.concatenate([packed, nothing], axis=-1), axis=-1)
+    return _finished(packed[..., : majors * minors])
+
+
+def verified(given: TileList, mask: Mask, q: Tiles, k: Tiles) -> TileList:
+    """The same tiles, by row and column, with kinds that the mask's bounds bear out: FULL only where every pair is visible.
+
+    Tiles that are listed twice, that the mask makes empty or that lie outside the arrays are EMPTY. q, k: statistics of the
+    tiles of either axis [B, tiles].
+    """
+    nq, nk = q.index_low.shape[-1], k.index_low.shape[-1]
+    if nq * nk >= UNLISTED // KINDS:
+        raise ValueError(f"{nq} x {nk} tiles: expected fewer than {UNLISTED // KINDS}; take larger blocks")
+    rows, cols = given.rows, given.cols
+    real = (jnp.arange(rows.shape[-1]) < given.count[..., None]) & (given.kind != EMPTY)
+    real &= (rows >= 0) & (rows < nq) & (cols >= 0) & (cols < nk)
+    may, must = mask.bounds(_at(q, jnp.clip(rows, 0, nq - 1)), _at(k, jnp.clip(cols, 0, nk - 1)))
+    code = jnp.sort(jnp.where(real, (rows * nk + cols) * KINDS + kinds(may, must), UNLISTED), axis=-1)
+    place = jnp.where(code == UNLISTED, 0, code // KINDS)
+    again = jnp.pad(place[..., 1:] == place[..., :-1], [(0, 0), (0, 0), (1, 0)])
+    kind = jnp.where(again | (code == UNLISTED), EMPTY, code % KINDS)
+    return TileList(place // nk, place % nk, kind.astype(jnp.int8), (code != UNLISTED).sum(axis=-1, dtype=jnp.int32))
+
+
+def kinds(may: Bool[Array, "..."], must: Bool[Array, "..."]) -> Int32[Array, "..."]:
+    """FULL, PARTIAL or EMPTY of tiles with these bounds."""
+    return jnp.where(must, FULL, jnp.where(may, PARTIAL, EMPTY)).astype(jnp.int32)
+
+
+def _at(given: Tiles, places: Int32[Array, "B groups A"]) -> Tiles:
+    """The statistics of the tiles at some places of each row, gathered all fields at once."""
+    fields = jnp.stack([field.astype(jnp.int32) for field in given], axis=-1)
+    taken = jax.vmap(lambda line, at: line[at])(fields, places)
+    return Tiles(*(taken[..., n].astype(field.dtype) for n, field in enumerate(given)))
 
 
 def _visited(rows: Int32[Array, "B groups A"], majors: int) -> Bool[Array, "B groups majors"]:

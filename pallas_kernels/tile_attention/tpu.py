@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.tile_attention import tpu_kernels
 from pallas_kernels.tile_attention.blocks import Blocks, Sizes, choose_blocks, shape_of, stacked_heads, this_chip
 from pallas_kernels.tile_attention.scores import Scores, in_base_2
-from pallas_kernels.tile_attention.tile_list import ENTRIES, TileList, from_list, from_states, tile_states
+from pallas_kernels.tile_attention.tile_list import TileList, from_list, from_states, tile_states
 from pallas_kernels.tile_attention.tiling import cut, cut_tokens, uncut
 from pallas_kernels.tile_attention.tokens import Mask, Tokens
 from pallas_kernels.tile_attention.tpu_sweep import parts_of, sweep
@@ -35,8 +35,11 @@ def forward(
     tiles: TileList | None = None,
     interpret: Any = False,
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
-    """Returns (out, lse) in float32. Raises ValueError for what does not fit the memories of a core."""
-    shape = _shape(q, k, v)
+    """Returns (out, lse) in float32. Raises ValueError for what does not fit the memories of a core.
+
+    tiles: the only ones to compute, of `blocks` of one size.
+    """
+    shape = _shape(q, k, v, blocks, tiles)
     if shape.T == 0 or shape.S == 0:
         return jnp.zeros((*q.shape[:3], shape.E)), jnp.full(q.shape[:3], -jnp.inf)
     bq, bk = _blocks(shape, q.dtype, blocks, tiles).forward
@@ -70,7 +73,7 @@ def backward(
     lse: of the whole softmax, over more keys than these if they are a shard; -inf for rows that see nothing, whose gradients
     are zero. delta = sum(d_out out) - d_lse, the sum over a head's E.
     """
-    shape = _shape(q, k, v)
+    shape = _shape(q, k, v, blocks, tiles)
     if shape.T == 0 or shape.S == 0:
         return tuple(jnp.zeros(x.shape) for x in (q, k, v))
     chosen = _blocks(shape, q.dtype, blocks, tiles)
@@ -94,9 +97,11 @@ def backward(
     return dq, dk[..., : shape.D], dv[..., : shape.E]
 
 
-def _shape(q, k, v):
+def _shape(q, k, v, blocks, tiles):
     shape = shape_of(q, k, v)
-    return shape._replace(G=stacked_heads(shape, q.dtype, this_chip()))
+    if tiles is not None and tiles.rows.shape[1] not in (1, k.shape[2]):
+        return shape._replace(G=1)  # a list for every query head
+    return shape._replace(G=stacked_heads(shape, q.dtype, this_chip(), blocks if tiles is not None else None))
 
 
 def _blocks(shape, dtype, blocks, tiles):
@@ -124,13 +129,15 @@ def _cut_tokens(tokens: Tokens, size: int) -> Int[Array, "B n 4 size"]:
 
 
 def _listing(mask, queries, keys, tiles, majors="queries"):
-    """Ranges of the major axis, and the entries of a range from its tokens."""
+    """The entries of a range of the major axis, from its first tile and its tokens; and how many ranges."""
     (B, nq), nk = queries[-1].shape[:2], keys[-1].shape[1]
+    by_query = majors == "queries"
+    major, minor = (nq, nk) if by_query else (nk, nq)
     if tiles is not None:
-        entries = from_list(tiles, nq) if majors == "queries" else from_list(tiles.transposed(), nk)
-        if entries.packed.size > ENTRIES:
-            raise ValueError(f"a list of {entries.packed.size} tiles: expected at most {ENTRIES} a call")
-        return lambda _: entries, 1
-    if majors == "queries":
-        return lambda q_tokens: from_states(tile_states(mask, q_tokens, keys[-1])), parts_of(B, nq, nk)
-    return lambda k_tokens: from_states(tile_states(mask, queries[-1], k_tokens).swapaxes(1, 2)), parts_of(B, nk, nq)
+        given, (groups, length) = tiles if by_query else tiles.transposed(), tiles.rows.shape[1:]
+        parts = parts_of(B * groups, major, minor, length)
+        return lambda first, tokens: from_list(given, tokens.shape[1], minor, first), parts
+    parts = parts_of(B, major, minor)
+    if by_query:
+        return lambda _, q_tokens: from_states(tile_states(mask, q_tokens, keys[-1])), parts
+    return lambda _, k_tokens: from_states(tile_states(mask, queries[-1], k_tokens).swapaxes(1, 2)), parts

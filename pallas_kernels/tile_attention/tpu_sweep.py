@@ -48,11 +48,14 @@ class Kernel:
 
 
 def sweep(
-    kernel: Kernel, majors: Arrays, minors: Arrays, entries: Callable[[Array], Entries], parts: int, interpret: Any
+    kernel: Kernel, majors: Arrays, minors: Arrays, entries: Callable[[Any, Array], Entries], parts: int, interpret: Any
 ) -> Arrays:
-    """The outputs [B, tiles, 1, stacks, rows, width] of the major tiles, in `parts` ranges. `entries`: from their tokens."""
+    """The outputs [B, tiles, 1, stacks, rows, width] of the major tiles, in `parts` ranges.
+
+    entries: of a range, from the place of its first tile and the tokens of its tiles.
+    """
     if parts == 1:
-        return _launch(kernel, majors, minors, entries(majors[-1]), interpret)
+        return _launch(kernel, majors, minors, entries(0, majors[-1]), interpret)
     B, n = majors[0].shape[:2]
     each = -(-n // parts)
 
@@ -63,17 +66,24 @@ def sweep(
     def join(x):
         return jnp.moveaxis(x, 0, 1).reshape(B, parts * each, *x.shape[3:])[:, :n]
 
-    outs = jax.lax.map(lambda part: _launch(kernel, part, minors, entries(part[-1]), interpret), jax.tree.map(split, majors))
+    def one(part):
+        first, majors = part
+        return _launch(kernel, majors, minors, entries(first, majors[-1]), interpret)
+
+    outs = jax.lax.map(one, (jnp.arange(parts, dtype=jnp.int32) * each, jax.tree.map(split, majors)))
     return tuple(join(out) for out in outs)
 
 
-def parts_of(B: int, majors: int, minors: int) -> int:
-    """Ranges of major tiles such that one list fits the scalar memory."""
-    most = min(tile_list.ENTRIES // (B * minors), tile_list.MAJORS)
-    if most == 0 or minors > tile_list.MINORS:
+def parts_of(lists: int, majors: int, minors: int, length: int | None = None) -> int:
+    """Ranges of major tiles such that their lists, a row or head each, fit the scalar memory; `length` of given ones."""
+    fits = minors <= tile_list.MINORS
+    if fits and length is not None and majors <= tile_list.MAJORS and lists * (length + majors) <= tile_list.ENTRIES:
+        return 1
+    most = min(tile_list.ENTRIES // (lists * minors), tile_list.MAJORS)
+    if most == 0 or not fits:
         raise ValueError(
-            f"{B} rows of {majors} x {minors} tiles: a list holds {tile_list.ENTRIES} tiles and {tile_list.MINORS} of the minor"
-            " axis; take larger blocks or fewer rows a call"
+            f"{lists} rows of {majors} x {minors} tiles: a list holds {tile_list.ENTRIES} tiles and {tile_list.MINORS} of the"
+            " minor axis; take larger blocks or fewer rows a call"
         )
     return -(-majors // most)
 

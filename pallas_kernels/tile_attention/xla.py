@@ -17,7 +17,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.target import platform, precision
-from pallas_kernels.tile_attention.tiling import FULL, cut, cut_tokens, over_tiles, pick, states, tile_size, uncut
+from pallas_kernels.tile_attention.tile_list import TileList
+from pallas_kernels.tile_attention.tiling import (
+    EMPTY,
+    FULL,
+    PARTIAL,
+    cut,
+    cut_tokens,
+    over_tiles,
+    pick,
+    states,
+    tile_size,
+    uncut,
+)
 from pallas_kernels.tile_attention.tokens import Mask, Tokens
 
 LOW = -0.7 * float(jnp.finfo(jnp.float32).max)  # the score of a pair that is not visible; -inf would give NaN
@@ -51,16 +63,21 @@ def forward(
     scale: float,
     softcap: float | None = None,
     sizes: Sizes | None = None,
+    tiles: TileList | None = None,
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
-    """Returns (out, lse) in float32."""
+    """Returns (out, lse) in float32. tiles: the only ones to compute, of `sizes` with one row a list."""
     if q.shape[1] == 0 or k.shape[1] == 0:
         return jnp.zeros((*q.shape[:-1], v.shape[-1])), jnp.full(q.shape[:-1], -jnp.inf)
+    if tiles is not None and tiles.rows.shape[1] > 1:
+        given, tiles = _apart((q, k, v, q_tokens, k_tokens), tiles)
+        options = {"mask": mask, "scale": scale, "softcap": softcap, "sizes": sizes}
+        return tuple(_together(x, q.shape[0]) for x in forward(*given, tiles=tiles, **options))
     plan = Plan(mask, scale, softcap, sizes or choose_sizes(q.shape, k.shape))
     T, K, (q_size, k_size, rows) = q.shape[1], k.shape[2], plan.sizes
     q = cut(_scaled(plan, q), q_size, rows, K)
     k, v = (cut(x, k_size, rows, K) for x in (k, v))
     q_tokens, k_tokens = cut_tokens(q_tokens, q_size, rows), cut_tokens(k_tokens, k_size, rows)
-    out, lse = jax.lax.map(lambda group: _forward_group(plan, *group), (q, k, v, q_tokens, k_tokens))
+    out, lse = jax.lax.map(lambda group: _forward_group(plan, *group), (q, k, v, q_tokens, k_tokens, tiles))
     return uncut(out, q_size, T), uncut(lse, q_size, T)
 
 
@@ -81,7 +98,7 @@ def choose_sizes(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> Sizes:
     return Sizes(q_size, k_size, rows)
 
 
-def _forward_group(plan, q, k, v, q_tokens, k_tokens):
+def _forward_group(plan, q, k, v, q_tokens, k_tokens, tiles):
     def query_tile(tile):
         q, q_tokens, state = tile
 
@@ -104,7 +121,7 @@ def _forward_group(plan, q, k, v, q_tokens, k_tokens):
         out = jnp.where(sees[..., None], out / total[..., None], 0)
         return out, jnp.where(sees, top + jnp.log(total), -jnp.inf)
 
-    return jax.lax.map(query_tile, (q, q_tokens, states(plan.mask, q_tokens, k_tokens)))
+    return jax.lax.map(query_tile, (q, q_tokens, _states(plan, q_tokens, k_tokens, tiles)))
 
 
 def backward(
@@ -121,10 +138,16 @@ def backward(
     scale: float,
     softcap: float | None = None,
     sizes: Sizes | None = None,
+    tiles: TileList | None = None,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B S K D"], Float[Array, "B S K E"]]:
     """Returns (dq, dk, dv) in float32. lse and delta are those of the whole softmax, of which these keys may be a part."""
     if q.shape[1] == 0 or k.shape[1] == 0:
         return tuple(jnp.zeros(x.shape) for x in (q, k, v))
+    if tiles is not None and tiles.rows.shape[1] > 1:
+        given, tiles = _apart((q, k, v, q_tokens, k_tokens, lse, delta, d_out), tiles)
+        options = {"mask": mask, "scale": scale, "softcap": softcap, "sizes": sizes}
+        dq, dk, dv = (_together(x, q.shape[0]) for x in backward(*given, tiles=tiles, **options))
+        return dq, *(x.reshape(*x.shape[:2], k.shape[2], -1, x.shape[-1]).sum(axis=3) for x in (dk, dv))
     plan = Plan(mask, scale, softcap, sizes or choose_sizes(q.shape, k.shape))
     T, S, K, (q_size, k_size, rows) = q.shape[1], k.shape[1], k.shape[2], plan.sizes
     lse = jnp.where(lse == -jnp.inf, -LOW, lse)  # exp(s - lse) is 0 for rows that see nothing
@@ -132,12 +155,12 @@ def backward(
     queries = (*queries, cut_tokens(q_tokens, q_size, rows))
     k_cut, v_cut = (cut(x, k_size, rows, K) for x in (k, v))
     keys = (k_cut, jax.lax.optimization_barrier(k_cut.swapaxes(-1, -2)), v_cut, cut_tokens(k_tokens, k_size, rows))
-    dq, dk, dv = jax.lax.map(lambda group: _backward_group(plan, *group), (queries, keys))
+    dq, dk, dv = jax.lax.map(lambda group: _backward_group(plan, *group), (queries, keys, tiles))
     dk, dv = uncut(dk, k_size, S), uncut(dv, k_size, S)
     return uncut(dq, q_size, T) * scale, dk if q.dtype == jnp.float32 else dk * scale, dv
 
 
-def _backward_group(plan, queries, keys):
+def _backward_group(plan, queries, keys, tiles):
     def key_tile(dq, tile):
         (k, k_transposed, v, k_tokens), state = tile
 
@@ -162,9 +185,39 @@ def _backward_group(plan, queries, keys):
 
     q = queries[0]
     dq = _zeros((), (queries, keys)) + jnp.zeros((*q.shape[:-2], q.shape[-1], q.shape[-2]))
-    state = states(plan.mask, queries[-1], keys[-1]).T
+    state = _states(plan, queries[-1], keys[-1], tiles).T
     dq, (dk, dv) = jax.lax.scan(key_tile, dq, (keys, state))
     return dq.swapaxes(-1, -2), dk, dv
+
+
+def _states(plan, q_tokens, k_tokens, tiles):
+    """FULL, PARTIAL or EMPTY of every tile of a group: by the mask, or as listed, EMPTY where a list leaves a tile out."""
+    if tiles is None:
+        return states(plan.mask, q_tokens, k_tokens)
+    (nq, nk), (rows, cols, kind, count) = (x.index.shape[0] for x in (q_tokens, k_tokens)), (x[0] for x in tiles)
+    listed = (jnp.arange(rows.shape[0]) < count) & (kind != EMPTY)
+    found = jnp.full((nq, nk), EMPTY, jnp.int32)
+    return found.at[jnp.where(listed, rows, nq), cols].set(kind.astype(jnp.int32), mode="drop")
+
+
+def _apart(arrays, tiles):
+    """Each list's heads as rows of their own, key heads repeated where a list is of one of their query heads."""
+    B, groups, _ = tiles.rows.shape
+
+    def one(x):
+        if isinstance(x, Tokens):
+            return Tokens(*(jnp.repeat(field, groups, axis=0) for field in x))
+        x = jnp.repeat(x, max(1, groups // x.shape[2]), axis=2)
+        x = x.reshape(B, x.shape[1], groups, -1, *x.shape[3:])
+        return jnp.moveaxis(x, 2, 1).reshape(B * groups, x.shape[1], *x.shape[3:])
+
+    return tuple(map(one, arrays)), TileList(*(x.reshape(B * groups, 1, *x.shape[2:]) for x in tiles))
+
+
+def _together(x, B):
+    """Inverse of `_apart`, the repeats of key heads still apart."""
+    x = jnp.moveaxis(x.reshape(B, -1, *x.shape[1:]), 1, 2)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
 def _scaled(plan, q):
@@ -180,7 +233,8 @@ def _seen(plan, state, q_tokens, k_tokens):
     """1.0 where a pair is visible. A conditional is not fused into its users: computed once a tile, not once a use and head."""
     everything = lambda: (q_tokens.index == q_tokens.index) & (k_tokens.index == k_tokens.index)
     visible = lambda: plan.mask.visible(q_tokens, k_tokens)
-    return jax.lax.cond(state == FULL, *(lambda form=form: form().astype(jnp.float32) for form in (everything, visible)))
+    forms = {FULL: everything, PARTIAL: visible, EMPTY: lambda: ~everything()}
+    return jax.lax.switch(state, [lambda form=forms[kind]: form().astype(jnp.float32) for kind in sorted(forms)])
 
 
 def _hide(s, seen, heads):

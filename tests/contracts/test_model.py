@@ -20,7 +20,9 @@ from lcx.positions.yarn import YaRN
 
 VOCAB, LENGTH = 32, 13
 CHANNEL = GLU(hidden=24)
-WINDOW = Attention(heads=2, kv_heads=1, head_dim=8, mask=Sink(size=1) | Window(size=4), cache=DenseCache(keys="raw"))
+WINDOW = Attention(
+    heads=2, kv_heads=1, head_dim=8, mask=Sink(size=1) | Window(size=4), sinks="learned", cache=DenseCache(keys="raw")
+)
 DECODERS = {
     "plain": Decoder(
         vocab=VOCAB,

@@ -39,7 +39,7 @@ def decoder(rules: Rules = Rules(), heads: int = 4) -> Decoder:
     layers = (
         Layer(mixer=Attention(heads=heads, kv_heads=2, head_dim=8), channel=GLU(hidden=32)),
         Layer(
-            mixer=Attention(heads=heads // 2, kv_heads=2, head_dim=8, mask=window),
+            mixer=Attention(heads=heads // 2, kv_heads=2, head_dim=8, mask=window, sinks="learned"),
             channel=GLU(hidden=16),
         ),
     )

@@ -16,6 +16,7 @@ import pytest
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1", "tpu7x": "tpu7x:1x1x1"}
 LONG = {"T": 16384, "H": 64, "K": 16, "D": 128}  # its arrays do not fit the vector memory as a whole
+PLANNED = 8192
 SHORT = {"T": 512, "H": 4, "K": 2, "D": 64}
 
 
@@ -61,7 +62,38 @@ def compiled(device, mask, shape, dtype, options):
         yield jax.jit(run).lower(*inputs).compile()
 
 
-def main(chip):
+def planned(device):
+    """Compiles attention over a block plan, forward and backward: lists of key heads, cut into ranges, and columns."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import SingleDeviceSharding
+
+    from lcx.attention.mask import Causal
+    from lcx.attention.plan import BlockPlan
+    from lcx.attention.planned import Planned
+    from pallas_kernels.tile_attention import tile_list
+    from pallas_kernels.tile_attention.tokens import Tokens
+
+    tile_list.ENTRIES = 4000  # a sort of as many tiles as scalar memory holds takes 15 s to compile
+    T, H, K, D = {**SHORT, "T": PLANNED}.values()
+    blocks, block = T // 128, (128, 128)
+    array = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
+    tiles = {
+        name: array(1, K, blocks * blocks, dtype=dtype)
+        for name, dtype in (("rows", jnp.int32), ("cols", jnp.int32), ("kind", jnp.int8))
+    }
+    columns = {"columns": array(1, K, blocks, 64), "column_count": array(1, K, blocks)}
+    plan = BlockPlan(**tiles, count=array(1, K), overflow=array(1, K), **columns, block=block)
+    tokens = Tokens(*(array(1, T),) * 4)
+    wide = lambda heads, dtype=jnp.bfloat16: array(1, T, heads, D, dtype=dtype)
+    given = wide(H), wide(K), wide(K), tokens, tokens
+    rows = *(array(1, T, H, dtype=jnp.float32),) * 2, wide(H, jnp.float32)
+    fold = Planned("tpu", Causal(), 0.1, None, block)
+    yield jax.jit(fold.forward).lower(*given, plan).compile()
+    yield jax.jit(fold.backward).lower(*given, *rows, plan).compile()
+
+
+def main(chip, what="kernels"):
     import jax
     import numpy as np
 
@@ -71,6 +103,11 @@ def main(chip):
     device = topology_devices(TOPOLOGIES[chip])[0]
     with jax.set_mesh(jax.sharding.Mesh(np.array([device]), ("one",))):
         assert this_chip() == chip
+        if what == "plan":
+            start = time.perf_counter()
+            memory = [program.memory_analysis().temp_size_in_bytes for program in planned(device)]
+            print(json.dumps({"temporaries": memory, "seconds": round(time.perf_counter() - start, 1)}), flush=True)
+            return
         for name, *case in cases(chip):
             start, flops = time.perf_counter(), []
             for program in compiled(device, *case):
@@ -81,10 +118,7 @@ def main(chip):
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the TPU compiler")
 @pytest.mark.parametrize("chip", [pytest.param(c, marks=() if c in ("v4", "v5e") else pytest.mark.slow) for c in TOPOLOGIES])
 def test_compiles(chip):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    run = subprocess.run([sys.executable, __file__, chip], env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
-    done = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    done = lines(chip)
     assert len(done) == (7 if chip == "v5e" else 2)
     T, _, D = LONG["T"], LONG["K"], LONG["D"]
     pairs = T * T * LONG["H"]  # the estimate is of all tiles
@@ -92,5 +126,21 @@ def test_compiles(chip):
         assert 1 <= flops / (2 * products * D * pairs) < 1.05
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the TPU compiler")
+def test_a_plan_compiles():
+    """Nothing in it is as large as a mask of all pairs."""
+    (done,) = lines("v5e", "plan")
+    assert max(done["temporaries"]) < PLANNED * PLANNED
+
+
+def lines(*arguments):
+    """What the program prints, in a process of its own."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    run = subprocess.run([sys.executable, __file__, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
