@@ -19,7 +19,7 @@ B, T, M, V = 2, 13, 5, 11
 
 
 class _Spec:
-    rules = Rules()
+    rules, compute = Rules(), "float32"
 
 
 class Head(nnx.Module):
@@ -27,7 +27,7 @@ class Head(nnx.Module):
 
     def __init__(self, hidden, matrix, aux=None):
         self.spec, self.aux = _Spec(), nnx.data(aux or {})
-        self.hidden, self.matrix = nnx.Param(jnp.asarray(hidden)), nnx.Param(jnp.asarray(matrix))
+        self.hidden, self.matrix = nnx.Param(jnp.asarray(hidden)), nnx.Param(jnp.asarray(matrix), axes=(None, "vocab"))
 
     def __call__(self, batch, state=None, *, upto=None):
         return self.hidden[...], state, self.aux
