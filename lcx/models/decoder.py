@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from lcx.attention.all_gather import AllGather
@@ -25,11 +26,22 @@ from lcx.positions.frequencies import FrequencyRule
 from lcx.positions.rope import Rope
 from lcx.spec import Spec, SpecError
 from pallas_kernels.target import precision
+from pallas_kernels.tile_attention.op import SAVED
 
+STREAM = "stream"  # the checkpoint name of what enters a period of layers
+
+_policies = jax.checkpoint_policies
 REMAT = {
     "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": _policies.nothing_saveable,
+    "dots": _policies.dots_with_no_batch_dims_saveable,
+    "attention": _policies.save_only_these_names(SAVED),
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[STREAM, SAVED],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -39,9 +51,11 @@ class Decoder(Spec):
 
     rope: the rule of every attention layer that says `rope="model"`; None is NoPE. embed_mixer: added to the embeddings.
     head: `tied` to the embedding or `untied`. logit_softcap: cap * tanh(logits / cap). remat: what the backward pass keeps of
-    each period: all (`none`), nothing but its input (`full`), or matrix products too (`dots`). unroll: periods a scan step, or
-    `all` of them (faster on a CPU, longer to compile). rules, communication: how the model lies on a mesh, and how queries meet
-    keys where the sequence is sharded.
+    each period: all (`none`), nothing but its input (`full`), matrix products too (`dots`), or the result of attention too, so
+    that no ring runs again (`attention`); `offload` keeps the input and that result in the memory of the host. channel_chunk:
+    tokens of each row of a device that channel mixers see at a time, forward and backward; None is all. unroll: periods a scan
+    step, or `all` of them (faster on a CPU, longer to compile). rules, communication: how the model lies on a mesh, and how
+    queries meet keys where the sequence is sharded.
     """
 
     vocab: int
@@ -55,7 +69,7 @@ class Decoder(Spec):
     head: Literal["tied", "untied"] = "tied"
     logit_softcap: float | None = None
     compute: Compute = "float32"
-    remat: Literal["none", "full", "dots"] = "none"
+    remat: Literal["none", "full", "dots", "attention", "offload"] = "none"
     channel_chunk: int | None = None
     unroll: int | Literal["all"] = 1
     rules: Rules = Rules()
@@ -116,6 +130,7 @@ class DecoderModel(nnx.Module):
             blocks, states = stacked
             given = states if states is not None else (None,) * len(blocks)
             new, aux = [], []
+            x = checkpoint_name(x, STREAM)
             for block, block_state in zip(blocks, given, strict=True):
                 x, block_state, block_aux = block(x, batch, block_state)
                 new.append(block_state)
