@@ -37,7 +37,7 @@ class LayerModule(nnx.Module):
         self.channel = spec.channel.build(inherited, rngs=rngs)
         self.norms = nnx.List([spec.norm.build(inherited.width) for _ in range(spec.residual.norms)])
         if inherited.channel_chunk is not None:
-            _check_chunks(self.channel, inherited.width)
+            _check_chunks(self.channel, inherited)
 
     def __call__(self, x: Float[Array, "B T M"], batch: Batch, state: Any = None) -> tuple[Array, Any, Aux]:
         kept: dict[str, Any] = {}
@@ -66,13 +66,14 @@ class LayerModule(nnx.Module):
         return self.mixer.init_state(batch_size, length)
 
 
-def _check_chunks(channel: nnx.Module, width: int) -> None:
+def _check_chunks(channel: nnx.Module, inherited: Inherited) -> None:
     """Raises SpecError if the channel mixer reports on all tokens together, which chunks of them do not give."""
-    x, tokens = jax.ShapeDtypeStruct((1, 1, width), jnp.float32), jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    x, tokens = jax.ShapeDtypeStruct((1, 1, inherited.width), jnp.float32), jax.ShapeDtypeStruct((1, 1), jnp.int32)
     _, aux = jax.eval_shape(channel, x, tokens)
     if aux:
         kind, names = type(channel).__name__, ", ".join(aux)
-        raise SpecError(f"Decoder.channel_chunk: expected None, since {kind} reports {names} over all tokens together")
+        chunk = f"Decoder.channel_chunk = {inherited.channel_chunk}"
+        raise SpecError(f"{chunk}: expected None, since {kind} reports {names} over all tokens together")
 
 
 def join_aux(*parts: Aux) -> Aux:
