@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from lcx.attention.all_gather import AllGather
 from lcx.attention.communication import Communication
 from lcx.batch import Batch
+from lcx.linear import wide_product
 from lcx.mixers.mixer import Aux, Compute, Inherited, Mixer, weight
 from lcx.models.embedding import lookup
 from lcx.models.layer import Layer, join_aux
@@ -25,7 +26,6 @@ from lcx.parallel.rules import Rules, shard
 from lcx.positions.frequencies import FrequencyRule
 from lcx.positions.rope import Rope
 from lcx.spec import Spec, SpecError
-from pallas_kernels.target import precision
 from pallas_kernels.tile_attention.op import SAVED
 
 STREAM = "stream"  # the checkpoint name of what enters a period of layers
@@ -148,10 +148,8 @@ class DecoderModel(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*n M"]) -> Float[Array, "*n V"]:
         """Float32 logits of hidden states; give them in chunks, never for a whole long row."""
-        compute = self.spec.compute
         matrix = self.embedding[...].T if self.head is None else self.head[...]
-        options = {"precision": precision(compute), "preferred_element_type": jnp.float32}
-        logits = jnp.matmul(hidden.astype(compute), matrix.astype(compute), **options)
+        logits = wide_product(hidden, matrix, self.spec.compute)
         cap = self.spec.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
