@@ -19,7 +19,7 @@ from lcx.data.pipeline import Pipeline, Weighted
 from lcx.data.sources import StandardLibrary
 from lcx.mixers.attention import Attention
 from lcx.mixers.mixer import Mixer
-from lcx.models.decoder import Decoder
+from lcx.models.decoder import REMAT, Decoder
 from lcx.models.layer import Layer
 from lcx.parallel.layout import Layout
 from lcx.parallel.mesh import AXES, MeshSpec
@@ -75,6 +75,9 @@ def kinds() -> Mapping[str, Kind]:
         "layout": Kind("layout", _examples(Layout), shared),
         "communication": Kind("model.communication", _examples(Communication), shared),
         "mesh axis": Kind("mesh", meshes),
+        "remat": Kind("model.remat", {name: name for name in REMAT}),
+        "channels": Kind("model.channel_chunk", {"all tokens": None, "5 tokens": 5}),
+        "vocabulary": Kind("objective.parts", {"whole": 1, "in 3 parts": 3}),
     }
 
 
