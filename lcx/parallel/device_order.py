@@ -1,8 +1,8 @@
 """The order in which a mesh takes the chips of a TPU slice that is a grid (v5e, v6e): rings are cycles of neighbours.
 
 The TPU compiler hides a permute behind kernels only where chips send to neighbours: on v5e:8x8 and v5e:16x16 JAX's order does
-not, nor do rows of the grid, whose last chip sends to the first. The innermost axis is a cycle through a block of chips, near
-to as square as divides the grid, the axes around it are a cycle of blocks, place by place. Other devices keep their order.
+not, nor do rows of the grid, whose last chip sends to the first. The innermost axis is a cycle through the squarest block of
+chips that divides the grid, the axes around it are a cycle of blocks, place by place. Other devices keep their order.
 """
 
 from collections.abc import Sequence
