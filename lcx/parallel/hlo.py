@@ -224,11 +224,17 @@ def _named(name: str, instructions: tuple[Instruction, ...]) -> Instruction | No
     return next((instruction for instruction in instructions if instruction.name == name), None)
 
 
-def _constant(name: str, instructions: tuple[Instruction, ...]) -> int | None:
-    """The integer that a name stands for, through copies."""
+def _original(name: str, instructions: tuple[Instruction, ...]) -> Instruction | None:
+    """What a name stands for, through copies."""
     found = _named(name, instructions)
     while found is not None and found.opcode in ("copy", "copy-done", "copy-start", "bitcast"):
         found = _named(found.operands[0], instructions)
+    return found
+
+
+def _constant(name: str, instructions: tuple[Instruction, ...]) -> int | None:
+    """The integer that a name stands for."""
+    found = _original(name, instructions)
     value = re.match(r"(-?\d+)\)", found.rest) if found is not None and found.opcode == "constant" else None
     return int(value[1]) if value else None
 
@@ -237,12 +243,10 @@ def _counts_up(program: Program, loop: Instruction, index: int) -> bool:
     """Whether the loop's body adds one to this element of its state."""
     body = program.computations[loop.called()["body"][0]]
     result = next(instruction for instruction in body if instruction.root)
-    new = _named(result.operands[index], body) if result.opcode == "tuple" else None
-    while new is not None and new.opcode in ("copy", "copy-done", "copy-start"):
-        new = _named(new.operands[0], body)
+    new = _original(result.operands[index], body) if result.opcode == "tuple" else None
     if new is None or new.opcode != "add":
         return False
-    old, step = (_named(operand, body) for operand in new.operands)
+    old, step = (_original(operand, body) for operand in new.operands)
     same = old is not None and old.opcode == "get-tuple-element" and _index(old) == index
     return same and step is not None and _constant(step.name, body) == 1
 

@@ -113,7 +113,7 @@ def test_what_the_compiler_fuses_is_counted_once_and_by_what_it_does():
         (loop("get-tuple-element(%state.1), index=0"), 0, False),
         (loop("parameter(1)"), 2, True),
         (loop("parameter(1)", note=', backend_config={"known_trip_count":{"n":"11"}}'), 2 * 11, False),
-        (loop("parameter(1)", "jit(f)/ring over context forward/while"), 2 * 8, True),
+        (loop("parameter(1)", "jit(f)/ring over context hops/while"), 2 * 8, True),
     ],
     ids=["constants", "nothing to do", "unknown", "noted", "a ring"],
 )
