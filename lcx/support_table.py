@@ -5,6 +5,7 @@ The variants are found by walking the package, so a part that is added appears h
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -32,6 +33,7 @@ from lcx.training.experiment import Experiment
 from lcx.training.optimizer import AdamW
 from lcx.training.schedules import Constant
 
+MOST = 2  # pairs that the summary names for a reason
 Variants = Mapping[str, Any]  # by name: what stands in the field
 
 
@@ -97,6 +99,27 @@ def support_table() -> str:
     return "\n".join([*lines, "", *(f"({n}) {reason}" for n, reason in enumerate(reasons, start=1))])
 
 
+def support_summary() -> str:
+    """The variants of every kind, and every pair of two kinds that is refused, with the reason: Markdown, as the README has it."""
+    lines = ["| kind | variants | field |", "| --- | --- | --- |"]
+    lines += [f"| {name} | {', '.join(kind.variants)} | `{kind.field}` |" for name, kind in kinds().items()]
+    refused: dict[str, list[str]] = {}
+    for (name, kind), (other, more) in itertools.combinations(kinds().items(), 2):
+        for variant, candidate in itertools.product(kind.variants, more.variants):
+            try:
+                reason = refusal((name, variant), (other, candidate))
+            except LookupError:
+                continue
+            if reason is not None:
+                refused.setdefault(reason, []).append(f"{variant} with {candidate}")
+    lines += ["", "Every pair of two kinds combines, but for:", ""]
+    for reason, pairs in refused.items():
+        shown = ", ".join(pairs[:MOST]) + (f" and {len(pairs) - MOST} more" if len(pairs) > MOST else "")
+        lines.append(f"- {shown}: {reason}")
+    return "\n".join(lines)
+
+
+@functools.cache
 def refusal(*choices: tuple[str, str]) -> str | None:
     """Why the smallest experiment with these (kind, variant) choices is refused; None if they combine.
 
