@@ -100,7 +100,7 @@ def support_table() -> str:
 
 
 def support_summary() -> str:
-    """The variants of every kind, and every pair of two kinds that is refused, with the reason: Markdown, as the README has it."""
+    """The variants of every kind, and the pairs of two kinds that are refused, with the reason: Markdown, for the README."""
     lines = ["| kind | variants | field |", "| --- | --- | --- |"]
     lines += [f"| {name} | {', '.join(kind.variants)} | `{kind.field}` |" for name, kind in kinds().items()]
     refused: dict[str, list[str]] = {}
