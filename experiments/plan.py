@@ -16,7 +16,7 @@ from lcx.parallel.topology import topology_devices
 from lcx.plan import communication_report, compiled, listed, report
 from lcx.spec import SpecError
 from lcx.support import validate
-from lcx.support_table import support_table
+from lcx.support_table import support_summary, support_table
 from lcx.training.experiment import Experiment
 
 
@@ -29,7 +29,7 @@ def define(values: flags.FlagValues) -> None:
 def main(arguments: Arguments) -> None:
     asked = arguments.flags
     if asked.support:
-        print(support_table())
+        print(support_table(), support_summary(), sep="\n\n")
         return
     experiment = arguments.spec(Experiment)
     validate(experiment)

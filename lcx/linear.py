@@ -1,7 +1,9 @@
-"""The one matrix product of projections: the last axes of the activations with the first axes of the weights."""
+"""Matrix products of activations and weights: the one of all projections, and the one that gives logits."""
 
+import functools
 import math
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -23,3 +25,28 @@ def linear(x: Float[Array, "..."], matrix: Float[Array, "..."], *, contracted: i
     size = math.prod(matrix.shape[:contracted])
     y = jnp.matmul(x.reshape(-1, size), matrix.reshape(size, -1), precision=precision(x.dtype))
     return y.reshape(*tokens, *outputs)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def wide_product(x: Float[Array, "*n M"], matrix: Float[Array, "M V"], compute: str) -> Float[Array, "*n V"]:
+    """Float32 product of operands that are cast to `compute`; a gradient is rounded once, to the dtype that its operand has."""
+    return _wide(x.astype(compute), matrix.astype(compute), compute, ((x.ndim - 1,), (0,)))
+
+
+def _save(x, matrix, compute):
+    return wide_product(x, matrix, compute), (x, matrix)
+
+
+def _pull(compute, saved, slope):
+    x, matrix = saved
+    tokens = tuple(range(x.ndim - 1))
+    by_x = _wide(slope, matrix.astype(compute), compute, ((x.ndim - 1,), (1,)))
+    by_matrix = _wide(x.astype(compute), slope, compute, (tokens, tokens))
+    return by_x.astype(x.dtype), by_matrix.astype(matrix.dtype)
+
+
+wide_product.defvjp(_save, _pull)
+
+
+def _wide(a, b, compute, contracted):
+    return jax.lax.dot_general(a, b, (contracted, ((), ())), precision=precision(compute), preferred_element_type=jnp.float32)

@@ -153,6 +153,12 @@ def _vocabulary_holds_tokens(experiment: Experiment) -> Iterator[str]:
         yield f"model.vocab = {experiment.model.vocab}: expected at least the {size} ids of data.tokenizer"
 
 
+def _vocabulary_divides(experiment: Experiment) -> Iterator[str]:
+    if (parts := getattr(experiment.objective, "parts", 1)) > 1:
+        factors = {"objective.parts": parts}
+        yield from _divides(experiment, "model.vocab", experiment.model.vocab, experiment.model.rules.vocab, factors)
+
+
 def _positions_are_exact(experiment: Experiment) -> Iterator[str]:
     if experiment.data.length > EXACT_POSITIONS:
         yield f"data.length = {experiment.data.length}: expected at most 2^24 = {EXACT_POSITIONS}, where positions are exact"
@@ -198,6 +204,7 @@ RULES: Mapping[str, Rule] = {
     "the batch is a multiple of the mesh axes that shard it, times accumulation": _rows_divide,
     "every mesh axis shards something": _mesh_is_used,
     "the vocabulary holds every id of the tokenizer": _vocabulary_holds_tokens,
+    "the vocabulary divides into the parts that the head is applied in": _vocabulary_divides,
     "positions are integers that float32 holds": _positions_are_exact,
     "every head has channels that its rope can rotate": _heads_rotate,
     "the model's rope is read by some layer": _rope_is_read,

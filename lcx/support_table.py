@@ -5,6 +5,7 @@ The variants are found by walking the package, so a part that is added appears h
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -19,7 +20,7 @@ from lcx.data.pipeline import Pipeline, Weighted
 from lcx.data.sources import StandardLibrary
 from lcx.mixers.attention import Attention
 from lcx.mixers.mixer import Mixer
-from lcx.models.decoder import Decoder
+from lcx.models.decoder import REMAT, Decoder
 from lcx.models.layer import Layer
 from lcx.parallel.layout import Layout
 from lcx.parallel.mesh import AXES, MeshSpec
@@ -32,6 +33,7 @@ from lcx.training.experiment import Experiment
 from lcx.training.optimizer import AdamW
 from lcx.training.schedules import Constant
 
+MOST = 2  # pairs that the summary names for a reason
 Variants = Mapping[str, Any]  # by name: what stands in the field
 
 
@@ -75,6 +77,9 @@ def kinds() -> Mapping[str, Kind]:
         "layout": Kind("layout", _examples(Layout), shared),
         "communication": Kind("model.communication", _examples(Communication), shared),
         "mesh axis": Kind("mesh", meshes),
+        "remat": Kind("model.remat", {name: name for name in REMAT}),
+        "channels": Kind("model.channel_chunk", {"all tokens": None, "5 tokens": 5}),
+        "vocabulary": Kind("objective.parts", {"whole": 1, "in 3 parts": 3}),
     }
 
 
@@ -94,6 +99,27 @@ def support_table() -> str:
     return "\n".join([*lines, "", *(f"({n}) {reason}" for n, reason in enumerate(reasons, start=1))])
 
 
+def support_summary() -> str:
+    """The variants of every kind, and the pairs of two kinds that are refused, with the reason: Markdown, for the README."""
+    lines = ["| kind | variants | field |", "| --- | --- | --- |"]
+    lines += [f"| {name} | {', '.join(kind.variants)} | `{kind.field}` |" for name, kind in kinds().items()]
+    refused: dict[str, list[str]] = {}
+    for (name, kind), (other, more) in itertools.combinations(kinds().items(), 2):
+        for variant, candidate in itertools.product(kind.variants, more.variants):
+            try:
+                reason = refusal((name, variant), (other, candidate))
+            except LookupError:
+                continue
+            if reason is not None:
+                refused.setdefault(reason, []).append(f"{variant} with {candidate}")
+    lines += ["", "Every pair of two kinds combines, but for:", ""]
+    for reason, pairs in refused.items():
+        shown = ", ".join(pairs[:MOST]) + (f" and {len(pairs) - MOST} more" if len(pairs) > MOST else "")
+        lines.append(f"- {shown}: {reason}")
+    return "\n".join(lines)
+
+
+@functools.cache
 def refusal(*choices: tuple[str, str]) -> str | None:
     """Why the smallest experiment with these (kind, variant) choices is refused; None if they combine.
 

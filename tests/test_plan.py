@@ -128,9 +128,12 @@ def test_the_largest_allocations_stay_in_the_message():
     assert largest_allocations("RESOURCE_EXHAUSTED: temporaries (160.00G)") == "RESOURCE_EXHAUSTED: temporaries (160.00G)"
 
 
-def test_the_support_table_is_printed(capsys):
+def test_what_combines_is_printed_and_stands_in_the_readme(capsys):
+    """If it fails: what `plan --support` prints below the table goes into README, "What combines"."""
     assert run(plan.main, ["--support"]) == 0
-    assert "| mask: Window " in capsys.readouterr().out
+    table, *summary = capsys.readouterr().out.partition("\n| kind |")
+    assert "| mask: Window " in table
+    assert "".join(summary).strip() in (Path(__file__).parents[1] / "README.md").read_text()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the tpu extra is installed")

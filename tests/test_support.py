@@ -97,6 +97,10 @@ LAYER = "model.pattern[0]"
             [("mesh", MeshSpec(context=2)), ("model.communication", RingUlysses())],
             "model.communication = RingUlysses(): it needs two axes of the sequence with more than one device each",
         ),
+        (
+            [("mesh", MeshSpec(tensor=2)), ("objective.parts", 5)],
+            "model.vocab = 264: expected a multiple of 10 (mesh.tensor 2 * objective.parts 5)",
+        ),
         ([(f"{LAYER}.mixer.head_dim", 5)], "model.pattern[0].mixer.head_dim = 5 does not fit its rope: Rope.rotary"),
     ],
 )
@@ -117,6 +121,7 @@ def test_each_rule_is_broken_by_something_and_the_base_breaks_none():
             ("model.rules.vocab", ()),
             ("model.rules.width", ("context",)),
             ("model.vocab", 7),
+            ("objective.parts", 2),
             ("data.length", 2**24 + 3),
             ("data.batch_size", 3),
             ("accumulation", 2),
@@ -241,7 +246,8 @@ def test_what_is_not_refused_equals_the_dense_reference(seed):
     validate(experiment, jax.device_count())
     batch = packed_batch(4, 64, 259, seed)
     alone = [("mesh", MeshSpec()), ("layout", Contiguous()), ("model.communication", AllGather())]
-    reference = edits(experiment, [(f"{LAYER}.mixer.backend", "reference"), *alone])
+    whole = [("model.remat", "none"), ("model.channel_chunk", None), ("objective.parts", 1)]
+    reference = edits(experiment, [(f"{LAYER}.mixer.backend", "reference"), *alone, *whole])
     (sums, gradient), (wanted, wanted_gradient) = totals(experiment, batch), totals(reference, batch)
     for name, value in wanted.items():
         np.testing.assert_allclose(sums[name], value, rtol=1e-5, err_msg=f"{choices} {sizes} {name}")

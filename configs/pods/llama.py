@@ -3,7 +3,8 @@
     python -m experiments.plan --config=config:pods.llama.llama3_8b_1m --topology=v5e:16x16
 
 One row of the whole length a group of devices; parameters, gradients and moments are spread over all of them; zigzag rows over
-rings, the inner ring on the second mesh axis. The text is the standard library's, for want of a corpus: set data.
+rings, the inner ring on the second mesh axis. The head is gathered a part of the vocabulary at a time, parts of whole lanes of
+128 words. The text is the standard library's, for want of a corpus: set data.
 """
 
 from configs.models import llama
@@ -12,6 +13,7 @@ from lcx.data.packing import PackedText
 from lcx.data.pipeline import Pipeline, Weighted
 from lcx.data.sources import StandardLibrary
 from lcx.models.decoder import Decoder
+from lcx.objectives.language_modeling import LanguageModeling
 from lcx.parallel.layout import Zigzag
 from lcx.parallel.mesh import MeshSpec
 from lcx.parallel.rules import Rules
@@ -23,7 +25,7 @@ from lcx.training.schedules import Cosine
 SPREAD = Rules(batch=("data",), sequence=("fsdp", "context"), width=("fsdp", "context"), vocab=())
 
 
-def _pod(model: Decoder, length: int, mesh: MeshSpec) -> Experiment:
+def _pod(model: Decoder, length: int, mesh: MeshSpec, parts: int = 6) -> Experiment:
     return Experiment(
         model=edits(model, [("rules", SPREAD), ("communication", Ring())]),
         data=Pipeline(
@@ -31,6 +33,7 @@ def _pod(model: Decoder, length: int, mesh: MeshSpec) -> Experiment:
         ),
         optimizer=AdamW(learning_rate=Cosine(peak=1e-5, warmup=100)),
         steps=1000,
+        objective=LanguageModeling(parts=parts),
         mesh=mesh,
         layout=Zigzag(),
     )
@@ -68,4 +71,4 @@ def llama3_70b_1m() -> Experiment:
 
 def lwm_7b_1m() -> Experiment:
     """The last stage of LWM (2024): Llama-2-7B at 1,048,576 tokens, base 5e7, on `v4:8x8x8`."""
-    return _pod(llama.llama2_7b(base=5e7), 1 << 20, MeshSpec(fsdp=16, context=32))
+    return _pod(llama.llama2_7b(base=5e7), 1 << 20, MeshSpec(fsdp=16, context=32), parts=5)

@@ -63,24 +63,20 @@ def local_fold(
     if plan is None:
         return op.Tiled(choose(backend), mask, scale, softcap)
     check_plan(plan, B=q.shape[0], T=q.shape[1], S=k.shape[1], H=q.shape[2], K=k.shape[2])
-    return Planned(choose(backend, planned=True), mask, scale, softcap, plan.block)
+    return Planned(choose(backend), mask, scale, softcap, plan.block)
 
 
-def choose(backend: Backend, *, planned: bool = False) -> str:
+def choose(backend: Backend) -> str:
     """The form that runs: the named one; for `auto` the Pallas kernel on a TPU or GPU, else the tiled XLA form.
 
-    planned: over a block plan, which the GPU kernel does not take: `auto` is the XLA form there. Raises ValueError for a name
-    that is none, whose platform is not the one that is compiled for, or whose kernel does not take what is asked of it.
+    Raises ValueError for a name that is none, or whose platform is not the one that is compiled for.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"attend: backend = {backend!r}: expected one of {', '.join(get_args(Backend))}")
     target = platform()
-    if planned and backend == "gpu":
-        raise ValueError("attend: backend = 'gpu': its kernel takes no block plan: expected 'auto', 'xla' or 'reference'")
     if backend in KERNELS and target != backend:
         raise ValueError(f"attend: backend = {backend!r}: expected 'auto', 'xla' or 'reference' on {target}")
-    kernels = [kernel for kernel in KERNELS if not (planned and kernel == "gpu")]
-    chosen = (target if target in kernels else "xla") if backend == "auto" else backend
+    chosen = (target if target in KERNELS else "xla") if backend == "auto" else backend
     _log_once(backend, chosen, target)
     return chosen
 

@@ -1,9 +1,13 @@
 """Which communication, which layout: what each costs a device and layer on a given mesh, in closed form, and why one is chosen.
 
-c = T/W tokens a device, H and K query and key heads a device, D channels, b bytes an element, R rows, W devices that share one:
-    all-gather   moves 2 R (T - c) K D b forward, as much and float32 gradients backward; holds 2 R T K D b
-    ring         moves as much, hop by hop, behind the tiles of the hop before; holds 4 R c K D b, and gradients in float32
-    all-to-all   moves R c (2 H + 2 K') D b (W - 1)/W, as much again for cotangents backward; K' key heads after repeats; holds
+c = T/W tokens a device, H and K query and key heads a device, D channels, b bytes an element, R rows, W devices that share one.
+Of a device's tokens the keys with values and the four fields take KV = R c (2 K D b + 16) bytes, the gradients of keys and
+values in float32 G = 8 R c K D; forward and backward, each compiled by itself:
+    all-gather   moves 2 (W - 1) KV + (W - 1) G; holds 2 R T K D (b + 4)
+    ring         moves W (2 KV + G) + G, hop by hop, behind the tiles of the hop before; holds 4 R c K D (b + 4). The last
+                 hop brings own keys home; a ring around a ring of V moves W times as much as that one and its own W hops
+    all-to-all   moves (W - 1)/W of q, k', v', out, lse forward; q, k', v', lse, delta, d_out and the gradients backward, and
+                 2 (W - 1) times the fields; K' key heads after repeats, out, lse and gradients of k', v' in float32; holds
                  what it receives
     ring x all-to-all: an all-to-all over the last axis of what a ring over the others works on
 A ring waits for the longer of a step's tiles and its transfer. A visible pair costs 4 D FLOPs forward, 10 D backward.
@@ -13,6 +17,7 @@ Rates are data-sheet peaks, so seconds compare strategies and do not predict a r
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,6 +41,7 @@ LINKS: Mapping[str, float] = {
     "TPU7x": 9e10,
 }
 ROOM = 2 << 30  # bytes of keys and values of others that one layer may hold
+FIELDS = 16  # bytes of the four fields of a token
 SAMPLE = 128  # tokens a device that balance is counted on, for longer rows
 
 
@@ -118,28 +124,49 @@ def _cost(communication, work: Work, sizes: tuple[int, ...], even: Balance, flop
         moved, held = _exchange(work, W, W)
         return moved, held, compute + moved / link  # every device has whole rows: balanced
     if isinstance(communication, RingUlysses):
-        inner, outer = sizes[-1], math.prod(sizes[:-1])
+        inner, outer = sizes[-1], sizes[:-1]
         moved, held = _exchange(work, inner, W)
         repeats = inner // math.gcd(inner, work.kv_heads)
         each = dataclasses.replace(work, heads=work.heads // inner, kv_heads=work.kv_heads * repeats // inner)
-        hopped, kept = _travel(each, outer)
+        shard = _shard(each, math.prod(outer))
+        hopped, kept = _travel(shard, outer), 2 * (shard.keys + shard.gradients)
         return moved + hopped, held + kept, moved / link + max(compute * even.steps, hopped / link)
-    moved, held = _travel(work, W)
+    shard = _shard(work, W)
     if isinstance(communication, Ring):
+        moved, held = _travel(shard, sizes), 2 * (shard.keys + shard.gradients)
         return moved, held, max(compute * even.steps, moved / link)
-    whole = 2 * work.rows * work.length * work.kv_heads * work.head_dim
-    return moved, whole * (work.itemsize + 4), compute * even.devices + moved / link
+    moved = (W - 1) * (2 * (shard.keys + shard.fields) + shard.gradients)
+    return moved, W * (shard.keys + shard.gradients), compute * even.devices + moved / link
 
 
-def _travel(work: Work, W: int) -> tuple[int, int]:
-    """Of keys and values, forward and backward, and of their float32 gradients."""
-    shard = 2 * work.rows * work.length // W * work.kv_heads * work.head_dim
-    return (W - 1) * shard * (2 * work.itemsize + 4), 2 * shard * (work.itemsize + 4)
+class Shard(NamedTuple):
+    """Bytes of one device's keys and values, of the fields of their tokens, and of their float32 gradients."""
+
+    keys: int
+    fields: int
+    gradients: int
+
+
+def _shard(work: Work, W: int) -> Shard:
+    tokens = work.rows * work.length // W
+    elements = 2 * tokens * work.kv_heads * work.head_dim
+    return Shard(elements * work.itemsize, FIELDS * tokens, 4 * elements)
+
+
+def _travel(shard: Shard, sizes: tuple[int, ...]) -> int:
+    """Bytes of a ring over the first axis around rings over the others."""
+    if not sizes:
+        return 0
+    each = 2 * (shard.keys + shard.fields) + shard.gradients
+    return sizes[0] * (each + _travel(shard, sizes[1:])) + shard.gradients
 
 
 def _exchange(work: Work, W: int, shards: int) -> tuple[int, int]:
-    """Among W of the `shards` devices of a row."""
+    """Bytes moved and held among W of the `shards` devices of a row."""
     kv_heads = work.kv_heads * W // math.gcd(W, work.kv_heads)
-    tokens = work.rows * work.length // shards * work.head_dim
-    once = tokens * (2 * work.heads + 2 * kv_heads) * work.itemsize
-    return 3 * once * (W - 1) // W, 2 * once
+    tokens, b, D = work.rows * work.length // shards, work.itemsize, work.head_dim
+    given = tokens * (work.heads + 2 * kv_heads) * D * b
+    forward = given + tokens * work.heads * (4 * D + 4)
+    backward = given + tokens * work.heads * (2 * D * b + 8) + tokens * 2 * kv_heads * D * 4
+    held = 2 * tokens * 2 * (work.heads + kv_heads) * D * b
+    return (forward + backward) * (W - 1) // W + 2 * (W - 1) * FIELDS * tokens, held

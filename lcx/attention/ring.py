@@ -11,7 +11,8 @@ is sent behind the kernel, while its result is merged.
 
 Which hops are worth making follows from the tokens: from statistics of every shard all devices compute which others can see
 something of it, and the keys travel only as far forward, and as far backward, as somebody needs them. Packed short documents,
-windows and any layout are cases of this. A ring over several axes is a ring around a ring, the last axis innermost.
+windows and any layout are cases of this. Backward means: they jump to the farthest place and hop forward from there, so one
+loop, and one kernel in the program, does both ways. A ring over several axes is a ring around a ring, the last axis innermost.
 """
 
 import dataclasses
@@ -28,7 +29,6 @@ from pallas_kernels.tile_attention.op import Fold
 from pallas_kernels.tile_attention.tokens import Mask, Tokens, pad_tokens, tiles
 
 PIECES = 8  # of a shard, whose statistics decide whether anybody sees it
-WAYS = {1: "forward", -1: "backward"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,64 +55,65 @@ def nested_rings(fold: Fold, axes: tuple[str, ...]) -> Fold:
 
 class RingFold(Wrapped):
     def forward(self, q, k, v, q_tokens, k_tokens):
-        start, keys = _nothing(q, v), _packed(k, v, k_tokens)
-        for direction, first, last in self._journeys(q_tokens, k_tokens):
+        keys = _packed(k, v, k_tokens)
 
-            def step(_, carry, direction=direction):
-                held, part = carry
-                arriving = self._send(held, direction)
-                here_k, here_v, here_tokens = _unpacked(held, k.shape[-1])
-                out, lse = self.inner.forward(q, here_k, here_v, q_tokens, here_tokens)
-                arriving, lse = jax.lax.optimization_barrier((arriving, lse))
-                return arriving, merge(part, (out, lse))
+        def step(_, carry):
+            held, part = carry
+            arriving = self._send(held)
+            here_k, here_v, here_tokens = _unpacked(held, k.shape[-1])
+            out, lse = self.inner.forward(q, here_k, here_v, q_tokens, here_tokens)
+            arriving, lse = jax.lax.optimization_barrier((arriving, lse))
+            return arriving, merge(part, (out, lse))
 
-            with self._named(direction):
-                held = self._set_out(keys, direction, first, last)
-                _, start = jax.lax.fori_loop(first, last + 1, step, (held, start))
-        return start
+        def journey(first, last, part):
+            return self._hop(first, last, step, (self._jump(keys, first, "out"), part))[1]
+
+        return self._journeys(q_tokens, k_tokens, journey, _nothing(q, v))
 
     def backward(self, q, k, v, q_tokens, k_tokens, lse, delta, d_out):
         zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
         keys = _packed(k, v, k_tokens)
-        dq, gradient = zeros(q), zeros(keys[0])
-        for direction, first, last in self._journeys(q_tokens, k_tokens):
 
-            def step(_, carry, direction=direction):
-                held, dq, travelling = carry
-                sent = self._send((held, travelling), direction)
-                here_k, here_v, here_tokens = _unpacked(held, k.shape[-1])
-                mine, *theirs = self.inner.backward(q, here_k, here_v, q_tokens, here_tokens, lse, delta, d_out)
-                (arriving, travelling), theirs = jax.lax.optimization_barrier((sent, theirs))
-                return arriving, dq + mine, travelling + jnp.concatenate(theirs, axis=-1)
+        def step(_, carry):
+            held, travelling, dq = carry
+            sent = self._send((held, travelling))
+            here_k, here_v, here_tokens = _unpacked(held, k.shape[-1])
+            mine, *theirs = self.inner.backward(q, here_k, here_v, q_tokens, here_tokens, lse, delta, d_out)
+            (arriving, travelling), theirs = jax.lax.optimization_barrier((sent, theirs))
+            return arriving, travelling + jnp.concatenate(theirs, axis=-1), dq + mine
 
-            with self._named(direction):
-                held = self._set_out(keys, direction, first, last)
-                _, dq, travelled = jax.lax.fori_loop(first, last + 1, step, (held, dq, zeros(keys[0])))
-                gradient += self._go_home(travelled, -direction * last)
+        def journey(first, last, sums):
+            gradient, dq = sums
+            start = self._jump(keys, first, "out"), zeros(keys[0]), dq
+            _, travelled, dq = self._hop(first, last, step, start)
+            return gradient + self._jump(travelled, -last, "home"), dq
+
+        gradient, dq = self._journeys(q_tokens, k_tokens, journey, (zeros(keys[0]), zeros(q)))
         return dq, *jnp.split(gradient, [k.shape[-1]], axis=-1)
 
-    def _journeys(self, q_tokens: Tokens, k_tokens: Tokens):
-        """(direction, first hop, last hop) of the keys' way forward, own keys included, and of their way backward."""
+    def _journeys(self, q_tokens: Tokens, k_tokens: Tokens, journey: Callable, carry):
+        """`carry = journey(first place, last place, carry)`: from home on, and to home from as far as keys go backward."""
         forward, backward = hops(self.mask, q_tokens, k_tokens, self.axis, self.axes)
-        return (1, 0, forward), (-1, 1, backward)
+        size = jax.lax.axis_size(self.axis)
 
-    def _named(self, direction: int):
-        """The scope of a journey, which `full_journeys` reads off a compiled program."""
-        return jax.named_scope(f"ring over {self.axis} {WAYS[direction]}")
+        def run(i, carry):
+            first, last = jnp.where(i == 0, jnp.stack([0, forward]), jnp.stack([size - backward, size - 1]))
+            return journey(first, last, carry)
 
-    def _set_out(self, keys, direction: int, first: int, last):
-        """The keys of the first hop of a journey; of one without hops, any."""
-        if first == 0:
-            return keys
-        return jax.lax.cond(last >= first, lambda keys: self._send(keys, direction), lambda keys: keys, keys)
+        with jax.named_scope(f"ring over {self.axis} journeys"):
+            return jax.lax.fori_loop(0, 1 + (backward > 0), run, carry)
 
-    def _send(self, tree, distance: int):
+    def _hop(self, first, last, step: Callable, carry):
+        with jax.named_scope(f"ring over {self.axis} hops"):
+            return jax.lax.fori_loop(first, last + 1, step, carry)
+
+    def _send(self, tree, distance: int = 1):
         """Everything to the device `distance` places on."""
         size = jax.lax.axis_size(self.axis)
         pairs = [(i, (i + distance) % size) for i in range(size)]
         return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, self.axis, pairs), tree)
 
-    def _go_home(self, tree, distance):
+    def _jump(self, tree, distance, name: str):
         """`_send` by a traced distance between -W and W, in powers of two, the shorter way round."""
         size = jax.lax.axis_size(self.axis)
         way = distance % size
@@ -121,7 +122,7 @@ class RingFold(Wrapped):
             bit = 1
             while bit <= size // 2:
                 send = lambda tree, by=sign * bit: self._send(tree, by)
-                with jax.named_scope(f"home by {sign * bit}"):
+                with jax.named_scope(f"ring over {self.axis} {name} by {sign * bit}"):
                     tree = jax.lax.cond(wanted & (shorter & bit > 0), send, lambda tree: tree, tree)
                 bit *= 2
         return tree
@@ -153,16 +154,15 @@ def hops(
 def full_journeys(mesh_shape: Mapping[str, int]) -> Callable[[str], int]:
     """For `hlo.collectives`, how often the loops and branches of rings run where every key is seen from every device.
 
-    Keys then visit each device, all the way forward, and their gradients are one place from home.
+    Keys then visit each device on one journey, and their gradients are one place from home.
     """
 
     def trips(op_name: str) -> int:
-        journeys = re.findall(r"ring over (\w+) (\w+)", op_name)
-        if not journeys:
+        scopes = re.findall(r"ring over (\w+) (hops|journeys|out by|home by)( -?\d+)?", op_name)
+        if not scopes:
             return 1
-        axis, way = journeys[-1]
-        home = re.search(r"home by (-?\d+)", op_name)
-        return 0 if way == WAYS[-1] or (home and home[1] != "1") else 1 if home else mesh_shape[axis]
+        axis, what, distance = scopes[-1]
+        return {"hops": mesh_shape[axis], "journeys": 1, "out by": 0, "home by": int(distance == " 1")}[what]
 
     return trips
 

@@ -27,7 +27,10 @@ Aux = dict[str, Float[Array, ""]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inherited:
-    """What a part takes over from its model. gain scales the initial weights that write to the residual stream."""
+    """What a part takes over from its model. gain scales the initial weights that write to the residual stream.
+
+    channel_chunk: tokens of a row of a device that channel mixers see at a time; None is all.
+    """
 
     width: int
     depth: int
@@ -36,6 +39,7 @@ class Inherited:
     rules: Rules
     communication: Communication = AllGather()
     gain: float = 1.0
+    channel_chunk: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

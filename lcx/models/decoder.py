@@ -11,24 +11,37 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
 
 from lcx.attention.all_gather import AllGather
 from lcx.attention.communication import Communication
 from lcx.batch import Batch
+from lcx.linear import wide_product
 from lcx.mixers.mixer import Aux, Compute, Inherited, Mixer, weight
+from lcx.models.embedding import lookup
 from lcx.models.layer import Layer, join_aux
 from lcx.norms import Norm, RMSNorm
-from lcx.parallel.rules import Rules, ambient_mesh, shard
+from lcx.parallel.rules import Rules, shard
 from lcx.positions.frequencies import FrequencyRule
 from lcx.positions.rope import Rope
 from lcx.spec import Spec, SpecError
-from pallas_kernels.target import precision
+from pallas_kernels.tile_attention.op import SAVED
 
+STREAM = "stream"  # the checkpoint name of what enters a period of layers
+
+_policies = jax.checkpoint_policies
 REMAT = {
     "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": _policies.nothing_saveable,
+    "dots": _policies.dots_with_no_batch_dims_saveable,
+    "attention": _policies.save_only_these_names(SAVED),
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[STREAM, SAVED],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -38,9 +51,11 @@ class Decoder(Spec):
 
     rope: the rule of every attention layer that says `rope="model"`; None is NoPE. embed_mixer: added to the embeddings.
     head: `tied` to the embedding or `untied`. logit_softcap: cap * tanh(logits / cap). remat: what the backward pass keeps of
-    each period: all (`none`), nothing but its input (`full`), or matrix products too (`dots`). unroll: periods a scan step, or
-    `all` of them (faster on a CPU, longer to compile). rules, communication: how the model lies on a mesh, and how queries meet
-    keys where the sequence is sharded.
+    each period: all (`none`), nothing but its input (`full`), matrix products too (`dots`), or the result of attention too, so
+    that no ring runs again (`attention`); `offload` keeps the input and that result in the memory of the host. channel_chunk:
+    tokens of each row of a device that channel mixers see at a time, forward and backward; None is all. unroll: periods a scan
+    step, or `all` of them (faster on a CPU, longer to compile). rules, communication: how the model lies on a mesh, and how
+    queries meet keys where the sequence is sharded.
     """
 
     vocab: int
@@ -54,7 +69,8 @@ class Decoder(Spec):
     head: Literal["tied", "untied"] = "tied"
     logit_softcap: float | None = None
     compute: Compute = "float32"
-    remat: Literal["none", "full", "dots"] = "none"
+    remat: Literal["none", "full", "dots", "attention", "offload"] = "none"
+    channel_chunk: int | None = None
     unroll: int | Literal["all"] = 1
     rules: Rules = Rules()
     communication: Communication = AllGather()
@@ -65,6 +81,7 @@ class Decoder(Spec):
         self.check(0 < self.embed_scale < math.inf, "embed_scale", "a positive number")
         self.check(len(self.pattern) >= 1, "pattern", "at least one layer")
         self.check(self.logit_softcap is None or self.logit_softcap > 0, "logit_softcap", "a positive number or None")
+        self.check(self.channel_chunk is None or self.channel_chunk >= 1, "channel_chunk", "at least 1 token, or None")
         divides = self.unroll == "all" or (self.unroll >= 1 and self.periods % self.unroll == 0)
         self.check(divides, "unroll", f"'all', or a divisor of periods = {self.periods}")
 
@@ -86,6 +103,7 @@ class DecoderModel(nnx.Module):
             compute=spec.compute,
             rules=spec.rules,
             communication=spec.communication,
+            channel_chunk=spec.channel_chunk,
         )
         self.embedding = weight(rngs, (spec.vocab, spec.width), ("vocab", "width"), fan_in=spec.width)
         self.embed_mixer = spec.embed_mixer.build(inherited, rngs=rngs) if spec.embed_mixer else None
@@ -112,6 +130,7 @@ class DecoderModel(nnx.Module):
             blocks, states = stacked
             given = states if states is not None else (None,) * len(blocks)
             new, aux = [], []
+            x = checkpoint_name(x, STREAM)
             for block, block_state in zip(blocks, given, strict=True):
                 x, block_state, block_aux = block(x, batch, block_state)
                 new.append(block_state)
@@ -129,10 +148,8 @@ class DecoderModel(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*n M"]) -> Float[Array, "*n V"]:
         """Float32 logits of hidden states; give them in chunks, never for a whole long row."""
-        compute = self.spec.compute
         matrix = self.embedding[...].T if self.head is None else self.head[...]
-        options = {"precision": precision(compute), "preferred_element_type": jnp.float32}
-        logits = jnp.matmul(hidden.astype(compute), matrix.astype(compute), **options)
+        logits = wide_product(hidden, matrix, self.spec.compute)
         cap = self.spec.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
@@ -145,10 +162,11 @@ class DecoderModel(nnx.Module):
         return {"embed": embed, "layers": layers}
 
     def _embed(self, batch: Batch) -> Float[Array, "B T M"]:
-        x = lookup(self.embedding[...], batch.tokens, self.spec.rules) * self.spec.embed_scale
+        spec = self.spec
+        x = lookup(self.embedding[...], batch.tokens, scale=spec.embed_scale, rules=spec.rules, compute=spec.compute)
         if batch.embeds is not None:
             x = jnp.where((batch.tokens < 0)[..., None], batch.embeds.astype(x.dtype), x)
-        return shard(x.astype(self.spec.compute), self.spec.rules, "batch", "sequence", None)
+        return shard(x, spec.rules, "batch", "sequence", None)
 
     def _unroll(self, periods: int) -> int:
         """Periods a scan step when `periods` of them run."""
@@ -164,24 +182,6 @@ class DecoderModel(nnx.Module):
         if upto % pattern or not 0 <= upto <= self.spec.depth:
             raise ValueError(f"decoder: upto = {upto}: expected a multiple of {pattern} from 0 to {self.spec.depth}")
         return upto // pattern
-
-
-def lookup(table: Float[Array, "V M"], tokens: Int[Array, "B T"], rules: Rules) -> Float[Array, "B T M"]:
-    """Rows of the embedding; negative tokens give zeros. On a mesh each device looks in its own share of the vocabulary."""
-
-    def local(table, tokens):
-        if ambient_mesh() is not None and rules.vocab:
-            tokens = tokens - jax.lax.axis_index(rules.vocab) * table.shape[0]
-        found = (tokens >= 0) & (tokens < table.shape[0])
-        rows = jnp.where(found[..., None], jnp.take(table, jnp.where(found, tokens, 0), axis=0), 0)
-        return rows if ambient_mesh() is None else jax.lax.psum(rows, rules.vocab)
-
-    if ambient_mesh() is None:
-        return local(table, tokens)
-    ids, rows = rules.partition(("batch", "sequence")), rules.partition(("batch", "sequence", None))
-    return jax.shard_map(local, in_specs=(rules.partition(("vocab", None)), ids), out_specs=rows, check_vma=False)(
-        table, tokens
-    )
 
 
 def rebuild(model: DecoderModel, spec: Decoder) -> DecoderModel:

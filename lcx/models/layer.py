@@ -3,16 +3,18 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lcx.batch import Batch
 from lcx.channels.channel import Channel
 from lcx.mixers.mixer import Aux, Inherited, Mixer
 from lcx.models.residual import PreNorm, Residual
 from lcx.norms import Norm, RMSNorm
-from lcx.spec import Spec
+from lcx.parallel.tokenwise import tokenwise, weights_of
+from lcx.spec import Spec, SpecError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,10 +32,12 @@ class Layer(Spec):
 
 class LayerModule(nnx.Module):
     def __init__(self, spec: Layer, inherited: Inherited, rngs: nnx.Rngs):
-        self.spec = spec
+        self.spec, self.inherited = spec, inherited
         self.mixer = spec.mixer.build(inherited, rngs=rngs)
         self.channel = spec.channel.build(inherited, rngs=rngs)
         self.norms = nnx.List([spec.norm.build(inherited.width) for _ in range(spec.residual.norms)])
+        if inherited.channel_chunk is not None:
+            _check_chunks(self.channel, inherited)
 
     def __call__(self, x: Float[Array, "B T M"], batch: Batch, state: Any = None) -> tuple[Array, Any, Aux]:
         kept: dict[str, Any] = {}
@@ -43,14 +47,33 @@ class LayerModule(nnx.Module):
             return y
 
         def channel(h):
-            y, kept["channel"] = self.channel(h, batch.tokens)
+            y, kept["channel"] = self._channel(h, batch.tokens)
             return y
 
         x = self.spec.residual.join(x, mix, channel, list(self.norms))
         return x, kept["state"], join_aux(kept["mixer"], kept["channel"])
 
+    def _channel(self, h: Float[Array, "B T M"], tokens: Int[Array, "B T"]) -> tuple[Array, Aux]:
+        """The channel mixer, over chunks of tokens where the model says so."""
+        chunk, rules, compute = self.inherited.channel_chunk, self.inherited.rules, self.inherited.compute
+        if chunk is None:
+            return self.channel(h, tokens)
+        mix = lambda channel, h, tokens: channel(h, tokens)[0]
+        weights = weights_of(self.channel, mix, h, tokens)
+        return tokenwise(mix, weights, h, tokens, chunk=chunk, rules=rules, compute=compute), {}
+
     def init_state(self, batch_size: int, length: int) -> Any:
         return self.mixer.init_state(batch_size, length)
+
+
+def _check_chunks(channel: nnx.Module, inherited: Inherited) -> None:
+    """Raises SpecError if the channel mixer reports on all tokens together, which chunks of them do not give."""
+    x, tokens = jax.ShapeDtypeStruct((1, 1, inherited.width), jnp.float32), jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    _, aux = jax.eval_shape(channel, x, tokens)
+    if aux:
+        kind, names = type(channel).__name__, ", ".join(aux)
+        chunk = f"Decoder.channel_chunk = {inherited.channel_chunk}"
+        raise SpecError(f"{chunk}: expected None, since {kind} reports {names} over all tokens together")
 
 
 def join_aux(*parts: Aux) -> Aux:

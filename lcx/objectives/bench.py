@@ -30,6 +30,7 @@ class _Head(nnx.Module):
     @dataclasses.dataclass(frozen=True)
     class Sharding:
         rules: Rules = Rules()
+        compute: str = "float32"
 
     def __init__(self, hidden: Float[Array, "B T M"], matrix: Float[Array, "M V"]):
         self.spec, self.hidden, self.matrix = self.Sharding(), nnx.Param(hidden), nnx.Param(matrix)

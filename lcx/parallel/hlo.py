@@ -132,7 +132,7 @@ def shape_bytes(shape: str) -> int:
 
 
 def trip_count(program: Program, loop: Instruction, around: tuple[Instruction, ...]) -> int | None:
-    """Trips of a while loop: the compiler's note, else counted from constant bounds and a step of one; None if unknown."""
+    """Trips of a while loop: the compiler's note, else counted from constant bounds and step; None if unknown."""
     if found := re.search(r'known_trip_count":?=?\{"?n"?:"?(\d+)', loop.rest):
         return int(found[1])
     condition = program.computations[loop.called()["condition"][0]]
@@ -142,12 +142,13 @@ def trip_count(program: Program, loop: Instruction, around: tuple[Instruction, .
     if test.opcode != "compare" or "direction=LT" not in test.rest or initial is None or initial.opcode != "tuple":
         return None
     counter, bound = (by_name.get(operand) for operand in test.operands)
-    if counter is None or counter.opcode != "get-tuple-element" or not _counts_up(program, loop, _index(counter)):
+    step = _step(program, loop, _index(counter)) if counter is not None and counter.opcode == "get-tuple-element" else None
+    if step is None:
         return None
     start = _constant(initial.operands[_index(counter)], around)
     inside = bound is not None and bound.opcode == "get-tuple-element"
     stop = _constant(initial.operands[_index(bound)], around) if inside else _constant(test.operands[1], condition)
-    return None if start is None or stop is None else max(0, stop - start)
+    return None if start is None or stop is None else max(0, -((start - stop) // step))
 
 
 def _sent(program: Program, name: str, trips: Callable[[str], int]) -> dict[str, Collective]:
@@ -224,27 +225,32 @@ def _named(name: str, instructions: tuple[Instruction, ...]) -> Instruction | No
     return next((instruction for instruction in instructions if instruction.name == name), None)
 
 
-def _constant(name: str, instructions: tuple[Instruction, ...]) -> int | None:
-    """The integer that a name stands for, through copies."""
+def _original(name: str, instructions: tuple[Instruction, ...]) -> Instruction | None:
+    """What a name stands for, through copies."""
     found = _named(name, instructions)
     while found is not None and found.opcode in ("copy", "copy-done", "copy-start", "bitcast"):
         found = _named(found.operands[0], instructions)
+    return found
+
+
+def _constant(name: str, instructions: tuple[Instruction, ...]) -> int | None:
+    """The integer that a name stands for."""
+    found = _original(name, instructions)
     value = re.match(r"(-?\d+)\)", found.rest) if found is not None and found.opcode == "constant" else None
     return int(value[1]) if value else None
 
 
-def _counts_up(program: Program, loop: Instruction, index: int) -> bool:
-    """Whether the loop's body adds one to this element of its state."""
+def _step(program: Program, loop: Instruction, index: int) -> int | None:
+    """What the loop's body adds to this element of its state: a positive constant; None if it does something else."""
     body = program.computations[loop.called()["body"][0]]
     result = next(instruction for instruction in body if instruction.root)
-    new = _named(result.operands[index], body) if result.opcode == "tuple" else None
-    while new is not None and new.opcode in ("copy", "copy-done", "copy-start"):
-        new = _named(new.operands[0], body)
+    new = _original(result.operands[index], body) if result.opcode == "tuple" else None
     if new is None or new.opcode != "add":
-        return False
-    old, step = (_named(operand, body) for operand in new.operands)
+        return None
+    old, step = (_original(operand, body) for operand in new.operands)
     same = old is not None and old.opcode == "get-tuple-element" and _index(old) == index
-    return same and step is not None and _constant(step.name, body) == 1
+    size = _constant(step.name, body) if same and step is not None else None
+    return size if size is not None and size > 0 else None
 
 
 def _index(element: Instruction) -> int:

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from lcx.parallel.device_order import in_cycles
 from lcx.parallel.hosts import check_joined
 from lcx.spec import Spec, SpecError
 
@@ -37,7 +38,8 @@ class MeshSpec(Spec):
         if self.size > len(given) or (jax.process_count() > 1 and self.size != len(given)):
             shape = " x ".join(f"{axis} {getattr(self, axis)}" for axis in AXES)
             raise SpecError(f"mesh: {shape} = {self.size} devices, but there are {len(given)}")
-        grid = np.asarray(given[: self.size]).reshape([getattr(self, axis) for axis in AXES])
+        innermost = next((size for axis in reversed(AXES) if (size := getattr(self, axis)) > 1), 1)
+        grid = np.asarray(in_cycles(given[: self.size], innermost)).reshape([getattr(self, axis) for axis in AXES])
         return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
     @classmethod

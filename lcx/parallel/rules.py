@@ -4,6 +4,7 @@ A logical axis that is absent from the rules, or None, is replicated. One mesh a
 """
 
 import dataclasses
+from collections.abc import Collection
 
 import jax
 from jax.sharding import AbstractMesh, PartitionSpec
@@ -32,8 +33,11 @@ class Rules(Spec):
             self.check(set(axes) <= set(AXES) and len(set(axes)) == len(axes), field.name, f"distinct axes of {AXES}")
         self.check(not set(self.batch) & set(self.sequence), "sequence", f"axes apart from those of batch, {self.batch}")
 
-    def partition(self, logical: tuple[str | None, ...]) -> PartitionSpec:
-        """The partition of an array with these logical axes. Raises SpecError on an unknown name or a collision."""
+    def partition(self, logical: tuple[str | None, ...], *, apart: Collection[str] = ()) -> PartitionSpec:
+        """The partition of an array with these logical axes over mesh axes, those in `apart` left out.
+
+        Raises SpecError on an unknown name or a collision.
+        """
         names = {field.name for field in dataclasses.fields(self)}
         if unknown := [axis for axis in logical if axis is not None and axis not in names]:
             raise SpecError(f"rules: no logical axis {unknown[0]!r}; there are {', '.join(sorted(names))}")
@@ -41,7 +45,8 @@ class Rules(Spec):
         flat = [axis for axes in chosen for axis in axes]
         if len(set(flat)) != len(flat):
             raise SpecError(f"rules: axes {logical} map to {chosen}: a mesh axis would shard two axes of one array")
-        return PartitionSpec(*(axes if axes else None for axes in chosen))
+        kept = (tuple(axis for axis in axes if axis not in apart) for axes in chosen)
+        return PartitionSpec(*(axes or None for axes in kept))
 
     @classmethod
     def examples(cls):
@@ -55,7 +60,11 @@ def ambient_mesh() -> AbstractMesh | None:
 
 
 def shard(x: Array, rules: Rules, *logical: str | None) -> Array:
-    """Constrains the sharding of an activation under the ambient mesh; without one, returns it unchanged."""
-    if ambient_mesh() is None:
+    """Constrains the sharding of an activation under the ambient mesh; without one, returns it unchanged.
+
+    Inside `shard_map` the axes that it maps over are left out: there an array is what one device holds of it.
+    """
+    mesh = ambient_mesh()
+    if mesh is None:
         return x
-    return jax.lax.with_sharding_constraint(x, rules.partition(logical))
+    return jax.lax.with_sharding_constraint(x, rules.partition(logical, apart=mesh.manual_axes))

@@ -66,9 +66,9 @@ class Experiment(Spec):
 
     def identity(self) -> dict[str, Any]:
         """What a run may not change when it goes on from a checkpoint, field by field. The mesh and whatever only decides how
-        the same numbers are computed (layout, rules, communication, rematerialisation) may change.
+        the same numbers are computed (layout, rules, communication, rematerialisation, chunks) may change.
         """
-        same = [("rules", Rules()), ("communication", AllGather()), ("remat", "none"), ("unroll", 1)]
+        same = [("rules", Rules()), ("communication", AllGather()), ("remat", "none"), ("channel_chunk", None), ("unroll", 1)]
         model = edits(self.model, same)
         parts = {"model": model, "data": self.data, "objective": self.objective, "optimizer": self.optimizer}
         return {name: fingerprint(part) for name, part in parts.items()} | {

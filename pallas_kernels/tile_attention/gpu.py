@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.target import log_once
-from pallas_kernels.tile_attention import hopper, triton
+from pallas_kernels.tile_attention import gpu_few, hopper, triton
 from pallas_kernels.tile_attention.blocks import shape_of
 from pallas_kernels.tile_attention.hopper_blocks import MAJOR, takes
 from pallas_kernels.tile_attention.tile_list import TileList
@@ -33,7 +33,10 @@ def forward(
     Raises ValueError for what does not fit the shared memory of a GPU.
     """
     form, options = _form(q, k, v, scale, tiles, tile)
-    return form.forward(q, k, v, q_tokens, k_tokens, mask=mask, scale=scale, softcap=softcap, **options)
+    options |= {"mask": mask, "scale": scale, "softcap": softcap}
+    if tiles is None and gpu_few.serves(q, k):
+        return gpu_few.forward(form.forward, q, k, v, q_tokens, k_tokens, **options)
+    return form.forward(q, k, v, q_tokens, k_tokens, **options)
 
 
 def backward(
@@ -58,7 +61,13 @@ def backward(
     are zero. delta = sum(d_out out) - d_lse, the sum over a head's E.
     """
     form, options = _form(q, k, v, scale, tiles, tile)
-    return form.backward(q, k, v, q_tokens, k_tokens, lse, delta, d_out, mask=mask, scale=scale, softcap=softcap, **options)
+    options |= {"mask": mask, "scale": scale, "softcap": softcap}
+    each = 1 if tiles is None or tiles.rows.shape[1] in (1, k.shape[2]) else q.shape[2] // k.shape[2]
+    if each == 1:
+        return form.backward(q, k, v, q_tokens, k_tokens, lse, delta, d_out, **options)
+    wide = (jnp.repeat(x, each, axis=2) for x in (k, v))  # a list for every query head: keys of its own, whose gradients add up
+    dq, dk, dv = form.backward(q, *wide, q_tokens, k_tokens, lse, delta, d_out, **options)
+    return dq, *(x.reshape(*k.shape[:3], each, x.shape[-1]).sum(axis=3) for x in (dk, dv))
 
 
 def _form(q, k, v, scale, tiles, tile):

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels.target import platform
-from pallas_kernels.tile_attention import hopper, op, triton
+from pallas_kernels.tile_attention import gpu, hopper, op, triton
 from pallas_kernels.tile_attention.bench import Causal
 from pallas_kernels.tile_attention.tokens import Tokens
 
@@ -143,14 +143,15 @@ def beside_cudnn() -> None:
 
 def beside_each_other() -> None:
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, causal, bfloat16\n")
-    print("| queries | keys | heads | key heads | width | part | Hopper ms | Triton ms |\n|---|---|---|---|---|---|---|---|")
+    print("| queries | keys | heads | key heads | width | part | Hopper ms | Triton ms | as chosen ms |")
+    print("|---|---|---|---|---|---|---|---|---|")
     shapes = [(8192, 8192, 16, 16, 64), (8192, 8192, 16, 4, 128), (8192, 8192, 8, 4, 256)]
     shapes += [(few, 65536, 32, 8, 128) for few in (1, 16, 64, 256)]
     for shape in shapes:
         for part in ("forward", "both") if shape[0] == shape[1] else ("forward",):
             arrays = inputs(*shape)[: 4 if part == "both" else 3]
             best = {}
-            for form in (hopper, triton):
+            for form in (hopper, triton, gpu):
                 with_form = lambda mask, q, k, v, form=form: _alone(form, mask, q, k, v)
                 best |= shortest(compiled({form.__name__: with_form}, All(), part, arrays), arrays)
             print(

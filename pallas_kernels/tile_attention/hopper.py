@@ -16,7 +16,7 @@ from pallas_kernels.tile_attention import hopper_kernels
 from pallas_kernels.tile_attention.blocks import Shape, Sizes, shape_of
 from pallas_kernels.tile_attention.gpu_arrays import padded
 from pallas_kernels.tile_attention.gpu_lists import Lists, of_keys, of_queries, split
-from pallas_kernels.tile_attention.hopper_blocks import MAJOR, Blocks, choose_blocks, padded_width
+from pallas_kernels.tile_attention.hopper_blocks import MAJOR, TOGETHER, Blocks, choose_blocks, padded_width
 from pallas_kernels.tile_attention.scores import Scores, in_base_2
 from pallas_kernels.tile_attention.tile_list import TileList
 from pallas_kernels.tile_attention.tokens import Mask, Tokens
@@ -39,7 +39,7 @@ def forward(
     shape = shape_of(q, k, v)
     if shape.T == 0 or shape.S == 0:
         return jnp.zeros((*q.shape[:3], shape.E)), jnp.full(q.shape[:3], -jnp.inf)
-    passing = choose_blocks(shape, blocks).forward
+    passing = choose_blocks(shape, blocks, None if tiles is None else MAJOR).forward
     size = _sizes(shape, MAJOR, passing.tokens)
     given = padded(size, {"q": q, "q_tokens": q_tokens, "k": k, "v": v, "k_tokens": k_tokens})
     B, T, H, _ = given["q"].shape
@@ -69,7 +69,7 @@ def backward(
     shape = shape_of(q, k, v)
     if shape.T == 0 or shape.S == 0:
         return tuple(jnp.zeros(x.shape) for x in (q, k, v))
-    chosen, scores = choose_blocks(shape, blocks), Scores(mask, scale, softcap)
+    chosen, scores = choose_blocks(shape, blocks, None if tiles is None else MAJOR), Scores(mask, scale, softcap)
     lse, delta = (x.swapaxes(1, 2) for x in in_base_2(lse, delta))
     arrays = {"q": q, "d_out": d_out.astype(v.dtype), "lse": lse, "delta": delta, "q_tokens": q_tokens}
     arrays |= {"k": k, "v": v, "k_tokens": k_tokens}
@@ -83,9 +83,13 @@ def backward(
     passing = chosen.key_gradient
     size = _sizes(shape, passing.tokens, MAJOR)
     given = padded(size, arrays)
-    work, lists = hopper_kernels.Work(scores, *passing), of_keys(mask, size, given, split(tiles, 1, MAJOR // size.bq))
-    outputs = [given["k"].shape, given["v"].shape]
-    dk, dv = _launch(hopper_kernels.key_gradient, work, lists, k.shape[2], given, outputs)
+    lists = of_keys(mask, size, given, split(tiles, 1, MAJOR // size.bq))
+    shapes, found = {"dv": given["v"].shape, "dk": given["k"].shape}, {}
+    for wanted in (tuple(shapes),) if size.D + size.E <= TOGETHER else zip(shapes):
+        work = hopper_kernels.Work(scores, *passing, wanted)
+        grads = _launch(hopper_kernels.key_gradient, work, lists, k.shape[2], given, [shapes[name] for name in wanted])
+        found |= dict(zip(wanted, grads, strict=True))
+    dk, dv = found["dk"], found["dv"]
     return dq[:, : shape.T, :, : shape.D], dk[:, : shape.S, :, : shape.D], dv[:, : shape.S, :, : shape.E]
 
 

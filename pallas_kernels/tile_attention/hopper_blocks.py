@@ -18,7 +18,7 @@ KIB = 1 << 10
 SHARED = 227 * KIB  # of one program
 OWN = 3 * KIB  # barriers and alignment
 WIDEST = 256
-FEW = 64  # queries below which heads are better stacked, as the Triton form does
+TOGETHER = 256  # head sizes of keys and values whose gradients one kernel keeps in registers; wider ones take a kernel each
 
 
 class Passing(NamedTuple):
@@ -37,9 +37,8 @@ class Blocks(NamedTuple):
 
 
 def takes(shape: Shape, dtype: Any, scale: float, gpu: str | None) -> bool:
-    """Whether the kernels serve a call on a GPU: bfloat16, heads up to 256, more than a few queries, a positive scale."""
-    fits = max(shape.D, shape.E) <= WIDEST and shape.T >= FEW and scale > 0
-    return gpu in GPUS and jnp.dtype(dtype) == jnp.bfloat16 and fits
+    """Whether the kernels serve a call on a GPU: bfloat16, heads up to 256, a positive scale."""
+    return gpu in GPUS and jnp.dtype(dtype) == jnp.bfloat16 and max(shape.D, shape.E) <= WIDEST and scale > 0
 
 
 def padded_width(width: int) -> int:
@@ -47,10 +46,11 @@ def padded_width(width: int) -> int:
     return max(64, power_of_two(width))
 
 
-def choose_blocks(shape: Shape, given: Blocks | None = None) -> Blocks:
-    """The tiles for a head size, or `given`. Raises ValueError if they do not fit."""
+def choose_blocks(shape: Shape, given: Blocks | None = None, most: int | None = None) -> Blocks:
+    """The tiles for a head size, of at most so many tokens, or `given`. Raises ValueError if they do not fit."""
     D, E = padded_width(shape.D), padded_width(shape.E)
-    blocks = given or TARGETS[max(D, E)]
+    smaller = lambda passing: passing if most is None or passing.tokens <= most else Passing(most, passing.stages)
+    blocks = Blocks(*map(smaller, given or TARGETS[max(D, E)]))
     for name, passing in blocks._asdict().items():
         if passing.tokens % 64 or passing.tokens < 64 or passing.stages < 1:
             raise ValueError(f"{name} = {tuple(passing)}: expected a multiple of 64 tokens, and at least one stage")
@@ -69,8 +69,8 @@ def shared_bytes(name: str, D: int, E: int, passing: Passing) -> int:
     return 2 * MAJOR * stays + passing.stages * passing.tokens * (2 * (D + E) + rows) + OWN
 
 
-TARGETS = {
-    64: Blocks(Passing(128, 4), Passing(128, 3), Passing(128, 3)),
+TARGETS = {  # by head size, the fastest of those tried on an H200
+    64: Blocks(Passing(256, 2), Passing(128, 2), Passing(128, 3)),
     128: Blocks(Passing(128, 2), Passing(128, 2), Passing(64, 3)),
     256: Blocks(Passing(64, 2), Passing(64, 1), Passing(64, 1)),
 }

@@ -26,11 +26,12 @@ COMPUTE_REGISTERS, COPY_REGISTERS = 232, 40  # of a thread
 
 
 class Work(NamedTuple):
-    """Of one kernel. minor: tokens of the tiles that pass by; stages: tiles of them in shared memory."""
+    """Of one kernel. minor: tokens of the tiles that pass by; stages: tiles of them in shared memory; wanted: of dk and dv."""
 
     scores: Scores
     minor: int
     stages: int
+    wanted: tuple[str, ...] = ("dv", "dk")
 
 
 def forward(work: Work, minors, ends, q, q_tokens, k, v, k_tokens, out, lse) -> None:
@@ -156,9 +157,10 @@ def query_gradient(work: Work, minors, ends, q, d_out, lse, delta, q_tokens, k, 
     )
 
 
-def key_gradient(work: Work, minors, ends, q, d_out, lse, delta, q_tokens, k, v, k_tokens, dk, dv) -> None:
-    """Scores keys first. Query heads pass by one at a time, all those of the key head."""
+def key_gradient(work: Work, minors, ends, q, d_out, lse, delta, q_tokens, k, v, k_tokens, *outs) -> None:
+    """Scores keys first. Query heads pass by one at a time, all those of the key head. outs: as `work.wanted` says."""
     D, E, bq, stages, heads = q.shape[3], v.shape[3], work.minor, work.stages, q.shape[2] // k.shape[2]
+    widths, of_keys = {"dk": D, "dv": E}, "dk" in work.wanted
     tile, key_head, b = _program()
     minor, full, some = _listed(minors, ends, b, key_head, k.shape[2], tile)
     full, some = full * heads, some * heads
@@ -179,31 +181,33 @@ def key_gradient(work: Work, minors, ends, q, d_out, lse, delta, q_tokens, k, v,
                 slot = _slot(n, stages)
                 mosaic.barrier_wait(ready.at[slot])
 
-                def products(s, dp):
+                def products(s, dp=None):
                     mosaic.wgmma(s, k_smem.at[group], q_smem.at[slot].transpose((1, 0)))
+                    if dp is None:
+                        return s[...], None
                     mosaic.wgmma(dp, v_smem.at[group], d_smem.at[slot].transpose((1, 0)))
                     return s[...], dp[...]
 
-                s, dp = pl.run_scoped(products, *(mosaic.ACC((ROWS, bq), jnp.float32),) * 2)
+                s, dp = pl.run_scoped(products, *(mosaic.ACC((ROWS, bq), jnp.float32),) * (1 + of_keys))
                 seen_from = _tokens(tokens_smem.at[slot], COLUMN) if masked else None
                 visible = _visible(work, seen_from, seen, s.shape, q_axis=1) if masked else None
-                column_lse, column_delta = (_wide(_vector(x.at[slot], COLUMN), s.shape, 1) for x in (lse_smem, delta_smem))
-                p, ds = _gradient(work.scores, s, visible, column_lse, dp, column_delta)
-                p, ds = p.astype(d_out.dtype), ds.astype(q.dtype)
+                column = lambda x: _wide(_vector(x.at[slot], COLUMN), s.shape, 1)
+                p, ds = _gradient(work.scores, s, visible, column(lse_smem), dp, column(delta_smem))
+                factors = {"dv": (p.astype(d_out.dtype), d_smem)}
+                if of_keys:
+                    factors["dk"] = ds.astype(q.dtype), q_smem
 
                 def add(totals):
-                    total_dk, total_dv = totals
-                    mosaic.wgmma(total_dv, p, d_smem.at[slot])
-                    mosaic.wgmma(total_dk, ds, q_smem.at[slot])
+                    for name, total in zip(work.wanted, totals, strict=True):
+                        mosaic.wgmma(total, factors[name][0], factors[name][1].at[slot])
 
-                total_dk, total_dv = pl.run_state(add)(tuple(map(mosaic.ACC.init, carry)))
+                carry = pl.run_state(add)(tuple(map(mosaic.ACC.init, carry)))
                 mosaic.barrier_arrive(done.at[slot])
-                return total_dk, total_dv
+                return tuple(carry)
 
-            start = _filled((ROWS, D), 0.0, TILE), _filled((ROWS, E), 0.0, TILE)
-            total_dk, total_dv = _over_list(full, some, step, start)
-            dk[b, rows, key_head] = total_dk * work.scores.scale
-            dv[b, rows, key_head] = total_dv
+            totals = _over_list(full, some, step, tuple(_filled((ROWS, widths[name]), 0.0, TILE) for name in work.wanted))
+            for name, out, total in zip(work.wanted, outs, totals, strict=True):
+                out[b, rows, key_head] = total * work.scores.scale if name == "dk" else total
 
         @pl.when(group == GROUPS)
         def _copy():
@@ -354,11 +358,11 @@ def _softmax(scores: Scores, s, seen, top):
 
 
 def _gradient(scores: Scores, s, seen, lse, dp, delta):
-    """(weights, gradient of the scores) of products, their lse in base 2, and the products of d_out and v."""
+    """(weights, gradient of the scores) of products, their lse in base 2, and the products of d_out and v if that is wanted."""
     s, slope = scores.logits(s, _tanh)
     s = s if seen is None else jnp.where(seen, s, LOW)
     p = jnp.exp2(s - lse)
-    return p, p * (dp - delta) * slope
+    return p, None if dp is None else p * (dp - delta) * slope
 
 
 def _tanh(x):

@@ -25,6 +25,7 @@ FORMS = {"reference": reference, "xla": xla, "tpu": tpu, "gpu": gpu}
 LISTED = {  # the forms that take a list of tiles, and their sizes of one of (query, key) tokens
     "xla": lambda bq, bk: {"sizes": xla.Sizes(bq, bk, 1)},
     "tpu": lambda bq, bk: {"blocks": Blocks.same(bq, bk)},
+    "gpu": lambda bq, bk: {"tile": (bq, bk)},
 }
 SAVED = "attention"  # the checkpoint name of (out, lse), which a rematerialisation policy may keep
 

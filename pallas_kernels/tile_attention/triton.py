@@ -35,7 +35,7 @@ def forward(
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
     """Returns (out, lse) in float32. Raises ValueError for what does not fit the shared memory of a GPU."""
-    shape = shape_of(q, k, v)
+    shape = _shape(q, k, v, tiles)
     if shape.T == 0 or shape.S == 0:
         return jnp.zeros((*q.shape[:3], shape.E)), jnp.full(q.shape[:3], -jnp.inf)
     tile = choose_blocks(shape, q.dtype, this_gpu(), one_size(blocks, tiles)).forward
@@ -77,7 +77,7 @@ def backward(
     lse: of the whole softmax, over more keys than these if they are a shard; -inf for rows that see nothing, whose gradients
     are zero. delta = sum(d_out out) - d_lse, the sum over a head's E.
     """
-    shape = shape_of(q, k, v)
+    shape = _shape(q, k, v, tiles)
     if shape.T == 0 or shape.S == 0:
         return tuple(jnp.zeros(x.shape) for x in (q, k, v))
     chosen = choose_blocks(shape, q.dtype, this_gpu(), one_size(blocks, tiles))
@@ -103,3 +103,9 @@ def backward(
     outputs = {"dk": given["k"].shape, "dv": given["v"].shape}
     dk, dv = launch(kernel, programs, lists, given, outputs, 4 * (size.D + size.E), tile, interpret)
     return dq[:, : shape.T, :, : shape.D], dk[:, : shape.S, :, : shape.D], dv[:, : shape.S, :, : shape.E]
+
+
+def _shape(q, k, v, tiles):
+    """Heads are not stacked where each has a list of its own."""
+    shape = shape_of(q, k, v)
+    return shape if tiles is None or tiles.rows.shape[1] in (1, k.shape[2]) else shape._replace(G=1)

@@ -2,8 +2,8 @@
 
 What stays is held once, what passes by `copies` times: one is computed with while others come. Bytes, with R = G bq rows:
     forward      q + copies (k + v)       dq      q + dout + copies (k + v)       dk, dv      k + v + copies (q + dout)
-and rows of tokens and sums. They bound what the Triton compiler allocates (3.9, for compute capabilities 8.0 and 9.0), and
-the targets are tiles whose sums it keeps in registers on the latter.
+and rows of tokens and sums. They bound what the Triton compiler allocates (3.9, for compute capabilities 8.0 and 9.0). The
+targets are the fastest of those tried on an H200 (docs/performance.md).
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ class Tile(NamedTuple):
 
     q: int
     k: int
-    warps: int = 8
+    warps: int = 4
     stages: int = 3
 
 
@@ -118,7 +118,7 @@ def _padded(n: int) -> int:
 FLOAT32 = Tile(32, 32)  # products without tensor cores
 WIDEST = (64, 128)  # heads, of the targets of each kernel but the last
 TARGETS = {
-    "forward": (Tile(128, 128), Tile(128, 64), Tile(64, 64)),
-    "query_gradient": (Tile(128, 64), Tile(128, 64), Tile(64, 32)),
-    "key_gradient": (Tile(128, 64), Tile(64, 64), Tile(32, 32)),
+    "forward": (Tile(64, 64), Tile(128, 64), Tile(128, 64, warps=8, stages=2)),
+    "query_gradient": (Tile(64, 64), Tile(64, 64), Tile(64, 32)),
+    "key_gradient": (Tile(64, 64), Tile(64, 64), Tile(32, 32)),
 }

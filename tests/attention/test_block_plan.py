@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from infos import info, random_info
 
-from lcx.attention.attend import attend, choose
+from lcx.attention.attend import attend
 from lcx.attention.mask import Causal, Sink, Window, tokens_of
 from lcx.attention.plan import BlockPlan, dense_plan, transpose
 from lcx.attention.planned import Planned
@@ -18,7 +18,7 @@ from lcx.attention.ring import Ring
 from lcx.attention.sharded import sharded_attend
 from lcx.parallel.mesh import MeshSpec
 from lcx.parallel.rules import Rules
-from pallas_kernels.tile_attention import op, reference, tile_list, tpu
+from pallas_kernels.tile_attention import op, reference, tile_list, tpu, triton
 from pallas_kernels.tile_attention.tile_list import verified
 from pallas_kernels.tile_attention.tiling import EMPTY, FULL, PARTIAL
 from pallas_kernels.tile_attention.tokens import pad_tokens, tiles
@@ -157,6 +157,31 @@ def test_the_tpu_kernels(groups, columns, entries, monkeypatch):
     compare(run(*arrays, *infos, plan), dense(mask)(*arrays, *infos, jnp.asarray(pairs(plan, 201, 299))), 3e-6)
 
 
+@pytest.mark.parametrize(
+    "groups, columns, T",
+    [(H, 0, 61), pytest.param(K, 9, 61, marks=pytest.mark.slow), pytest.param(H, 9, 5, marks=pytest.mark.slow)],
+    ids=["a query head", "a key head, columns", "few queries"],
+)
+def test_the_triton_kernels(groups, columns, T, monkeypatch):
+    """Interpreted."""
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(triton, name, functools.partial(getattr(triton, name), interpret=True))
+    rng, block, mask = np.random.default_rng(0), (32, 16), Window(size=50)
+    shapes = (1, T, H, 64), (1, 99, K, 64), (1, 99, K, 64), (1, T, H, 64), (1, T, H)
+    arrays = tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    plan = random_plan(1, groups, columns, block, rows=1, T=max(T, 33), S=99, A=8)
+    if T < 33:
+        plan = dataclasses.replace(
+            plan, rows=plan.rows * 0, columns=plan.columns[:, :, :1], column_count=plan.column_count[..., :1]
+        )
+    infos = random_info(rng, 1, T, "documents"), random_info(rng, 1, 99, "special")
+    fold = Planned("gpu", mask, 0.4, None, block)
+    run = with_gradient(
+        lambda q, k, v, q_info, k_info, plan: op.attention(fold, q, k, v, tokens_of(q_info), tokens_of(k_info), plan)
+    )
+    compare(run(*arrays, *infos, plan), dense(mask)(*arrays, *infos, jnp.asarray(pairs(plan, T, 99))), 3e-6)
+
+
 def test_what_finds_no_place_is_reported():
     own = info(np.arange(64)[None], np.ones((1, 64)))
     plan = jax.jit(functools.partial(dense_plan, Causal(), block=(16, 16), most=7))(own, own)
@@ -234,7 +259,7 @@ def test_a_plan_where_the_sequence_is_sharded_is_refused():
         sharded_attend(q, k, v, *infos, plan=random_plan(0, 1), **options)
 
 
-def test_what_does_not_fit_is_refused(monkeypatch):
+def test_what_does_not_fit_is_refused():
     q, k, v, _, _, *infos = given(0)
     run = lambda plan, **options: attend(q, k, v, *infos, mask=Causal(), scale=1.0, plan=plan, **options)
     with pytest.raises(ValueError, match="2 rows and 3 groups: expected 2 rows and 1, 2 or 4 groups"):
@@ -243,7 +268,3 @@ def test_what_does_not_fit_is_refused(monkeypatch):
         run(random_plan(0, 1, rows=1))
     with pytest.raises(ValueError, match="columns of 4 query blocks: expected 3"):
         run(random_plan(0, 1, 2, T=64))
-    with pytest.raises(ValueError, match="backend = 'gpu': its kernel takes no block plan: expected 'auto', 'xla' or"):
-        run(random_plan(0, 1), backend="gpu")
-    monkeypatch.setattr("lcx.attention.attend.platform", lambda: "gpu")
-    assert choose("auto") == "gpu" and choose("auto", planned=True) == "xla"

@@ -20,12 +20,16 @@ def by_strategy(work, axes, even=EVEN, flops=1e12, link=1e9):
 
 
 def test_bytes_by_hand():
-    """256 tokens a device: keys and values of 256 x 2 x 64 x 2 = 65,536 elements a shard."""
-    found = by_strategy(WORK, {"context": 4})
-    assert found[Ring].moved == found[AllGather].moved == 3 * 65536 * (2 + 2 + 4)
+    """256 tokens a device: keys and values of 256 x 2 x 64 x 2 = 65,536 elements a shard, 16 bytes of fields a token."""
+    found, keys, fields, gradients = by_strategy(WORK, {"context": 4}), 65536 * 2, 256 * 16, 65536 * 4
+    assert found[AllGather].moved == 3 * (2 * (keys + fields) + gradients)
+    assert found[Ring].moved == 4 * (2 * (keys + fields) + gradients) + gradients
     assert found[Ring].held == 2 * 65536 * 6 and found[AllGather].held == 4 * 65536 * 6
-    once = 256 * 64 * (2 * 8 + 2 * 4) * 2  # two key heads are repeated for four devices
-    assert found[Ulysses].moved == 3 * once * 3 / 4 and found[Ulysses].held == 2 * once
+    q, k = 256 * 64 * 8, 256 * 64 * 4  # elements; two key heads are repeated for four devices
+    rows = 256 * 8 * 4  # bytes of lse, delta
+    forward, backward = 2 * q + 4 * k + 4 * q + rows, 2 * q + 4 * k + 4 * q + 2 * rows + 8 * k
+    assert found[Ulysses].moved == (forward + backward) * 3 / 4 + 2 * 3 * fields
+    assert found[Ulysses].held == 2 * 2 * (2 * q + 2 * k)
     assert "needs two axes" in found[RingUlysses].refused
 
 
@@ -39,10 +43,14 @@ def test_seconds_by_hand():
     assert idle[Ring].seconds == pytest.approx(2 * compute)
 
 
-def test_a_ring_over_two_axes_moves_heads_inside():
-    found = by_strategy(WORK, {"fsdp": 2, "context": 4})[RingUlysses]
-    inner = 3 * (128 * 64 * (2 * 8 + 2 * 4) * 2) * 3 / 4
-    assert found.moved == pytest.approx(inner + 1 * (2 * 512 * 1 * 64) * 8)
+def test_rings_over_two_axes():
+    found, keys, fields, gradients = by_strategy(WORK, {"fsdp": 2, "context": 4}), 65536, 128 * 16, 65536 * 2
+    inner = 4 * (2 * (keys + fields) + gradients) + gradients
+    assert found[Ring].moved == 2 * (2 * (keys + fields) + gradients + inner) + gradients
+    q, k, rows = 128 * 64 * 8, 128 * 64 * 4, 128 * 8 * 4
+    exchanged = (4 * q + 8 * k + 8 * q + 3 * rows + 8 * k) * 3 / 4 + 2 * 3 * fields
+    keys, fields, gradients = 2 * 512 * 64 * 2, 512 * 16, 2 * 512 * 64 * 4  # one head of the row's half
+    assert found[RingUlysses].moved == exchanged + 2 * (2 * (keys + fields) + gradients) + gradients
 
 
 def test_the_advice_says_why():

@@ -12,7 +12,7 @@ from lcx.batch import Batch, causal_info
 from lcx.channels.channel import Channel
 from lcx.channels.glu import GLU
 from lcx.mixers.attention import Attention
-from lcx.models.decoder import Decoder, rebuild
+from lcx.models.decoder import REMAT, Decoder, rebuild
 from lcx.models.layer import Layer
 from lcx.models.residual import DeepNorm, Parallel, PreNorm, Residual, Sandwich
 from lcx.norms import LayerNorm, RMSNorm
@@ -120,12 +120,34 @@ def test_pattern_of_periods_is_the_layers_in_order():
     np.testing.assert_allclose(forward(target, batch(), None), hidden(deep), atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{"remat": "full"}, {"remat": "dots"}, {"unroll": 2}, {"unroll": "all"}])
-def test_remat_and_unroll_change_nothing(options):
+@pytest.mark.parametrize(
+    "options", [*({"remat": name} for name in REMAT if name != "none"), {"channel_chunk": 4}, {"unroll": 2}, {"unroll": "all"}]
+)
+def test_remat_chunks_and_unroll_change_nothing(options):
     (value, gradient), (other, others) = value_and_gradient(decoder()), value_and_gradient(decoder(**options))
     np.testing.assert_allclose(value, other, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(others), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(a).max())
+
+
+def kept(remat):
+    """Shapes that the forward pass keeps for the backward pass, by where they are: of arrays, none of which is a parameter."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: decoder(remat=remat, periods=3).build(rngs=nnx.Rngs(0))))
+    loss = lambda state: jnp.square(nnx.merge(graph, state)(batch())[0]).sum()
+    scan = lambda jaxpr: next(equation for equation in jaxpr.eqns if equation.primitive.name == "scan")
+    stacked = scan(jax.make_jaxpr(jax.grad(loss))(state).jaxpr).outvars
+    found = [(v.aval.shape, "host" if "host" in str(v.aval) else "device") for v in stacked]
+    return {(shape[1:], place) for shape, place in found if shape[:1] == (3,) and shape[1:2] == (2,)}
+
+
+def test_what_each_policy_keeps_of_a_layer():
+    """Of rows [2, 9]: the stream (width 16), attention's out (2 heads of 8) and logsumexp."""
+    stream, out, lse = (2, 9, 16), (2, 9, 2, 8), (2, 9, 2)
+    on = lambda place, *shapes: {(shape, place) for shape in shapes}
+    assert kept("full") == on("device", stream)
+    assert kept("attention") == on("device", stream, out, lse)
+    assert kept("offload") == on("host", stream, out, lse)
+    assert kept("none") > kept("attention")
 
 
 def test_bfloat16_is_close_and_parameters_stay_float32():
@@ -180,10 +202,27 @@ def test_program_does_not_grow_with_depth():
 
 
 def test_impossible_decoders_are_refused():
+    with pytest.raises(SpecError, match=r"Decoder\.channel_chunk = 0: expected at least 1 token, or None"):
+        decoder(channel_chunk=0)
     with pytest.raises(SpecError, match=r"Attention\.heads = 3: expected a multiple of kv_heads = 2"):
         Attention(heads=3, kv_heads=2, head_dim=8)
     with pytest.raises(SpecError, match=r"Decoder\.unroll = 3"):
         decoder(unroll=3)
+
+
+def test_a_channel_that_reports_on_all_tokens_is_not_cut_into_chunks():
+    class Reporting(nnx.Module):
+        def __call__(self, x, tokens):
+            return x, {"balance_loss": jnp.float32(0.0)}
+
+    class Report(Channel):
+        def build(self, inherited, *, rngs):
+            return Reporting()
+
+    layer = Layer(mixer=Attention(heads=2, kv_heads=1, head_dim=8), channel=Report())
+    decoder(pattern=(layer,)).build(rngs=nnx.Rngs(0))
+    with pytest.raises(SpecError, match="channel_chunk = 4: expected None, since Reporting reports balance_loss"):
+        decoder(pattern=(layer,), channel_chunk=4).build(rngs=nnx.Rngs(0))
 
 
 def test_every_channel_mixes_one_token_at_a_time():

@@ -9,16 +9,23 @@ import pytest
 from flax import nnx
 
 from lcx.attention.mask import Sink, Window
+from lcx.attention.ring import Ring
 from lcx.batch import Batch, causal_info
 from lcx.channels.glu import GLU
 from lcx.mixers.attention import Attention
 from lcx.mixers.short_convolution import ShortConvolution
-from lcx.models.decoder import Decoder
+from lcx.models.decoder import REMAT, Decoder
 from lcx.models.layer import Layer
 from lcx.parallel.mesh import AXES, MeshSpec
 from lcx.parallel.rules import Rules
+from lcx.spec import edits
 
 MESHES = [MeshSpec(**{a: 2, b: 4 if b == "context" else 2}) for a, b in itertools.combinations(AXES, 2)]
+MEMORY = {  # what the decoder does about memory on some of the meshes; on the others nothing
+    MeshSpec(data=2, context=4): [("channel_chunk", 3), ("remat", "attention")],
+    MeshSpec(fsdp=2, context=4): [("channel_chunk", 1), ("remat", "offload")],
+    MeshSpec(fsdp=2, tensor=2): [("channel_chunk", 5), ("remat", "full")],
+}
 
 
 PAIR = ("fsdp", "tensor")
@@ -71,7 +78,33 @@ def unsharded():
 @pytest.mark.parametrize("spec", MESHES, ids=lambda spec: "-".join(a for a in AXES if getattr(spec, a) > 1))
 def test_sharded_equals_unsharded(spec, unsharded):
     with jax.set_mesh(spec.build()):
-        close(outputs(decoder().build(rngs=nnx.Rngs(0)), batch()), unsharded)
+        close(outputs(edits(decoder(), MEMORY.get(spec, [])).build(rngs=nnx.Rngs(0)), batch()), unsharded)
+
+
+def ring(remat: str, **options) -> Decoder:
+    layer = Layer(mixer=Attention(heads=2, kv_heads=2, head_dim=8), channel=GLU(hidden=16))
+    options = {"remat": remat, "communication": Ring()} | options
+    return Decoder(vocab=64, width=16, pattern=(layer,), periods=2, **options)
+
+
+def test_a_kept_result_of_attention_spares_the_backward_pass_a_ring():
+    def sends(remat):
+        graph, state = nnx.split(nnx.eval_shape(lambda: ring(remat).build(rngs=nnx.Rngs(0))))
+        loss = lambda state: nnx.merge(graph, state)(batch())[0].sum()
+        return str(jax.make_jaxpr(jax.grad(loss))(state)).count("ppermute")
+
+    with jax.set_mesh(MeshSpec(context=4).build()):
+        kept = sends("none")
+        forward = sends("full") - kept
+        assert sends("attention") == kept > forward > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", REMAT)
+def test_a_ring_of_eight_devices_under_every_policy(remat):
+    wanted = outputs(ring("none").build(rngs=nnx.Rngs(0)), batch())
+    with jax.set_mesh(MeshSpec(context=8).build()):
+        close(outputs(ring(remat, channel_chunk=1).build(rngs=nnx.Rngs(0)), batch()), wanted)
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -15,11 +15,11 @@ from lcx.objectives.language_modeling import LanguageModeling
 from lcx.parallel.mesh import MeshSpec
 from lcx.parallel.rules import Rules
 
-B, T, M, V = 2, 13, 5, 11
+B, T, M, V = 2, 13, 5, 12
 
 
 class _Spec:
-    rules = Rules()
+    rules, compute = Rules(), "float32"
 
 
 class Head(nnx.Module):
@@ -27,7 +27,7 @@ class Head(nnx.Module):
 
     def __init__(self, hidden, matrix, aux=None):
         self.spec, self.aux = _Spec(), nnx.data(aux or {})
-        self.hidden, self.matrix = nnx.Param(jnp.asarray(hidden)), nnx.Param(jnp.asarray(matrix))
+        self.hidden, self.matrix = nnx.Param(jnp.asarray(hidden)), nnx.Param(jnp.asarray(matrix), axes=(None, "vocab"))
 
     def __call__(self, batch, state=None, *, upto=None):
         return self.hidden[...], state, self.aux
@@ -73,13 +73,12 @@ def run(objective, hidden, matrix, targets, weights, aux=None):
     return jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(hidden, matrix)
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 13, 1024])
+@pytest.mark.parametrize(("chunk", "parts"), [(1, 1), (4, 1), (4, 3), (13, 12), (1024, 1)])
 @pytest.mark.parametrize("z_loss", [0.0, 0.01])
-def test_equals_dense_float64_in_value_and_gradient(chunk, z_loss):
+def test_equals_dense_float64_in_value_and_gradient(chunk, parts, z_loss):
     hidden, matrix, targets, weights = arrays()
-    (total, (weight, sums)), (by_hidden, by_matrix) = run(
-        LanguageModeling(chunk=chunk, z_loss=z_loss), hidden, matrix, targets, weights
-    )
+    objective = LanguageModeling(chunk=chunk, parts=parts, z_loss=z_loss)
+    (total, (weight, sums)), (by_hidden, by_matrix) = run(objective, hidden, matrix, targets, weights)
     entropy, wanted, d_hidden, d_matrix, correct = dense(hidden, matrix, targets, weights, z_loss)
     np.testing.assert_allclose(sums["loss_sum"], entropy, rtol=1e-6)
     np.testing.assert_allclose(total, wanted, rtol=1e-6)
@@ -96,12 +95,24 @@ def test_targets_without_weight_are_never_read():
     np.testing.assert_allclose(total, dense(hidden, matrix, targets, weights, 0)[1], rtol=1e-6)
 
 
-@pytest.mark.parametrize("target", [-1, V])
-def test_weighted_target_outside_the_vocabulary_is_not_a_number(target):
+@pytest.mark.parametrize(("target", "parts"), [(-1, 1), (V, 1), (-1, 3), (V, 3)])
+def test_weighted_target_outside_the_vocabulary_is_not_a_number(target, parts):
     hidden, matrix, targets, weights = arrays()
     targets[1, 3], weights[1, 3] = target, 1
-    (total, _), _ = run(LanguageModeling(chunk=4), hidden, matrix, targets, weights)
+    (total, _), _ = run(LanguageModeling(chunk=4, parts=parts), hidden, matrix, targets, weights)
     assert np.isnan(total)
+
+
+def test_the_first_of_equal_logits_is_the_top_in_any_parts():
+    hidden, matrix, targets, weights = arrays()
+    matrix = np.repeat(matrix[:, :3], 4, axis=1)[:, [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]]  # columns 0 to 2, four times
+    count = lambda parts: run(LanguageModeling(parts=parts), hidden, matrix, targets % 3, weights)[0][1][1]["correct"]
+    assert count(1) == count(2) == count(4) == count(6) > 0
+
+
+def test_a_vocabulary_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="a vocabulary of 12 does not divide into 5 parts of each of 1 shares"):
+        run(LanguageModeling(parts=5), *arrays())
 
 
 def test_auxiliary_losses_enter_once_a_token_and_metrics_are_averages():
@@ -160,15 +171,18 @@ def test_prompts_are_refused():
         LanguageModeling().loss(Head(hidden, matrix), batch, jax.random.key(0))
 
 
-@pytest.mark.parametrize("axes", [{"data": 2, "context": 2}, {"fsdp": 2, "tensor": 2}])
-def test_devices_exchange_the_head_and_its_gradient_outside_the_loop_over_chunks(axes):
+@pytest.mark.parametrize(
+    ("axes", "parts"), [({"data": 2, "context": 2}, 1), ({"fsdp": 2, "tensor": 2}, 1), ({"fsdp": 2, "tensor": 2}, 4)]
+)
+def test_devices_exchange_the_head_and_its_gradient_outside_the_loop_over_chunks(axes, parts):
     """On a mesh the value and gradient are those of one device, and no loop body talks about an array of the vocabulary."""
     hidden, matrix, targets, weights = arrays(length=24)
     vocab = 2 * V
     matrix = np.concatenate([matrix, matrix - 1], axis=1)
 
     def total(hidden, matrix):
-        return LanguageModeling(chunk=4).loss(Head(hidden, matrix), batch_of(targets, weights), jax.random.key(0))[0]
+        objective = LanguageModeling(chunk=4, parts=parts)
+        return objective.loss(Head(hidden, matrix), batch_of(targets, weights), jax.random.key(0))[0]
 
     run = jax.value_and_grad(total, argnums=(0, 1))
     wanted = run(hidden, matrix)

@@ -11,7 +11,7 @@ from attention_cases import arrays, compare, described, random_tokens, with_grad
 from lcx.attention.attend import choose
 from lcx.attention.mask import Beyond, Causal, Chunk, Hide, Sink, Window, Within
 from pallas_kernels.target import platform
-from pallas_kernels.tile_attention import gpu, gpu_bench, gpu_lists, hopper, op, reference, triton
+from pallas_kernels.tile_attention import gpu, gpu_bench, gpu_few, gpu_lists, hopper, op, reference, triton
 from pallas_kernels.tile_attention.bench import Causal as OneDocument
 from pallas_kernels.tile_attention.tile_list import TileList
 from pallas_kernels.tile_attention.tiling import EMPTY, FULL, PARTIAL
@@ -32,7 +32,7 @@ def test_the_gpu_is_the_one_that_is_compiled_for(kind, name):
     [
         ("NVIDIA H100 80GB HBM3", 4096, 128, jnp.bfloat16, 0.1, "mosaic_gpu"),
         ("NVIDIA A100-SXM4-80GB", 4096, 128, jnp.bfloat16, 0.1, "triton"),
-        ("NVIDIA H200", 1, 128, jnp.bfloat16, 0.1, "triton"),
+        ("NVIDIA H200", 1, 128, jnp.bfloat16, 0.1, "mosaic_gpu"),
         ("NVIDIA H200", 4096, 320, jnp.bfloat16, 0.1, "triton"),
         ("NVIDIA H200", 4096, 64, jnp.float32, 0.1, "triton"),
         ("NVIDIA H200", 4096, 64, jnp.bfloat16, -0.1, "triton"),
@@ -100,6 +100,21 @@ def test_the_benchmark_counts_pairs_as_the_mask_lets_them_through(mask):
     assert gpu_bench.pairs(400, gpu_bench.near(400)) == pytest.approx(0.1 * 400**2, rel=0.01)
 
 
+@pytest.mark.parametrize("T, S, heads", [(1, 1000, (8, 2)), (5, 640, (4, 4)), (40, 300, (6, 2))])
+def test_few_queries_over_split_keys_equal_the_reference(T, S, heads):
+    """Parts of the keys that see nothing, and rows that see nothing in any."""
+    rng = np.random.default_rng(0)
+    q, k, v, *_ = arrays(rng, 2, T, S, *heads, 40, 64)
+    tokens = random_tokens(rng, 2, T, "special"), random_tokens(rng, 2, S, "packed")
+    options = {"mask": Window(size=200), "scale": 0.2, "softcap": None}
+    assert gpu_few.serves(q, k)
+    run = functools.partial(triton.forward, interpret=True)
+    got = gpu_few.forward(run, q, k, v, *tokens, **options)
+    expected = reference.forward(q, k, v, *tokens, **options)
+    for x, y in zip(got, expected, strict=True):
+        np.testing.assert_allclose(x, y, atol=3e-6)
+
+
 CASES = [
     (Causal(), (2, 2), (64, 64), None),
     (Window(size=40) | (Sink(size=3) & Hide(query_role=1, key_role=0)), (6, 2), (128, 40), 2.0),
@@ -122,6 +137,19 @@ def test_equals_the_reference_on_this_gpu(mask, heads, widths, softcap, form):
         q, k, v, *rest = arrays(rng, 2, 371, 501, *heads, *widths, jnp.bfloat16)
         rest += [random_tokens(rng, 2, length, kind) for length in (371, 501)]
         compare(run(q, k, v, *rest), dense(*(x.astype(jnp.float32) for x in (q, k, v)), *rest), 1e-2)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("T, heads", [(1, (32, 8)), (7, (4, 4))])
+def test_few_queries_equal_the_reference_on_this_gpu(T, heads):
+    rng = np.random.default_rng(0)
+    q, k, v, *_ = arrays(rng, 2, T, 5000, *heads, 128, 128, jnp.bfloat16)
+    tokens = [random_tokens(rng, 2, length, "special") for length in (T, 5000)]
+    options = {"mask": Causal(), "scale": 0.1, "softcap": None}
+    got = jax.jit(functools.partial(gpu.forward, **options))(q, k, v, *tokens)
+    expected = reference.forward(*(x.astype(jnp.float32) for x in (q, k, v)), *tokens, **options)
+    for x, y in zip(got, expected, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-2)
 
 
 @on_a_gpu

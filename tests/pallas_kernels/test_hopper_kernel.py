@@ -43,6 +43,7 @@ def both(given, **options):
         pytest.param(MASKS[1], (4, 2), (128, 40), 2.0, "special", ODD, marks=pytest.mark.slow, id="window or sink"),
         pytest.param(MASKS[2], (3, 1), (40, 64), None, "shuffled", SMALL, marks=pytest.mark.slow, id="chunk"),
         pytest.param(MASKS[3], (2, 1), (64, 64), None, "padding", None, marks=pytest.mark.slow, id="beyond"),
+        pytest.param(MASKS[0], (2, 1), (256, 128), None, "packed", SMALL, marks=pytest.mark.slow, id="wide"),
     ],
 )
 def test_equals_the_reference(mask, heads, widths, softcap, kind, blocks, monkeypatch):
@@ -59,15 +60,17 @@ def test_equals_the_reference(mask, heads, widths, softcap, kind, blocks, monkey
     compare(got, expected, 1e-2)
 
 
-@pytest.mark.parametrize("mask, D, E", [(MASKS[1], 128, 128), (MASKS[2], 256, 40)], ids=["window or sink", "chunk"])
-def test_lowers_for_cuda(mask, D, E):
-    """Chosen blocks; one kernel forward, two backward."""
+@pytest.mark.parametrize(
+    "mask, D, E, backward", [(MASKS[1], 128, 128, 2), (MASKS[2], 256, 40, 3)], ids=["window or sink", "chunk"]
+)
+def test_lowers_for_cuda(mask, D, E, backward):
+    """Chosen blocks; one kernel forward, two or for wide heads three backward."""
     array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
     tokens = Tokens(*(array(2, 1000, dtype=jnp.int32),) * 4)
     given = array(2, 1000, 8, D), array(2, 1000, 2, D), array(2, 1000, 2, E), tokens, tokens
     rows = *(array(2, 1000, 8, dtype=jnp.float32),) * 2, array(2, 1000, 8, E, dtype=jnp.float32)
     options = {"mask": mask, "scale": 0.1, "softcap": 30.0}
-    for run, inputs, kernels in ((hopper.forward, given, 1), (hopper.backward, (*given, *rows), 2)):
+    for run, inputs, kernels in ((hopper.forward, given, 1), (hopper.backward, (*given, *rows), backward)):
         lowered = jax.jit(functools.partial(run, **options)).trace(*inputs).lower(lowering_platforms=("cuda",))
         assert lowered.as_text().count("custom_call @mosaic_gpu") == kernels
 

@@ -110,12 +110,13 @@ def test_what_the_compiler_fuses_is_counted_once_and_by_what_it_does():
     "text, count, assumed",
     [
         (loop(), 2 * 5, False),
+        (loop().replace("%one = s32[] constant(1)", "%one = s32[] constant(2)"), 2 * 3, False),
         (loop("get-tuple-element(%state.1), index=0"), 0, False),
         (loop("parameter(1)"), 2, True),
         (loop("parameter(1)", note=', backend_config={"known_trip_count":{"n":"11"}}'), 2 * 11, False),
-        (loop("parameter(1)", "jit(f)/ring over context forward/while"), 2 * 8, True),
+        (loop("parameter(1)", "jit(f)/ring over context hops/while"), 2 * 8, True),
     ],
-    ids=["constants", "nothing to do", "unknown", "noted", "a ring"],
+    ids=["constants", "two at a time", "nothing to do", "unknown", "noted", "a ring"],
 )
 def test_loops_count_as_often_as_they_run(text, count, assumed):
     found = collectives(text, full_journeys({"context": 8})).get("collective-permute", Collective(0, 0, False))
