@@ -84,9 +84,9 @@ class RingFold(Wrapped):
 
         def journey(first, last, sums):
             gradient, dq = sums
-            start = self._jump(keys, first, "out"), zeros(keys[0]), dq
-            _, travelled, dq = self._hop(first, last, step, start)
-            return gradient + self._jump(travelled, -last, "home"), dq
+            gradient = self._jump(gradient, jnp.maximum(first - 1, 0), "out")
+            _, gradient, dq = self._hop(first, last, step, (self._jump(keys, first, "out"), gradient, dq))
+            return self._jump(gradient, -last, "home"), dq
 
         gradient, dq = self._journeys(q_tokens, k_tokens, journey, (zeros(keys[0]), zeros(q)))
         return dq, *jnp.split(gradient, [k.shape[-1]], axis=-1)
