@@ -62,7 +62,7 @@ def local_fold(
     """Attention on one device in the form that `choose` takes for these shapes; with a plan, a fold that takes it too."""
     if plan is None:
         return op.Tiled(choose(backend), mask, scale, softcap)
-    check_plan(plan, B=q.shape[0], T=q.shape[1], S=k.shape[1], H=q.shape[2], K=k.shape[2])
+    check_plan(plan, B=q.shape[0], T=q.shape[1], H=q.shape[2], K=k.shape[2])
     return Planned(choose(backend), mask, scale, softcap, plan.block)
 
 

@@ -26,4 +26,5 @@ def with_sinks(out: Float[Array, "B T H E"], lse: Float[Array, "B T H"], sinks: 
 
     For after the last fold, whose `lse` is without sinks. Rows that see nothing give 0, and no gradient.
     """
-    return out * jax.nn.sigmoid(lse - sinks)[..., None]
+    sees = lse != -jnp.inf
+    return out * jnp.where(sees, jax.nn.sigmoid(jnp.where(sees, lse, 0) - sinks), 0)[..., None]

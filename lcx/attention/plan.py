@@ -74,8 +74,8 @@ def transpose(plan: BlockPlan) -> BlockPlan:
     return BlockPlan(rows=rows, cols=cols, kind=kind, count=plan.count, overflow=plan.overflow, block=plan.block[::-1])
 
 
-def check_plan(plan: BlockPlan, T: int, S: int, B: int, H: int, K: int) -> None:
-    """Raises ValueError if a plan is not one for T queries and S keys of B rows, H query heads and K key heads."""
+def check_plan(plan: BlockPlan, B: int, T: int, H: int, K: int) -> None:
+    """Raises ValueError if a plan is not one for B rows of T queries, H query and K key heads, or disagrees with itself."""
     rows, groups, _ = plan.rows.shape
     if rows != B or groups not in (1, K, H):
         raise ValueError(f"plan: {rows} rows and {groups} groups: expected {B} rows and 1, {K} or {H} groups")
@@ -84,6 +84,13 @@ def check_plan(plan: BlockPlan, T: int, S: int, B: int, H: int, K: int) -> None:
     blocks = -(-T // plan.block[0])
     if plan.columns is not None and (plan.column_count is None or plan.columns.shape[2] != blocks):
         raise ValueError(f"plan: columns of {plan.columns.shape[2]} query blocks: expected {blocks}, and their count")
+    lists, counts = plan.rows.shape, plan.rows.shape[:2]
+    expected = {"cols": lists, "kind": lists, "count": counts, "overflow": counts}
+    if plan.columns is not None:
+        expected |= {"columns": (*counts, blocks, plan.columns.shape[3]), "column_count": (*counts, blocks)}
+    for name, shape in expected.items():
+        if getattr(plan, name).shape != shape:
+            raise ValueError(f"plan: {name} {getattr(plan, name).shape}: expected {shape}, as rows {lists} have it")
 
 
 def allowed(plan: BlockPlan, T: int, S: int) -> Bool[Array, "B G T S"]:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from lcx.attention.attend import Backend, attend, local_fold
 from lcx.attention.communication import Communication
 from lcx.attention.mask import Mask, tokens_of
-from lcx.attention.plan import BlockPlan
+from lcx.attention.plan import BlockPlan, check_plan
 from lcx.batch import TokenInfo
 from lcx.parallel.rules import Rules, ambient_mesh
 from pallas_kernels.tile_attention import op
@@ -56,6 +56,8 @@ def sharded_attend(
         return op.attention(communication.wrap(fold, axes) if axes else fold, q, k, v, q_tokens, k_tokens, *plans)
 
     heads, kv_heads = q.shape[2], k.shape[2]
+    if plan is not None:
+        check_plan(plan, B=q.shape[0], T=q.shape[1], H=heads, K=kv_heads)
     groups = None if plan is None else {heads: "heads", kv_heads: "kv_heads", 1: None}.get(plan.rows.shape[1])
     queries, keys = (rules.partition(("batch", "sequence", heads, None)) for heads in ("heads", "kv_heads"))
     tokens = tokens_of(q_info), tokens_of(k_info)

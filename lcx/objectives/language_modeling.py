@@ -23,6 +23,8 @@ class LanguageModeling(Objective):
     z_loss: weight of logsumexp(z)^2 (PaLM, 2022); 0 leaves it out.
     """
 
+    free = ("chunk", "parts")
+
     chunk: int = 1024
     parts: int = 1
     z_loss: float = 0.0

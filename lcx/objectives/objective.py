@@ -7,7 +7,7 @@ mesh, nor accumulation changes what is optimised (one normaliser).
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from flax import nnx
 from jaxtyping import Array, Float
@@ -20,7 +20,9 @@ Sums = dict[str, Float[Array, ""]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective(Spec, abc.ABC):
-    """Base of every objective."""
+    """Base of every objective. free: fields that only decide how the same numbers are computed; a run may change them."""
+
+    free: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
     def loss(self, model: nnx.Module, batch: Batch, key: Any) -> tuple[Float[Array, ""], Float[Array, ""], Sums]:

@@ -21,8 +21,26 @@ def grid_cycle(width: int, height: int) -> list[tuple[int, int]]:
     return [(0, 0), *there, *((0, y) for y in reversed(range(1, height)))]
 
 
-def in_cycles(devices: Sequence[Any], inner: int) -> list[Any]:
-    """The devices, every run of `inner` a cycle of neighbours; as they came where they are no grid or it does not divide."""
+def in_cycles(devices: Sequence[Any], inner: int, groups: Sequence[int] = ()) -> list[Any]:
+    """The devices, every run of `inner` a cycle of neighbours; as they came where they are no grid or it does not divide.
+
+    groups: sizes of runs that feed a row of the batch each. The devices keep their order too where a cycle would give some
+    process rows that are not one run, which its data could not be read for.
+    """
+    found = _cycles(devices, inner)
+    return found if all(_in_runs(found, size) for size in groups) else list(devices)
+
+
+def _in_runs(devices: Sequence[Any], size: int) -> bool:
+    """Whether the runs of `size` devices that a process has a part in follow each other, aligned, for every process."""
+    held: dict[int, set[int]] = {}
+    for place, device in enumerate(devices):
+        held.setdefault(getattr(device, "process_index", 0), set()).add(place // size)
+    whole = len(devices) // size
+    return all(max(x) - min(x) + 1 == len(x) and whole % len(x) == 0 and min(x) % len(x) == 0 for x in held.values())
+
+
+def _cycles(devices: Sequence[Any], inner: int) -> list[Any]:
     at = {tuple(getattr(device, "coords", None) or ()): device for device in devices}
     if len(at) != len(devices) or any(len(place) != 3 or place[2] for place in at):
         return list(devices)

@@ -39,7 +39,9 @@ class MeshSpec(Spec):
             shape = " x ".join(f"{axis} {getattr(self, axis)}" for axis in AXES)
             raise SpecError(f"mesh: {shape} = {self.size} devices, but there are {len(given)}")
         innermost = next((size for axis in reversed(AXES) if (size := getattr(self, axis)) > 1), 1)
-        grid = np.asarray(in_cycles(given[: self.size], innermost)).reshape([getattr(self, axis) for axis in AXES])
+        row = self.context * self.tensor  # devices that share a row, or do so where rows are spread over `data` alone
+        ordered = in_cycles(given[: self.size], innermost, groups=(row, self.fsdp * row))
+        grid = np.asarray(ordered).reshape([getattr(self, axis) for axis in AXES])
         return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
     @classmethod

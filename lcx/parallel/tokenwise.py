@@ -124,7 +124,7 @@ def _sweep(step, carry, chunk: int, *arrays):
     """A scan of `step(carry, *chunks) -> (carry, y)` over chunks of [B, T, ...] arrays, as equal as they can be."""
     length = arrays[1].shape[1]
     n = -(-length // chunk)
-    if n == 1:
+    if n <= 1:
         return step(carry, *arrays)
     size = -(-length // n)
 

@@ -70,7 +70,9 @@ class Experiment(Spec):
         """
         same = [("rules", Rules()), ("communication", AllGather()), ("remat", "none"), ("channel_chunk", None), ("unroll", 1)]
         model = edits(self.model, same)
-        parts = {"model": model, "data": self.data, "objective": self.objective, "optimizer": self.optimizer}
+        defaults = {field.name: field.default for field in dataclasses.fields(self.objective)}
+        objective = edits(self.objective, [(name, defaults[name]) for name in self.objective.free])
+        parts = {"model": model, "data": self.data, "objective": objective, "optimizer": self.optimizer}
         return {name: fingerprint(part) for name, part in parts.items()} | {
             "accumulation": self.accumulation,
             "seed": self.seed,

@@ -26,7 +26,7 @@ def forward(
     scale: float,
     softcap: float | None = None,
     tiles: TileList | None = None,
-    tile: tuple[int, int] = (MAJOR, MAJOR),
+    tile: tuple[int, int] | None = None,
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
     """Returns (out, lse) in float32. `tiles` are of `tile` queries and keys, powers of two.
 
@@ -53,7 +53,7 @@ def backward(
     scale: float,
     softcap: float | None = None,
     tiles: TileList | None = None,
-    tile: tuple[int, int] = (MAJOR, MAJOR),
+    tile: tuple[int, int] | None = None,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B S K D"], Float[Array, "B S K E"]]:
     """Returns (dq, dk, dv) in float32.
 
@@ -71,6 +71,8 @@ def backward(
 
 
 def _form(q, k, v, scale, tiles, tile):
+    if (tiles is None) != (tile is None):
+        raise ValueError(f"tile = {tile} {'without' if tiles is None else 'with'} a list of tiles: expected both or neither")
     shape, gpu = shape_of(q, k, v), this_gpu()
     if takes(shape, q.dtype, scale, gpu) and (tiles is None or tile == (MAJOR, MAJOR)):
         form, options = hopper, {"tiles": tiles}

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.tile_attention.tokens import Tokens, pad_tokens
 
 ROWS = 128  # at most, of queries and their heads
-TILE = 128  # keys; a part is a multiple of it
+TILE = 128  # keys; a part is a multiple of it, the last ones padded
 PROGRAMS = 264  # two for each multiprocessor of a Hopper GPU
 
 
@@ -33,22 +33,16 @@ def forward(
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
     """`run` of the same arguments, a form's forward pass."""
     (B, T, H, D), (_, S, K, _) = q.shape, k.shape
-    parts = _parts(-(-S // TILE), B * K)
+    parts = min(-(-S // TILE), -(-PROGRAMS // (B * K)))
     repeat = lambda x: jnp.repeat(x, parts, axis=0)
     rows = q.reshape(B, T, K, H // K, D).swapaxes(2, 3).reshape(B, -1, K, D)
     row_tokens = Tokens(*(repeat(jnp.repeat(field, H // K, axis=1)) for field in q_tokens))
-    cut = lambda x: jnp.pad(x, [(0, 0), (0, -S % TILE), (0, 0), (0, 0)]).reshape(B * parts, -1, *x.shape[2:])
-    key_tokens = Tokens(*(field.reshape(B * parts, -1) for field in pad_tokens(k_tokens, TILE)))
+    cut = lambda x: jnp.pad(x, [(0, 0), (0, -S % (parts * TILE)), (0, 0), (0, 0)]).reshape(B * parts, -1, *x.shape[2:])
+    key_tokens = Tokens(*(field.reshape(B * parts, -1) for field in pad_tokens(k_tokens, parts * TILE)))
     out, lse = run(repeat(rows), cut(k), cut(v), row_tokens, key_tokens, **options)
     out, lse = _merged(out.reshape(B, parts, *out.shape[1:]), lse.reshape(B, parts, *lse.shape[1:]))
     heads_last = lambda x: x.reshape(B, T, H // K, K, *x.shape[3:]).swapaxes(2, 3).reshape(B, T, H, *x.shape[3:])
     return heads_last(out), heads_last(lse)
-
-
-def _parts(tiles: int, programs: int) -> int:
-    """Of the keys: enough to fill a GPU, each of as many whole tiles."""
-    wanted = min(tiles, -(-PROGRAMS // programs))
-    return next(parts for parts in range(wanted, 0, -1) if tiles % parts == 0)
 
 
 def _merged(out: Float[Array, "B parts *rows E"], lse: Float[Array, "B parts *rows"]) -> tuple[Array, Array]:

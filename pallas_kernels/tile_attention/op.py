@@ -33,8 +33,8 @@ SAVED = "attention"  # the checkpoint name of (out, lse), which a rematerialisat
 class Fold(abc.ABC):
     """Hashable and static. Arrays as in `attend`: q [B,T,H,D], k [B,S,K,D], v [B,S,K,E].
 
-    mask: a pair is seen only if it lets it through. axes: the mesh axes that the fold communicates over. A fold that computes
-    only what arrays say takes them as a last argument.
+    mask: a pair is seen only if it lets it through. axes: the mesh axes that the fold communicates over. A fold over a
+    plan takes it as a last argument.
     """
 
     mask: Mask

@@ -24,7 +24,7 @@ def forward(
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
     """Returns (out, lse), both in the precision of at least float32 (float64 if the inputs are). Differentiable.
 
-    allowed: pairs beside which the mask hides all others; one set for all heads, a key head or a query head.
+    allowed: the only pairs that may be seen, on top of the mask; one set for all heads, a key head or a query head.
     """
     q, k, v, visible = _prepared(q, k, v, q_tokens, k_tokens, mask, allowed)
     scores = _scores(q, k, scale, softcap)

@@ -100,7 +100,10 @@ def test_the_benchmark_counts_pairs_as_the_mask_lets_them_through(mask):
     assert gpu_bench.pairs(400, gpu_bench.near(400)) == pytest.approx(0.1 * 400**2, rel=0.01)
 
 
-@pytest.mark.parametrize("T, S, heads", [(1, 1000, (8, 2)), (5, 640, (4, 4)), (40, 300, (6, 2))])
+@pytest.mark.parametrize(
+    "T, S, heads",
+    [(1, 400, (8, 2)), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((5, 640, (4, 4)), (40, 300, (6, 2))))],
+)
 def test_few_queries_over_split_keys_equal_the_reference(T, S, heads):
     """Parts of the keys that see nothing, and rows that see nothing in any."""
     rng = np.random.default_rng(0)

@@ -40,3 +40,17 @@ def test_other_devices_keep_their_order():
     pairs = [types.SimpleNamespace(coords=(x // 2, 0, 0)) for x in range(4)]
     for devices in (cube, pairs, [types.SimpleNamespace()] * 2, [types.SimpleNamespace(coords=(0, 0, 0))]):
         assert in_cycles(devices, 2) == devices
+
+
+@pytest.mark.parametrize("shape, cycles", [((1, 8, 8), True), ((64, 1, 1), False), ((1, 32, 2), False), ((4, 16, 1), False)])
+def test_a_process_keeps_one_run_of_rows(shape, cycles):
+    """v5e:8x8, four chips a process: data, fsdp, context."""
+    host = lambda x, y: y // 2 * 4 + x // 2
+    places = sorted(((x, y) for x in range(8) for y in range(8)), key=lambda place: (host(*place), place))
+    devices = [types.SimpleNamespace(coords=(x, y, 0), process_index=host(x, y)) for x, y in places]
+    _, fsdp, context = shape
+    found = in_cycles(devices, next(n for n in reversed(shape) if n > 1), groups=(context, fsdp * context))
+    assert (found != devices) == cycles
+    for process in range(16):
+        rows = sorted({place // context for place, device in enumerate(found) if device.process_index == process})
+        assert rows == list(range(rows[0], rows[0] + len(rows)))
