@@ -116,7 +116,7 @@ def main(chip, what="kernels"):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the TPU compiler")
-@pytest.mark.parametrize("chip", [pytest.param(c, marks=() if c in ("v4", "v5e") else pytest.mark.slow) for c in TOPOLOGIES])
+@pytest.mark.parametrize("chip", [pytest.param(c, marks=() if c == "v5e" else pytest.mark.slow) for c in TOPOLOGIES])
 def test_compiles(chip):
     done = lines(chip)
     assert len(done) == (7 if chip == "v5e" else 2)

@@ -150,6 +150,7 @@ HEADS, ROWS = c * H * D, c * H * 4  # an array of query heads, and bytes of a fl
 REPEATED = c * 4 * D  # keys of the 4 devices, each of whom needs a head
 
 
+@pytest.mark.slow
 def test_compiled_programs_send_what_the_formulas_say():
     """Queries stay in all but all-to-all. The compiler takes what is cast to bfloat16 after an exchange before it."""
     if importlib.util.find_spec("libtpu") is None:
