@@ -121,7 +121,19 @@ def test_pattern_of_periods_is_the_layers_in_order():
 
 
 @pytest.mark.parametrize(
-    "options", [*({"remat": name} for name in REMAT if name != "none"), {"channel_chunk": 4}, {"unroll": 2}, {"unroll": "all"}]
+    "options",
+    [
+        {"remat": "attention"},
+        {"remat": "offload"},
+        {"channel_chunk": 4},
+        {"unroll": "all"},
+        *(
+            pytest.param({"remat": name}, marks=pytest.mark.slow)
+            for name in REMAT
+            if name not in ("none", "attention", "offload")
+        ),
+        pytest.param({"unroll": 2}, marks=pytest.mark.slow),
+    ],
 )
 def test_remat_chunks_and_unroll_change_nothing(options):
     (value, gradient), (other, others) = value_and_gradient(decoder()), value_and_gradient(decoder(**options))
