@@ -19,6 +19,8 @@ from jaxtyping import Array, Float, Int
 
 from lcx.parallel.rules import Rules, ambient_mesh
 
+LANES = 1024  # of a row that a TPU scatters
+
 
 class Weights(NamedTuple):
     """Arrays of a module that a function reads, their logical axes, and the module with others in their place."""
@@ -154,13 +156,19 @@ def _gathered(plan: _Plan, weights):
 def _scattered(plan: _Plan, sums):
     """This device's share of every gradient, summed over devices.
 
-    One mesh axis at a time: over two at once the TPU compiler makes an all-reduce of the whole, which sends twice the bytes.
+    One mesh axis at a time, and long rows padded to whole `LANES`: else the TPU compiler makes an all-reduce of the whole,
+    which sends twice the bytes.
     """
 
     def scatter(leaf, how):
+        *leading, last = how[0] or ((),)
+        width = leaf.shape[-1] if any(leading) and not last else 0
+        if width > LANES:
+            leaf = jnp.pad(leaf, ((0, 0),) * (leaf.ndim - 1) + ((0, -width % LANES),))
         for dim, axes in enumerate(how[0]):
             for axis in axes:
                 leaf = jax.lax.psum_scatter(leaf, axis, scatter_dimension=dim, tiled=True)
+        leaf = leaf[..., :width] if width else leaf
         rest = tuple(axis for axis in (*plan.rows, *plan.sequence) if not any(axis in axes for axes in how[0]))
         return jax.lax.psum(leaf, rest) if rest else leaf
 

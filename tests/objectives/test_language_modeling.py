@@ -73,7 +73,7 @@ def run(objective, hidden, matrix, targets, weights, aux=None):
     return jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(hidden, matrix)
 
 
-@pytest.mark.parametrize(("chunk", "parts"), [(1, 1), (4, 1), (4, 3), (13, 12), (1024, 1)])
+@pytest.mark.parametrize(("chunk", "parts"), [(1, 1), (4, 1), (13, 3), (1024, 1)])
 @pytest.mark.parametrize("z_loss", [0.0, 0.01])
 def test_equals_dense_float64_in_value_and_gradient(chunk, parts, z_loss):
     hidden, matrix, targets, weights = arrays()
@@ -107,7 +107,7 @@ def test_the_first_of_equal_logits_is_the_top_in_any_parts():
     hidden, matrix, targets, weights = arrays()
     matrix = np.repeat(matrix[:, :3], 4, axis=1)[:, [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]]  # columns 0 to 2, four times
     count = lambda parts: run(LanguageModeling(parts=parts), hidden, matrix, targets % 3, weights)[0][1][1]["correct"]
-    assert count(1) == count(2) == count(4) == count(6) > 0
+    assert count(1) == count(4) > 0
 
 
 def test_a_vocabulary_that_does_not_divide_is_refused():
@@ -172,7 +172,12 @@ def test_prompts_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("axes", "parts"), [({"data": 2, "context": 2}, 1), ({"fsdp": 2, "tensor": 2}, 1), ({"fsdp": 2, "tensor": 2}, 4)]
+    ("axes", "parts"),
+    [
+        ({"data": 2, "context": 2}, 1),
+        ({"fsdp": 2, "tensor": 2}, 4),
+        pytest.param({"fsdp": 2, "tensor": 2}, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_devices_exchange_the_head_and_its_gradient_outside_the_loop_over_chunks(axes, parts):
     """On a mesh the value and gradient are those of one device, and no loop body talks about an array of the vocabulary."""
