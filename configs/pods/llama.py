@@ -3,8 +3,9 @@
     python -m experiments.plan --config=config:pods.llama.llama3_8b_1m --topology=v5e:16x16
 
 One row of the whole length a group of devices; parameters, gradients and moments are spread over all of them; zigzag rows over
-rings, the inner ring on the second mesh axis. The head is gathered a part of the vocabulary at a time, parts of whole lanes of
-128 words. The text is the standard library's, for want of a corpus: set data.
+rings, the inner ring on the second mesh axis. What attention gave is kept, so that no ring runs twice; the head is gathered a
+part of the vocabulary at a time, of whole lanes of 128 words. The text is the standard library's, for want of a corpus: set
+data.
 """
 
 from configs.models import llama
@@ -27,7 +28,7 @@ SPREAD = Rules(batch=("data",), sequence=("fsdp", "context"), width=("fsdp", "co
 
 def _pod(model: Decoder, length: int, mesh: MeshSpec, parts: int = 6) -> Experiment:
     return Experiment(
-        model=edits(model, [("rules", SPREAD), ("communication", Ring())]),
+        model=edits(model, [("rules", SPREAD), ("communication", Ring()), ("remat", "attention")]),
         data=Pipeline(
             mixture=(Weighted(rows=PackedText(source=StandardLibrary(split="train"))),), length=length, batch_size=mesh.data
         ),
