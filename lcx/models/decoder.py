@@ -51,8 +51,8 @@ class Decoder(Spec):
 
     rope: the rule of every attention layer that says `rope="model"`; None is NoPE. embed_mixer: added to the embeddings.
     head: `tied` to the embedding or `untied`. logit_softcap: cap * tanh(logits / cap). remat: what the backward pass keeps of
-    each period: all (`none`), nothing but its input (`full`), matrix products too (`dots`), or the result of attention too, so
-    that no ring runs again (`attention`); `offload` keeps the input and that result in the memory of the host. channel_chunk:
+    each period: all (`none`), nothing but its input (`full`), its input and matrix products (`dots`), or its input and what
+    attention gave, so that no ring runs again (`attention`; `offload` keeps the same two on the host). channel_chunk:
     tokens of each row of a device that channel mixers see at a time, forward and backward; None is all. unroll: periods a scan
     step, or `all` of them (faster on a CPU, longer to compile). rules, communication: how the model lies on a mesh, and how
     queries meet keys where the sequence is sharded.

@@ -11,11 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 from pallas_kernels.tile_attention.blocks import Sizes
-from pallas_kernels.tile_attention.tile_list import TileList, tile_states
+from pallas_kernels.tile_attention.tile_list import KINDS, TileList, tile_states
 from pallas_kernels.tile_attention.tiling import EMPTY, FULL
 from pallas_kernels.tile_attention.tokens import Mask
-
-KINDS = 4  # more than FULL, PARTIAL and EMPTY
 
 
 class Lists(NamedTuple):

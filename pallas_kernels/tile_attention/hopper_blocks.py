@@ -11,11 +11,12 @@ import jax.numpy as jnp
 
 from pallas_kernels.tile_attention.blocks import Shape
 from pallas_kernels.tile_attention.gpu_arrays import power_of_two
+from pallas_kernels.tile_attention.triton_blocks import KIB
+from pallas_kernels.tile_attention.triton_blocks import SHARED as EACH
 
 MAJOR = 128  # tokens that stay: 64 for each of two warpgroups
 GPUS = ("H100", "H200")
-KIB = 1 << 10
-SHARED = 227 * KIB  # of one program
+SHARED = min(EACH[gpu] for gpu in GPUS)
 OWN = 3 * KIB  # barriers and alignment
 WIDEST = 256
 TOGETHER = 256  # head sizes of keys and values whose gradients one kernel keeps in registers; wider ones take a kernel each

@@ -165,7 +165,8 @@ def key_gradient(work: Work, minors, ends, q, d_out, lse, delta, q_tokens, k, v,
     minor, full, some = _listed(minors, ends, b, key_head, k.shape[2], tile)
     full, some = full * heads, some * heads
 
-    def kernel(k_smem, v_smem, given, q_smem, d_smem, lse_smem, delta_smem, tokens_smem, ready, done):
+    def kernel(k_smem, v_smem, given, queries):
+        q_smem, d_smem, lse_smem, delta_smem, tokens_smem, ready, done = queries
         group = jax.lax.axis_index("group")
 
         @pl.when(group < GROUPS)
@@ -209,35 +210,16 @@ def key_gradient(work: Work, minors, ends, q, d_out, lse, delta, q_tokens, k, v,
             for name, out, total in zip(work.wanted, outs, totals, strict=True):
                 out[b, rows, key_head] = total * work.scores.scale if name == "dk" else total
 
-        @pl.when(group == GROUPS)
-        def _copy():
-            mosaic.set_max_registers(COPY_REGISTERS, action="decrease")
-
-            def copy(n, wait):
-                slot, head = _slot(n, stages), key_head * heads + jax.lax.rem(n, jnp.int32(heads))
-                queries = pl.ds(minor(jax.lax.div(n, jnp.int32(heads))) * bq, bq)
-                if wait:
-                    mosaic.barrier_wait(done.at[slot])
-                mosaic.copy_gmem_to_smem(q.at[b, queries, head], q_smem.at[slot], ready.at[slot])
-                mosaic.copy_gmem_to_smem(d_out.at[b, queries, head], d_smem.at[slot], ready.at[slot])
-                mosaic.copy_gmem_to_smem(lse.at[b, head, queries], lse_smem.at[slot], ready.at[slot])
-                mosaic.copy_gmem_to_smem(delta.at[b, head, queries], delta_smem.at[slot], ready.at[slot])
-                mosaic.copy_gmem_to_smem(q_tokens.at[b, :, queries], tokens_smem.at[slot], ready.at[slot])
-
-            _ahead(stages, some, copy)
+        pl.when(group == GROUPS)(
+            _copies_of_queries(work, minor, some, b, key_head, heads, (q, d_out, lse, delta, q_tokens), *queries)
+        )
 
     pl.run_scoped(
         kernel,
         _matrices((GROUPS, ROWS, D), q.dtype),
         _matrices((GROUPS, ROWS, E), q.dtype),
         mosaic.Barrier(num_arrivals=2, num_barriers=GROUPS),
-        _matrices((stages, bq, D), q.dtype),
-        _matrices((stages, bq, E), q.dtype),
-        mosaic.SMEM((stages, bq), jnp.float32),
-        mosaic.SMEM((stages, bq), jnp.float32),
-        mosaic.SMEM((stages, 4, bq), jnp.int32),
-        mosaic.Barrier(num_arrivals=5, num_barriers=stages),
-        mosaic.Barrier(num_arrivals=GROUPS, num_barriers=stages),
+        _slots_of_queries(work, D, E, q.dtype),
         collective_axes="group",
     )
 
@@ -298,6 +280,42 @@ def _copies_of_keys(work: Work, minor, some, b, head, heads: int, k, v, k_tokens
             if wait:
                 mosaic.barrier_wait(v_done.at[slot])
             mosaic.copy_gmem_to_smem(v.at[b, keys, key_head], v_smem.at[slot], v_ready.at[slot])
+
+        _ahead(work.stages, some, copy)
+
+    return run
+
+
+def _slots_of_queries(work: Work, D: int, E: int, dtype) -> tuple:
+    """Shared memory and barriers of the tiles of queries that pass by."""
+    stages, bq = work.stages, work.minor
+    return (
+        _matrices((stages, bq, D), dtype),
+        _matrices((stages, bq, E), dtype),
+        mosaic.SMEM((stages, bq), jnp.float32),
+        mosaic.SMEM((stages, bq), jnp.float32),
+        mosaic.SMEM((stages, 4, bq), jnp.int32),
+        mosaic.Barrier(num_arrivals=5, num_barriers=stages),
+        mosaic.Barrier(num_arrivals=GROUPS, num_barriers=stages),
+    )
+
+
+def _copies_of_queries(work: Work, minor, some, b, key_head, heads: int, arrays, *slots) -> Callable[[], None]:
+    """What the third warpgroup does where queries pass by, the heads of a key head after each other."""
+    q, d_out, lse, delta, q_tokens = arrays
+    *memory, ready, done = slots
+
+    def run():
+        mosaic.set_max_registers(COPY_REGISTERS, action="decrease")
+
+        def copy(n, wait):
+            slot, head = _slot(n, work.stages), key_head * heads + jax.lax.rem(n, jnp.int32(heads))
+            queries = pl.ds(minor(jax.lax.div(n, jnp.int32(heads))) * work.minor, work.minor)
+            if wait:
+                mosaic.barrier_wait(done.at[slot])
+            rows = q.at[b, queries, head], d_out.at[b, queries, head], lse.at[b, head, queries], delta.at[b, head, queries]
+            for source, target in zip((*rows, q_tokens.at[b, :, queries]), memory, strict=True):
+                mosaic.copy_gmem_to_smem(source, target.at[slot], ready.at[slot])
 
         _ahead(work.stages, some, copy)
 

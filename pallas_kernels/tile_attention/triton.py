@@ -72,11 +72,7 @@ def backward(
     tiles: TileList | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B S K D"], Float[Array, "B S K E"]]:
-    """Returns (dq, dk, dv) in float32.
-
-    lse: of the whole softmax, over more keys than these if they are a shard; -inf for rows that see nothing, whose gradients
-    are zero. delta = sum(d_out out) - d_lse, the sum over a head's E.
-    """
+    """Returns (dq, dk, dv) in float32; lse and delta of the whole softmax, as in `gpu.backward`."""
     shape = _shape(q, k, v, tiles)
     if shape.T == 0 or shape.S == 0:
         return tuple(jnp.zeros(x.shape) for x in (q, k, v))

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.target import platform, precision
+from pallas_kernels.tile_attention.scores import LOW
 from pallas_kernels.tile_attention.tile_list import TileList
 from pallas_kernels.tile_attention.tiling import (
     EMPTY,
@@ -31,8 +32,6 @@ from pallas_kernels.tile_attention.tiling import (
     uncut,
 )
 from pallas_kernels.tile_attention.tokens import Mask, Tokens
-
-LOW = -0.7 * float(jnp.finfo(jnp.float32).max)  # the score of a pair that is not visible; -inf would give NaN
 
 
 class Sizes(NamedTuple):

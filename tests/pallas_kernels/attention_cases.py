@@ -7,9 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
+from lcx.attention.mask import Beyond, Causal, Chunk, Hide, Sink, Window, Within
 from pallas_kernels.tile_attention import op, reference
-from pallas_kernels.tile_attention.tokens import Tokens
+from pallas_kernels.tile_attention.tile_list import TileList, verified
+from pallas_kernels.tile_attention.tokens import Tokens, pad_tokens
+from pallas_kernels.tile_attention.tokens import tiles as statistics
 
+MASKS = [
+    Causal(),
+    Window(size=40) | (Sink(size=3) & Hide(query_role=1, key_role=0)),
+    Within(size=90) & Chunk(size=50),
+    Beyond(size=30),
+]
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
 
@@ -46,6 +55,26 @@ def arrays(rng, B, T, S, H, K, D, E, dtype=jnp.float32):
     return (*qkv, *(jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((B, T, H, E), (B, T, H))))
 
 
+def listed(groups, T, S, H=4, K=2, width=64):
+    """One document in bfloat16, its tokens and cotangents; a list of some causal tiles of 128 x 128; the pairs that it lists."""
+    rng = np.random.default_rng(groups)
+    q_tokens, k_tokens = whole_document(1, T), whole_document(1, S)
+    nq, nk = -(-T // 128), -(-S // 128)
+    seen = rng.random((1, groups, nq, nk)) < 0.6
+    seen[..., 0, :] = False  # rows without a tile
+    seen[..., 1, 0] = True  # a full one
+    places = np.argsort(~seen.reshape(1, groups, -1), axis=-1, kind="stable")
+    rows, cols, count = (jnp.asarray(x, jnp.int32) for x in (places // nk, places % nk, seen.sum((2, 3))))
+    tiles = TileList(rows, cols, jnp.zeros(places.shape, jnp.int8), count)
+    sides = (statistics(pad_tokens(side, 128), 128) for side in (q_tokens, k_tokens))
+    pairs = jnp.asarray(seen.repeat(128, 2).repeat(128, 3)[:, :, :T, :S])
+    return (
+        (*arrays(rng, 1, T, S, H, K, width, width, jnp.bfloat16), q_tokens, k_tokens),
+        verified(tiles, Causal(), *sides),
+        pairs,
+    )
+
+
 def with_gradient(form):
     def run(q, k, v, d_out, d_lse, q_tokens, k_tokens):
         (out, lse), pull = jax.vjp(lambda q, k, v: form(q, k, v, q_tokens, k_tokens), q, k, v)
@@ -61,11 +90,11 @@ def compare(got, expected, tolerance):
         np.testing.assert_allclose(value, other, rtol=0, atol=tolerance * largest, err_msg=name)
 
 
-class Interpreted(op.Fold):
-    """A module's two functions in interpret mode, as `op.attention` takes them."""
+class OneForm(op.Fold):
+    """A module's two functions as `op.attention` takes them."""
 
     def __init__(self, form, **options):
-        self.form, self.options = form, {"interpret": True, **options}
+        self.form, self.options = form, options
 
     def forward(self, *given):
         return self.form.forward(*given, **self.options)
@@ -77,7 +106,7 @@ class Interpreted(op.Fold):
 def beside_the_reference(form, mask, softcap=None, **options):
     """(the interpreted form, the dense reference), each with its gradient."""
     logits = {"mask": mask, "scale": 0.2, "softcap": softcap}
-    fold = Interpreted(form, **logits, **options)
+    fold = OneForm(form, **logits, **options, interpret=True)
     return tuple(map(with_gradient, (functools.partial(op.attention, fold), functools.partial(reference.forward, **logits))))
 
 

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import arrays, compare, described, random_tokens, with_gradient
+from attention_cases import MASKS, OneForm, arrays, compare, described, listed, random_tokens, with_gradient
 
 from lcx.attention.attend import choose
-from lcx.attention.mask import Beyond, Causal, Chunk, Hide, Sink, Window, Within
+from lcx.attention.mask import Causal, Window
 from pallas_kernels.target import platform
 from pallas_kernels.tile_attention import gpu, gpu_bench, gpu_few, gpu_lists, hopper, op, reference, triton
 from pallas_kernels.tile_attention.bench import Causal as OneDocument
@@ -119,11 +119,11 @@ def test_few_queries_over_split_keys_equal_the_reference(T, S, heads):
 
 
 CASES = [
-    (Causal(), (2, 2), (64, 64), None),
-    (Window(size=40) | (Sink(size=3) & Hide(query_role=1, key_role=0)), (6, 2), (128, 40), 2.0),
-    (Within(size=90) & Chunk(size=50), (4, 1), (40, 64), None),
-    (Beyond(size=30), (2, 1), (128, 128), None),
-    (Causal(), (4, 2), (256, 256), 30.0),
+    (MASKS[0], (2, 2), (64, 64), None),
+    (MASKS[1], (6, 2), (128, 40), 2.0),
+    (MASKS[2], (4, 1), (40, 64), None),
+    (MASKS[3], (2, 1), (128, 128), None),
+    (MASKS[0], (4, 2), (256, 256), 30.0),
 ]
 
 
@@ -134,7 +134,7 @@ def test_equals_the_reference_on_this_gpu(mask, heads, widths, softcap, form):
     """bfloat16, several documents, shared and shuffled tokens, rows that see nothing."""
     options = {"mask": mask, "scale": 0.1, "softcap": softcap}
     dense = with_gradient(functools.partial(reference.forward, **options))
-    run = with_gradient(functools.partial(op.attention, OneForm(form, options)))
+    run = with_gradient(functools.partial(op.attention, OneForm(form, **options)))
     for seed, kind in enumerate(("packed", "special", "shuffled", "padding")):
         rng = np.random.default_rng(seed)
         q, k, v, *rest = arrays(rng, 2, 371, 501, *heads, *widths, jnp.bfloat16)
@@ -160,43 +160,25 @@ def test_float32_equals_the_reference_on_this_gpu():
     options = {"mask": Causal(), "scale": 0.2, "softcap": None}
     rng = np.random.default_rng(0)
     given = *arrays(rng, 2, 300, 300, 4, 2, 64, 64), *(random_tokens(rng, 2, 300, "packed"),) * 2
-    got = with_gradient(functools.partial(op.attention, OneForm(gpu, options)))(*given)
+    got = with_gradient(functools.partial(op.attention, OneForm(gpu, **options)))(*given)
     compare(got, with_gradient(functools.partial(reference.forward, **options))(*given), 1e-5)
 
 
 @on_a_gpu
-@pytest.mark.parametrize("form", [hopper, triton], ids=lambda form: form.__name__.rpartition(".")[2])
-def test_lists_of_tiles_equal_the_reference_on_this_gpu(form):
-    """Every second tile of 128 x 128, another choice for each key head."""
-    rng = np.random.default_rng(0)
-    q, k, v, *_ = arrays(rng, 1, 500, 640, 4, 2, 64, 64, jnp.bfloat16)
-    seen = rng.random((1, 2, 4, 5)) < 0.5
-    places = np.stack([np.argsort(~row.reshape(-1), kind="stable") for row in seen[0]])[None]
-    tiles = TileList(
-        *(jnp.asarray(x, jnp.int32) for x in (places // 5, places % 5)),
-        jnp.full(places.shape, PARTIAL, jnp.int8),
-        jnp.asarray(seen.sum((2, 3)), jnp.int32),
-    )
-    tokens = [random_tokens(rng, 1, length, "packed") for length in (500, 640)]
-    options = {"mask": Causal(), "scale": 0.1, "softcap": None}
-    given = {"tiles": tiles} if form is hopper else {"tiles": tiles, "blocks": triton.Blocks.same(128, 128)}
-    out, lse = form.forward(q, k, v, *tokens, **options, **given)
-    pairs = seen.repeat(128, 2).repeat(128, 3)[:, :, :500, :640]
-    mask = Causal().visible(tokens[0].rows(), tokens[1].columns())
-    scores = 0.1 * jnp.einsum("bthd,bshd->bhts", *(x.astype(jnp.float32) for x in (q, k.repeat(2, 2))))
-    scores = jnp.where(pairs.repeat(2, 1) & mask[:, None], scores, -jnp.inf)
-    np.testing.assert_allclose(lse, jax.nn.logsumexp(scores, axis=-1).swapaxes(1, 2), atol=2e-2)
-    assert out.shape == (1, 500, 4, 64)
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("form", ["hopper", "triton"])
+def test_lists_of_tiles_equal_the_reference_on_this_gpu(form, groups, monkeypatch):
+    if form == "triton":
+        monkeypatch.setattr(gpu, "takes", lambda *call: False)
+    given, tiles, pairs = listed(groups, 500, 640)
+    options = {"mask": Causal(), "scale": 0.1}
+    q, k, v, *rest = given
+    got = with_gradient(functools.partial(op.attention, OneForm(gpu, **options, tiles=tiles, tile=(128, 128))))(*given)
+    dense = functools.partial(reference.forward, **options, allowed=pairs)
+    compare(got, with_gradient(dense)(*(x.astype(jnp.float32) for x in (q, k, v)), *rest), 1e-2)
 
 
-class OneForm(op.Fold):
-    """One form, wherever another would be chosen."""
-
-    def __init__(self, form, options):
-        self.form, self.options = form, options
-
-    def forward(self, *given):
-        return self.form.forward(*given, **self.options)
-
-    def backward(self, *given):
-        return self.form.backward(*given, **self.options)
+def test_tiles_come_with_their_size():
+    q, k, v, *_, q_tokens, k_tokens = listed(1, 141, 201)[0]
+    with pytest.raises(ValueError, match=r"tile = \(128, 128\) without a list of tiles: expected both or neither"):
+        gpu.forward(q, k, v, q_tokens, k_tokens, mask=Causal(), scale=1.0, tile=(128, 128))

@@ -6,34 +6,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import arrays, compare, random_tokens, whole_document, with_gradient
+from attention_cases import MASKS, arrays, compare, listed, random_tokens, whole_document, with_gradient
 from hopper_in_threads import emulate
 
-from lcx.attention.mask import Beyond, Causal, Chunk, Hide, Sink, Window, Within
-from pallas_kernels.tile_attention import hopper, reference
+from lcx.attention.mask import Causal
+from pallas_kernels.tile_attention import gpu, hopper, reference
 from pallas_kernels.tile_attention.blocks import Shape
 from pallas_kernels.tile_attention.hopper_blocks import SHARED, TARGETS, Blocks, Passing, choose_blocks, shared_bytes
 from pallas_kernels.tile_attention.tokens import Tokens
 
 SMALL = Blocks(Passing(64, 2), Passing(64, 2), Passing(64, 2))
 ODD = Blocks(Passing(128, 1), Passing(64, 3), Passing(64, 1))
-MASKS = [
-    Causal(),
-    Window(size=40) | (Sink(size=3) & Hide(query_role=1, key_role=0)),
-    Within(size=90) & Chunk(size=50),
-    Beyond(size=30),
-]
 
 
-def both(given, **options):
-    """(out, lse, dq, dk, dv) of the kernels and of the reference on the same bfloat16 values."""
+def both(given, form=hopper, allowed=None, own=None, **options):
+    """(out, lse, dq, dk, dv) of the kernels, with options of their `own`, and of the reference on the same bfloat16 values."""
     q, k, v, d_out, d_lse, *tokens = given
-    out, lse = hopper.forward(q, k, v, *tokens, **options)
+    out, lse = form.forward(q, k, v, *tokens, **options, **(own or {}))
     delta = jnp.where(jnp.isneginf(lse), 0, jnp.sum(d_out * out, axis=-1) - d_lse)
-    got = out, lse, *hopper.backward(q, k, v, *tokens, lse, delta, d_out, **options)
-    options.pop("blocks", None)
+    got = out, lse, *form.backward(q, k, v, *tokens, lse, delta, d_out, **options, **(own or {}))
     wide = (x.astype(jnp.float32) for x in (q, k, v))
-    return got, with_gradient(functools.partial(reference.forward, **options))(*wide, d_out, d_lse, *tokens)
+    dense = functools.partial(reference.forward, **options, allowed=allowed)
+    return got, with_gradient(dense)(*wide, d_out, d_lse, *tokens)
 
 
 @pytest.mark.parametrize(
@@ -55,8 +49,18 @@ def test_equals_the_reference(mask, heads, widths, softcap, kind, blocks, monkey
         mask=mask,
         scale=0.2,
         softcap=softcap,
-        blocks=blocks,
+        own={"blocks": blocks},
     )
+    compare(got, expected, 1e-2)
+
+
+@pytest.mark.parametrize("groups", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
+def test_lists_of_tiles_equal_the_reference(groups, monkeypatch):
+    """One list for all heads, for each key head or each query head; full and partial tiles, rows without any."""
+    emulate(monkeypatch)
+    monkeypatch.setattr(gpu, "takes", lambda *call: True)
+    given, tiles, pairs = listed(groups, 141, 201)
+    got, expected = both(given, gpu, pairs, {"tiles": tiles, "tile": (128, 128)}, mask=Causal(), scale=0.1)
     compare(got, expected, 1e-2)
 
 

@@ -7,21 +7,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import arrays, beside_the_reference, compare, described, random_tokens, whole_document, with_gradient
+from attention_cases import (
+    MASKS,
+    arrays,
+    beside_the_reference,
+    compare,
+    described,
+    random_tokens,
+    whole_document,
+    with_gradient,
+)
 
-from lcx.attention.mask import Beyond, Causal, Chunk, Hide, Sink, Window, Within
+from lcx.attention.mask import Causal
 from pallas_kernels.tile_attention import reference, triton
 from pallas_kernels.tile_attention.blocks import Shape
 from pallas_kernels.tile_attention.tokens import Tokens
 from pallas_kernels.tile_attention.triton_blocks import ANY, SHARED, Blocks, Tile, choose_blocks, shared_bytes, sizes
 
 KINDS = ("packed", "special", "shuffled", "padding", "single")
-MASKS = [
-    Causal(),
-    Window(size=40) | (Sink(size=3) & Hide(query_role=1, key_role=0)),
-    Within(size=90) & Chunk(size=50),
-    Beyond(size=30),
-]
 
 
 def both(mask, softcap=None, **options):
