@@ -56,7 +56,7 @@ def arrays(rng, B, T, S, H, K, D, E, dtype=jnp.float32):
 
 
 def listed(groups, T, S, H=4, K=2, width=64):
-    """One document in bfloat16, its tokens and cotangents; a list of some causal tiles of 128 x 128; the pairs that it lists."""
+    """One document in bfloat16, its tokens and cotangents; a list of some causal tiles of 128 x 128; the pairs it lists."""
     rng = np.random.default_rng(groups)
     q_tokens, k_tokens = whole_document(1, T), whole_document(1, S)
     nq, nk = -(-T // 128), -(-S // 128)
