@@ -2,29 +2,75 @@
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float
 
-from lcx.parallel.rules import ambient_mesh
+from lcx.parallel.gathered import Spread, axes_size, gather, logical_axes, on_shares, partition, scatter, spread_of, token_axes
+from lcx.parallel.rules import Rules, ambient_mesh
 from pallas_kernels.target import precision
 
 
-def linear(x: Float[Array, "..."], matrix: Float[Array, "..."], *, contracted: int = 1) -> Float[Array, "..."]:
-    """[*tokens, *inputs] by [*inputs, *outputs] over `contracted` input axes, in the precision of `x`.
+def linear(x: Float[Array, "B T ..."], weight: nnx.Param, rules: Rules, *, contracted: int = 1) -> Float[Array, "B T ..."]:
+    """[B, T, *inputs] by a weight [*inputs, *outputs] over `contracted` input axes, in the precision of `x`.
 
     On one device the tokens are one flat axis: XLA's CPU backend then forms the weight gradient without transposing the
-    cotangents element by element (a gated layer is 2.3 times faster). On a mesh the token axes stay apart, as they are
-    sharded.
+    cotangents element by element (a gated layer is 2.3 times faster). On a mesh a device gathers the weight for the tokens
+    that it holds, and keeps its share of the gradient; neither stays whole. Tokens that do not divide over the devices are
+    left to the compiler.
     """
-    matrix = matrix.astype(x.dtype)
-    if ambient_mesh() is not None:
-        return jnp.tensordot(x, matrix, axes=contracted, precision=precision(x.dtype))
-    tokens, outputs = x.shape[: x.ndim - contracted], matrix.shape[contracted:]
-    size = math.prod(matrix.shape[:contracted])
-    y = jnp.matmul(x.reshape(-1, size), matrix.reshape(size, -1), precision=precision(x.dtype))
-    return y.reshape(*tokens, *outputs)
+    matrix = weight[...]
+    if ambient_mesh() is None:
+        tokens, outputs = x.shape[: x.ndim - contracted], matrix.shape[contracted:]
+        size = math.prod(matrix.shape[:contracted])
+        y = _product(1, x.reshape(-1, size), matrix.astype(x.dtype).reshape(size, -1))
+        return y.reshape(*tokens, *outputs)
+    rows, sequence = token_axes(rules)
+    if x.shape[0] % axes_size(rows) or x.shape[1] % axes_size(sequence):
+        return _product(contracted, x, matrix.astype(x.dtype))
+    over = (*rows, *sequence)
+    plan = _Gathered(spread_of(logical_axes(weight, matrix.ndim), rules, over), (rows, sequence), over, contracted)
+    return _sharded(plan, x, matrix)
+
+
+class _Gathered(NamedTuple):
+    """spread: of the weight; tokens: of rows and of the tokens of a row; over: the mesh axes of tokens."""
+
+    spread: Spread
+    tokens: Spread
+    over: tuple[str, ...]
+    contracted: int
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sharded(plan, x, matrix):
+    local = lambda x, share: _product(plan.contracted, x, gather(share.astype(x.dtype), plan.spread))
+    tokens, share = partition(plan.tokens), partition(plan.spread)
+    return on_shares(local, (tokens, share), tokens, plan.over)(x, matrix)
+
+
+def _save_sharded(plan, x, matrix):
+    return _sharded(plan, x, matrix), (x, matrix)
+
+
+def _pull_sharded(plan, saved, slope):
+    def local(x, share, slope):
+        _, pull = jax.vjp(functools.partial(_product, plan.contracted), x, gather(share.astype(x.dtype), plan.spread))
+        by_x, by_matrix = pull(slope)
+        return by_x, scatter(by_matrix, plan.spread, plan.over).astype(share.dtype)
+
+    tokens, share = partition(plan.tokens), partition(plan.spread)
+    return on_shares(local, (tokens, share, tokens), (tokens, share), plan.over)(*saved, slope)
+
+
+_sharded.defvjp(_save_sharded, _pull_sharded)
+
+
+def _product(contracted, x, matrix):
+    return jnp.tensordot(x, matrix, axes=contracted, precision=precision(x.dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -9,6 +9,7 @@ import dataclasses
 import jax
 
 from lcx.attention.communication import Communication, Wrapped
+from lcx.parallel.gathered import gather, scatter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,8 +34,7 @@ class Gathered(Wrapped):
     def backward(self, q, k, v, q_tokens, k_tokens, lse, delta, d_out):
         k, v, k_tokens = self._gather(k, v, k_tokens)
         dq, dk, dv = self.inner.backward(q, k, v, q_tokens, k_tokens, lse, delta, d_out)
-        scatter = lambda leaf: jax.lax.psum_scatter(leaf, self.axis, scatter_dimension=1, tiled=True)
-        return dq, scatter(dk), scatter(dv)
+        return dq, *(scatter(leaf, ((), self.own, (), ())) for leaf in (dk, dv))
 
     def _gather(self, *trees):
-        return jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, self.axis, axis=1, tiled=True), trees)
+        return jax.tree.map(lambda leaf: gather(leaf, ((), self.own)), trees)

@@ -37,6 +37,9 @@ class Wrapped(Fold):
         return self.inner.mask
 
     @property
+    def own(self) -> tuple[str, ...]:
+        return (self.axis,) if isinstance(self.axis, str) else self.axis
+
+    @property
     def axes(self) -> tuple[str, ...]:
-        own = (self.axis,) if isinstance(self.axis, str) else self.axis
-        return (*own, *self.inner.axes)
+        return (*self.own, *self.inner.axes)

@@ -46,12 +46,12 @@ class GLUModule(nnx.Module):
         self.gate_bias, self.up_bias, self.down_bias = zeros(F, "hidden"), zeros(F, "hidden"), zeros(M, "width")
 
     def __call__(self, x: Float[Array, "B T M"], tokens: Int[Array, "B T"]):
-        gate, up = _affine(x, self.gate, self.gate_bias), _affine(x, self.up, self.up_bias)
-        inner = shard(_ACTIVATIONS[self.spec.activation](gate) * up, self.inherited.rules, "batch", "sequence", "hidden")
-        y = _affine(inner, self.down, self.down_bias)
-        return shard(y, self.inherited.rules, "batch", "sequence", None), {}
+        rules = self.inherited.rules
+        gate, up = self._affine(x, self.gate, self.gate_bias), self._affine(x, self.up, self.up_bias)
+        inner = shard(_ACTIVATIONS[self.spec.activation](gate) * up, rules, "batch", "sequence", "hidden")
+        y = self._affine(inner, self.down, self.down_bias)
+        return shard(y, rules, "batch", "sequence", None), {}
 
-
-def _affine(x, matrix, bias):
-    y = linear(x, matrix[...])
-    return y if bias is None else y + bias[...].astype(x.dtype)
+    def _affine(self, x, matrix, bias):
+        y = linear(x, matrix, self.inherited.rules)
+        return y if bias is None else y + bias[...].astype(x.dtype)

@@ -113,7 +113,7 @@ class AttentionModule(MixerModule):
             out, lse = spec.cache.attend(state, q, info, frequencies=frequencies, **options)
         if self.sinks is not None:
             out = with_sinks(out, lse, self.sinks[...])
-        y = linear(out.astype(x.dtype), self.output[...], contracted=2)
+        y = linear(out.astype(x.dtype), self.output, rules, contracted=2)
         if self.output_bias is not None:
             y = y + self.output_bias[...].astype(x.dtype)
         return shard(y, rules, "batch", "sequence", None), state, {}
@@ -124,7 +124,7 @@ class AttentionModule(MixerModule):
         return spec.cache.init(batch_size, length, spec.kv_heads, spec.head_dim, spec.head_dim, dtype)
 
     def _project(self, x, matrix, bias, norm, heads):
-        y = linear(x, matrix[...])
+        y = linear(x, matrix, self.inherited.rules)
         if bias is not None:
             y = y + bias[...].astype(x.dtype)
         if norm is not None:

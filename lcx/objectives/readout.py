@@ -61,7 +61,8 @@ def _read(model: nnx.Module, hidden: Float[Array, "B t M"], places: Int[Array, "
     logits = model.logits(hidden)
     chosen = jnp.arange(logits.shape[-1]) == places[..., None]  # not a gather: it stays local where the vocabulary is sharded
     target = jnp.where(chosen, logits, 0).sum(axis=-1)
-    return jax.nn.logsumexp(logits, axis=-1), target, logits.max(axis=-1), logits.argmax(axis=-1)
+    seen = jax.lax.stop_gradient(logits)
+    return jax.nn.logsumexp(logits, axis=-1), target, seen.max(axis=-1), seen.argmax(axis=-1)
 
 
 def _sizes(vocab: int, parts: int, rules: Rules) -> tuple[int, int]:

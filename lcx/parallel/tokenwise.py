@@ -7,19 +7,16 @@ dtype, adds their gradients up in float32, and keeps its own share of the sum ov
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from lcx.parallel.rules import Rules, ambient_mesh
-
-LANES = 1024  # of a row that a TPU scatters
+from lcx.parallel.gathered import Spread, axes_size, gather, logical_axes, on_shares, partition, scatter, spread_of, token_axes
+from lcx.parallel.rules import Rules
 
 
 class Weights(NamedTuple):
@@ -51,10 +48,14 @@ class _Plan(NamedTuple):
     rows, sequence: the mesh axes that share out the tokens."""
 
     function: Callable[..., Any]
-    gathered: tuple[tuple[tuple[tuple[str, ...], ...], Any], ...]
+    gathered: tuple[tuple[Spread, Any], ...]
     chunk: int
     rows: tuple[str, ...]
     sequence: tuple[str, ...]
+
+    @property
+    def over(self) -> tuple[str, ...]:
+        return (*self.rows, *self.sequence)
 
 
 def tokenwise(
@@ -72,15 +73,13 @@ def tokenwise(
     The output at a token may depend on that token alone, and weights of two axes or more are matrices, which the function
     casts to `compute` before it uses them. Raises ValueError if the tokens do not divide over the devices.
     """
-    rows, sequence = _split(rules.batch), _split(rules.sequence)
-    if x.shape[0] % _size(rows) or x.shape[1] % _size(sequence):
-        grid = f"{_size(rows)} x {_size(sequence)}"
+    rows, sequence = token_axes(rules)
+    if x.shape[0] % axes_size(rows) or x.shape[1] % axes_size(sequence):
+        grid = f"{axes_size(rows)} x {axes_size(sequence)}"
         raise ValueError(f"tokens: {x.shape[0]} rows of {x.shape[1]} do not divide over {grid} devices")
 
     def gathering(leaf, axes):
-        spread = [() if axis is None else getattr(rules, axis) for axis in axes]
-        mine = tuple(tuple(axis for axis in chosen if axis in (*rows, *sequence)) for chosen in spread)
-        return mine, jnp.dtype(compute) if leaf.ndim > 1 else leaf.dtype
+        return spread_of(axes, rules, (*rows, *sequence)), jnp.dtype(compute) if leaf.ndim > 1 else leaf.dtype
 
     bound = lambda arrays, x, ids: function(weights.bind(arrays), x, ids)
     plan = _Plan(bound, tuple(map(gathering, weights.arrays, weights.axes)), chunk, rows, sequence)
@@ -94,7 +93,7 @@ def _run(plan: _Plan, weights, x, ids):
         return _sweep(lambda none, x, ids: (none, plan.function(held, x, ids)), None, plan.chunk, x, ids)[1]
 
     shares, tokens = _partitions(plan)
-    return _on_devices(plan, local, (shares, tokens, tokens), tokens)(weights, x, ids)
+    return on_shares(local, (shares, tokens, tokens), tokens, plan.over)(weights, x, ids)
 
 
 def _save(plan, weights, x, ids):
@@ -115,7 +114,7 @@ def _pull(plan, saved, cotangents):
         return _scattered(plan, sums), d_x
 
     shares, tokens = _partitions(plan)
-    run = _on_devices(plan, local, (shares, tokens, tokens, tokens), (shares, tokens))
+    run = on_shares(local, (shares, tokens, tokens, tokens), (shares, tokens), plan.over)
     return *run(*saved, _floats(cotangents)), None
 
 
@@ -143,73 +142,25 @@ def _sweep(step, carry, chunk: int, *arrays):
 
 def _gathered(plan: _Plan, weights):
     """The whole of every weight, in the dtype that it is used in."""
-
-    def gather(leaf, how):
-        leaf = leaf.astype(how[1])
-        for dim, axes in enumerate(how[0]):
-            leaf = jax.lax.all_gather(leaf, axes, axis=dim, tiled=True) if axes else leaf
-        return leaf
-
-    return tuple(map(gather, weights, plan.gathered))
+    return tuple(gather(leaf.astype(dtype), spread) for leaf, (spread, dtype) in zip(weights, plan.gathered, strict=True))
 
 
 def _scattered(plan: _Plan, sums):
-    """This device's share of every gradient, summed over devices.
-
-    One mesh axis at a time, and long rows padded to whole `LANES`: else the TPU compiler makes an all-reduce of the whole,
-    which sends twice the bytes.
-    """
-
-    def scatter(leaf, how):
-        *leading, last = how[0] or ((),)
-        width = leaf.shape[-1] if any(leading) and not last else 0
-        if width > LANES:
-            leaf = jnp.pad(leaf, ((0, 0),) * (leaf.ndim - 1) + ((0, -width % LANES),))
-        for dim, axes in enumerate(how[0]):
-            for axis in axes:
-                leaf = jax.lax.psum_scatter(leaf, axis, scatter_dimension=dim, tiled=True)
-        leaf = leaf[..., :width] if width else leaf
-        rest = tuple(axis for axis in (*plan.rows, *plan.sequence) if not any(axis in axes for axes in how[0]))
-        return jax.lax.psum(leaf, rest) if rest else leaf
-
-    return tuple(map(scatter, sums, plan.gathered))
-
-
-def _on_devices(plan: _Plan, local, inputs, outputs):
-    """`local` on the tokens of each device; mesh axes that share out none of them are left to the compiler."""
-    manual = {*plan.rows, *plan.sequence}
-    if not manual:
-        return local
-    return jax.shard_map(local, in_specs=inputs, out_specs=outputs, axis_names=manual, check_vma=False)
+    """This device's share of every gradient, summed over devices."""
+    return tuple(scatter(leaf, spread, plan.over) for leaf, (spread, _) in zip(sums, plan.gathered, strict=True))
 
 
 def _partitions(plan: _Plan):
     """Of the weights, and of arrays [B, T, ...]."""
-    some = lambda axes: axes or None
-    shares = tuple(PartitionSpec(*map(some, axes)) for axes, _ in plan.gathered)
-    return shares, PartitionSpec(some(plan.rows), some(plan.sequence))
+    return tuple(partition(spread) for spread, _ in plan.gathered), partition((plan.rows, plan.sequence))
 
 
 def _axes(module: nnx.Module) -> list[tuple[str | None, ...]]:
-    """The logical axes of every array of a module, in the order of `jax.tree.leaves`; None along axes without a name."""
-    found = []
-    for node in jax.tree.leaves(module, is_leaf=lambda node: isinstance(node, nnx.Variable)):
-        named = node.get_metadata().get("axes") if isinstance(node, nnx.Variable) else None
-        rank = jnp.ndim(node[...])
-        found.append((None,) * rank if named is None else tuple(named[len(named) - rank :]))  # one of a stack has one less
-    return found
+    """The logical axes of every array of a module, in the order of `jax.tree.leaves`."""
+    nodes = jax.tree.leaves(module, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    return [logical_axes(node, jnp.ndim(node[...])) for node in nodes]
 
 
 def _floats(outputs) -> list[Array]:
     """The leaves that have a gradient."""
     return [leaf for leaf in jax.tree.leaves(outputs) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-
-
-def _split(axes: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of the mesh axes that have more than one device here."""
-    mesh = ambient_mesh()
-    return () if mesh is None else tuple(axis for axis in axes if mesh.shape[axis] > 1)
-
-
-def _size(axes: tuple[str, ...]) -> int:
-    return math.prod(ambient_mesh().shape[axis] for axis in axes)

@@ -12,7 +12,7 @@ from pallas_kernels.tile_attention.blocks import shape_of
 from pallas_kernels.tile_attention.hopper_blocks import MAJOR, takes
 from pallas_kernels.tile_attention.tile_list import TileList
 from pallas_kernels.tile_attention.tokens import Mask, Tokens
-from pallas_kernels.tile_attention.triton_blocks import Blocks, this_gpu
+from pallas_kernels.tile_attention.triton_blocks import this_gpu
 
 
 def forward(
@@ -77,7 +77,7 @@ def _form(q, k, v, scale, tiles, tile):
     if takes(shape, q.dtype, scale, gpu) and (tiles is None or tile == (MAJOR, MAJOR)):
         form, options = hopper, {"tiles": tiles}
     else:
-        form, options = triton, {"tiles": tiles, "blocks": None if tiles is None else Blocks.same(*tile)}
+        form, options = triton, {"tiles": tiles, "tile": tile}
     log_once(
         f"tile attention in the {form.__name__.rpartition('.')[2]} form on {gpu or 'this GPU'}: {jnp.dtype(q.dtype)}, {shape}"
     )

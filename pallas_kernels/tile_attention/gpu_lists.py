@@ -27,14 +27,14 @@ def of_queries(mask: Mask, size: Sizes, given: Mapping[str, Array], tiles: TileL
     """Key tiles of every query tile: those of the list, or all in which some pair may be visible. Padded tokens are given."""
     if tiles is None:
         return from_states(_states(mask, size, given))
-    return from_list(tiles, given["q_tokens"].shape[2] // size.bq)
+    return from_list(tiles, _places(size, given))
 
 
 def of_keys(mask: Mask, size: Sizes, given: Mapping[str, Array], tiles: TileList | None) -> Lists:
     """Query tiles of every key tile."""
     if tiles is None:
         return from_states(_states(mask, size, given).swapaxes(1, 2))
-    return from_list(tiles.transposed(), given["k_tokens"].shape[2] // size.bk)
+    return from_list(tiles.transposed(), _places(size, given)[::-1])
 
 
 def from_states(states: Int32[Array, "B majors minors"]) -> Lists:
@@ -46,10 +46,11 @@ def from_states(states: Int32[Array, "B majors minors"]) -> Lists:
     return Lists(order.reshape(B, 1, -1), jnp.stack([starts, *counts], axis=-1)[:, None])
 
 
-def from_list(given: TileList, majors: int) -> Lists:
-    """The tiles of a list with `majors` tiles on its row axis."""
+def from_list(given: TileList, tiles: tuple[int, int]) -> Lists:
+    """The tiles of a list that lie inside the arrays, which have so many tiles on its row and column axis."""
+    majors, _ = tiles
     real = jnp.arange(given.rows.shape[-1]) < given.count[..., None]
-    real &= given.kind != EMPTY
+    real &= (given.kind != EMPTY) & (given.rows < majors) & (given.cols < tiles[1])
     place = jnp.where(real, given.rows * KINDS + given.kind, majors * KINDS)
     place, minors = jax.lax.sort((place, given.cols), num_keys=2)
     bounds = jnp.arange(majors)[:, None] * KINDS + jnp.array([0, FULL + 1, KINDS])
@@ -58,8 +59,8 @@ def from_list(given: TileList, majors: int) -> Lists:
     return Lists(minors, jnp.stack([start, full - start, end - start], axis=-1))
 
 
-def split(tiles: TileList | None, columns: int, rows: int = 1) -> TileList | None:
-    """Each tile in as many parts."""
+def split(tiles: TileList | None, rows: int, columns: int) -> TileList | None:
+    """Each tile in as many parts, down and across."""
     if tiles is None or columns * rows == 1:
         return tiles
     times, part = columns * rows, jnp.arange(columns * rows, dtype=jnp.int32)
@@ -70,6 +71,10 @@ def split(tiles: TileList | None, columns: int, rows: int = 1) -> TileList | Non
         jnp.repeat(tiles.kind, times, axis=-1),
         tiles.count * times,
     )
+
+
+def _places(size: Sizes, given: Mapping[str, Array]) -> tuple[int, int]:
+    return given["q_tokens"].shape[2] // size.bq, given["k_tokens"].shape[2] // size.bk
 
 
 def _states(mask: Mask, size: Sizes, given: Mapping[str, Array]) -> Int32[Array, "B nq nk"]:

@@ -44,7 +44,7 @@ def forward(
     given = padded(size, {"q": q, "q_tokens": q_tokens, "k": k, "v": v, "k_tokens": k_tokens})
     B, T, H, _ = given["q"].shape
     work = hopper_kernels.Work(Scores(mask, scale, softcap), *passing)
-    lists = of_queries(mask, size, given, split(tiles, MAJOR // size.bk))
+    lists = of_queries(mask, size, given, split(tiles, 1, MAJOR // size.bk))
     out, lse = _launch(hopper_kernels.forward, work, lists, H, given, [(B, T, H, size.E), (B, H, T)])
     return out[:, : shape.T, :, : shape.E], lse[..., : shape.T].swapaxes(1, 2)
 
@@ -77,13 +77,13 @@ def backward(
     passing = chosen.query_gradient
     size = _sizes(shape, MAJOR, passing.tokens)
     given = padded(size, arrays)
-    work, lists = hopper_kernels.Work(scores, *passing), of_queries(mask, size, given, split(tiles, MAJOR // size.bk))
+    work, lists = hopper_kernels.Work(scores, *passing), of_queries(mask, size, given, split(tiles, 1, MAJOR // size.bk))
     (dq,) = _launch(hopper_kernels.query_gradient, work, lists, q.shape[2], given, [given["q"].shape])
 
     passing = chosen.key_gradient
     size = _sizes(shape, passing.tokens, MAJOR)
     given = padded(size, arrays)
-    lists = of_keys(mask, size, given, split(tiles, 1, MAJOR // size.bq))
+    lists = of_keys(mask, size, given, split(tiles, MAJOR // size.bq, 1))
     shapes, found = {"dv": given["v"].shape, "dk": given["k"].shape}, {}
     for wanted in (tuple(shapes),) if size.D + size.E <= TOGETHER else zip(shapes):
         work = hopper_kernels.Work(scores, *passing, wanted)

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from pallas_kernels.target import device_kind
 from pallas_kernels.tile_attention.blocks import Shape, Sizes
 from pallas_kernels.tile_attention.gpu_arrays import power_of_two
-from pallas_kernels.tile_attention.tile_list import TileList
 
 SMALLEST = 16  # tokens of a tile, and elements of a head: the least that a matrix product takes
 KIB = 1 << 10
@@ -66,12 +65,21 @@ def shared_bytes(name: str, shape: Shape, tile: Tile, dtype: Any) -> int:
     return elements[name] * jnp.dtype(dtype).itemsize + 8 * copies * (R + size.bk)
 
 
-def choose_blocks(shape: Shape, dtype: Any, gpu: str | None, given: Blocks | None = None) -> Blocks:
-    """Tiles that fit the shared memory of a GPU (None: any), from the kernels' targets; ValueError if `given` do not."""
+def choose_blocks(
+    shape: Shape, dtype: Any, gpu: str | None, given: Blocks | None = None, listed: tuple[int, int] | None = None
+) -> Blocks:
+    """Tiles that fit the shared memory of a GPU (None: any), from the kernels' targets; ValueError if `given` do not.
+
+    listed: queries and keys of the tiles of a list, of which each is a tile of a kernel or several of them.
+    """
     room = SHARED.get(gpu, ANY)
     tiles = {}
+    if listed is not None and any(n < SMALLEST or n & (n - 1) for n in listed):
+        raise ValueError(f"a list of tiles of {listed}: expected powers of two from {SMALLEST} in the Triton form")
     for name in TARGETS:
         tile = getattr(given, name) if given else _target(name, shape, dtype)
+        if listed is not None:
+            tile = tile._replace(q=min(tile.q, listed[0]), k=min(tile.k, listed[1]))
         while given is None and shared_bytes(name, shape, tile, dtype) > room and max(tile.q, tile.k) > SMALLEST:
             tile = tile._replace(q=tile.q // 2) if tile.q >= tile.k else tile._replace(k=tile.k // 2)
         if (takes := shared_bytes(name, shape, tile, dtype)) > room:
@@ -83,21 +91,19 @@ def choose_blocks(shape: Shape, dtype: Any, gpu: str | None, given: Blocks | Non
     return Blocks(**tiles)
 
 
-def one_size(blocks: Blocks | None, tiles: TileList | None) -> Blocks | None:
-    """`blocks`; ValueError if a list of tiles is given and they are not all of its size."""
-    if tiles is not None and (
-        blocks is None or len({(getattr(blocks, name).q, getattr(blocks, name).k) for name in TARGETS}) > 1
-    ):
-        raise ValueError(f"tiles with blocks = {blocks}: expected one size for all kernels, the one that the list is about")
-    return blocks
-
-
 def sizes(name: str, shape: Shape, tile: Tile) -> Sizes:
     """Of a kernel, tiles no longer than the call. The kernel of dk and dv takes query heads one at a time."""
     bq, bk = min(tile.q, _padded(shape.T)), min(tile.k, _padded(shape.S))
     most = 1 if name == "key_gradient" else tile.q // bq
     G = next(n for n in (128, 64, 32, 16, 8, 4, 2, 1) if n <= most and shape.G % n == 0)
     return Sizes(G, bq, bk, _padded(shape.D), _padded(shape.E))
+
+
+def parts(size: Sizes, shape: Shape, listed: tuple[int, int] | None) -> tuple[int, int]:
+    """Tiles of a kernel in one of a list, down and across."""
+    if listed is None:
+        return 1, 1
+    return min(listed[0], _padded(shape.T)) // size.bq, min(listed[1], _padded(shape.S)) // size.bk
 
 
 def this_gpu() -> str | None:

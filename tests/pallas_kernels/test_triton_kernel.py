@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 from attention_cases import (
     MASKS,
+    OneForm,
     arrays,
     beside_the_reference,
     compare,
     described,
+    listed,
     random_tokens,
     whole_document,
     with_gradient,
 )
 
 from lcx.attention.mask import Causal
-from pallas_kernels.tile_attention import reference, triton
+from pallas_kernels.tile_attention import op, reference, triton
 from pallas_kernels.tile_attention.blocks import Shape
 from pallas_kernels.tile_attention.tokens import Tokens
 from pallas_kernels.tile_attention.triton_blocks import ANY, SHARED, Blocks, Tile, choose_blocks, shared_bytes, sizes
@@ -89,6 +91,19 @@ def test_bfloat16_is_within_two_percent():
     got = tiled(q, k, v, *rest)
     assert [x.dtype for x in got] == [jnp.float32] * 2 + [jnp.bfloat16] * 3
     compare(got, dense(*(x.astype(jnp.float32) for x in (q, k, v)), *rest), 2e-2)
+
+
+@pytest.mark.parametrize("groups, dtype, tolerance", [(1, jnp.float32, 3e-6), (2, jnp.bfloat16, 2e-2), (4, jnp.float32, 3e-6)])
+def test_tiles_of_a_list_are_cut_into_those_of_the_kernels(groups, dtype, tolerance):
+    (q, k, v, *rest), tiles, pairs = listed(groups, 141, 201)
+    given = *(x.astype(dtype) for x in (q, k, v)), *rest
+    options = {"mask": Causal(), "scale": 0.1}
+    if groups == 4:  # a list for every query head: `gpu.backward` gives each keys of its own
+        given = given[0], *(jnp.repeat(x, 2, axis=2) for x in given[1:3]), *rest
+    form = OneForm(triton, **options, tiles=tiles, tile=(128, 128), interpret=True)
+    got = with_gradient(functools.partial(op.attention, form))(*given)
+    dense = functools.partial(reference.forward, **options, allowed=pairs)
+    compare(got, with_gradient(dense)(*(x.astype(jnp.float32) for x in given[:3]), *rest), tolerance)
 
 
 def test_gradients_of_shards_of_keys_add_up():
