@@ -148,7 +148,11 @@ def test_without_the_compiler_the_message_names_the_extra(capsys):
 @pytest.mark.parametrize(
     ("extra", "status", "messages"),
     [
-        (["--config=set:mesh.context=4", "--topology=v5e:2x2"], 0, ("4 x TPU v5 lite", "GiB of 15.75", "reduce bytes sent a")),
+        (
+            ["--config=set:mesh.context=4", "--config=set:model.periods=1", "--topology=v5e:2x2"],
+            0,
+            ("4 x TPU v5 lite", "GiB of 15.75", "reduce bytes sent a"),
+        ),
         (["--topology=v5e:2x2"], 2, ("mesh = 1 devices: expected the 4 of --topology=v5e:2x2",)),
         (["--topology=v5e:banana"], 2, ("expected one such as v5e:16x16",)),
     ],

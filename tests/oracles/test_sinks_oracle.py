@@ -39,8 +39,13 @@ def compare(held: dict, layer: int) -> None:
     assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, nnx.to_pure_dict(state))
     nnx.replace_by_pure_dict(state, made)
     batch = Batch(tokens=jnp.zeros((1, sinks.LENGTH), jnp.int32), info=causal_info(np.ones((1, sinks.LENGTH), np.int32)))
-    y, pull = jax.vjp(lambda state, x: nnx.merge(graph, state)(x, batch)[0], state, jnp.asarray(held["x"]))
-    gradient, d_x = pull(jnp.asarray(held["d_y"]))
+
+    @jax.jit
+    def run(state, x, d_y):
+        y, pull = jax.vjp(lambda state, x: nnx.merge(graph, state)(x, batch)[0], state, x)
+        return y, *pull(d_y)
+
+    y, gradient, d_x = run(state, jnp.asarray(held["x"]), jnp.asarray(held["d_y"]))
     found = {"y": y, "d_x": d_x, "d_sinks": nnx.to_pure_dict(gradient)["sinks"]}
     for name, value in found.items():
         expected = held[f"{layer}/{name}"]

@@ -100,6 +100,7 @@ def test_a_mixer_that_reads_no_neighbours_works_on_any_layout(mixer):
     batch = Batch(tokens=np.zeros_like(segments, np.int32), info=causal_info(segments))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 24, 16)), jnp.float32)
 
+    @jax.jit
     def run(x, batch):
         y, pull = jax.vjp(lambda x: module(x, batch)[0], x)
         return y, pull(jnp.sin(y))[0]
