@@ -5,7 +5,8 @@
     python -m experiments.plan --config=config:recipes.quick_text.quick --topology=v5e:1x1         and bytes, for that TPU slice
     python -m experiments.plan --support                                                           what combines with what
 
-`--topology` runs the real TPU compiler on any machine; it needs the `tpu` extra. The config's mesh uses the whole slice.
+`--topology` runs the real TPU compiler on any machine; it needs the `tpu` extra. The config's mesh uses the whole slice. What
+each communication would cost is printed first, in closed form; compiling takes minutes, and `--dry_run` leaves it out.
 """
 
 import jax
@@ -15,7 +16,7 @@ from experiments.program import Arguments, launch
 from lcx.parallel.topology import topology_devices
 from lcx.plan import communication_report, compiled, listed, report
 from lcx.spec import SpecError
-from lcx.support import validate
+from lcx.support import check_backends, validate
 from lcx.support_table import support_summary, support_table
 from lcx.training.experiment import Experiment
 
@@ -36,6 +37,7 @@ def main(arguments: Arguments) -> None:
     devices = None
     if asked.topology:
         devices = topology_devices(asked.topology)
+        check_backends(experiment, "tpu")
         if experiment.mesh.size != len(devices):
             expected = f"the {len(devices)} of --topology={asked.topology}"
             raise SpecError(f"mesh = {experiment.mesh.size} devices: expected {expected}")
@@ -45,7 +47,8 @@ def main(arguments: Arguments) -> None:
     print(report(experiment))
     if devices is not None:
         print("", communication_report(experiment, devices[0].device_kind), "", sep="\n")
-        print(listed(compiled(experiment, devices)))
+        if not arguments.dry_run:
+            print(listed(compiled(experiment, devices)))
 
 
 if __name__ == "__main__":

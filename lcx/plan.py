@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh
 
+from lcx.attention.attend import KERNELS
 from lcx.attention.count import document_pairs
 from lcx.attention.planner import ROOM, Work, estimates, explain, link_rate, sample_balance
 from lcx.attention.ring import full_journeys
@@ -26,7 +27,7 @@ from lcx.parallel.hlo import collectives
 from lcx.parallel.mesh import AXES
 from lcx.parallel.topology import CHIP_MEMORY
 from lcx.positions.frequencies import FrequencyRule
-from lcx.spec import SpecError, fingerprint
+from lcx.spec import SpecError, below, edits, fingerprint
 from lcx.support import sequence_axes, sizes
 from lcx.training.experiment import Experiment
 from lcx.training.flops import counter, peak
@@ -137,7 +138,7 @@ def wavelengths(model: Decoder, length: int) -> dict[str, str]:
 
 def activation_bytes(experiment: Experiment) -> int:
     """Bytes that the forward pass of a micro-batch keeps for its backward pass, by tracing, unsharded; XLA may keep less."""
-    graph, state = abstract_model(experiment.model)
+    graph, state = abstract_model(for_any_platform(experiment.model))
     params = nnx.to_pure_dict(state)
     batch = abstract_batch(experiment.data.batch_size // experiment.accumulation, experiment.data.length)
 
@@ -146,6 +147,12 @@ def activation_bytes(experiment: Experiment) -> int:
         return jax.vjp(lambda p: experiment.objective.loss(bind(graph, state, p), batch, key)[0], params)[1]
 
     return max(0, _bytes(jax.eval_shape(kept, params, batch)) - _bytes(params))
+
+
+def for_any_platform(model: Decoder) -> Decoder:
+    """The model with the attention form that this machine has, where it names another platform's."""
+    own = [path for path, part in below(model) if isinstance(part, Attention) and part.backend in KERNELS]
+    return edits(model, [(f"{path}.backend", "auto") for path in own])
 
 
 def abstract_batch(rows: int, length: int) -> Batch:
@@ -226,8 +233,10 @@ def communication_report(experiment: Experiment, device_kind: str) -> str:
     """What each communication would cost the attention layers of the experiment on such devices, and which is advised."""
     flops, link = peak(device_kind), link_rate(device_kind)
     axes, mesh, rules = sequence_axes(experiment), sizes(experiment.mesh), experiment.model.rules
-    if not axes or flops is None or link is None:
-        return ""
+    if not axes:
+        return "no communication of attention: each row is whole on a device"
+    if flops is None or link is None:
+        return f"no estimate of communication: the links of {device_kind} are in no table"
     length, shards = experiment.data.length, math.prod(axes.values())
     rows = max(1, experiment.data.batch_size // experiment.accumulation // math.prod(mesh[axis] for axis in rules.batch))
     blocks = []

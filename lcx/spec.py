@@ -12,7 +12,7 @@ import operator
 import re
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, Union
 
 
@@ -60,6 +60,17 @@ def edits(spec: Any, changes: Iterable[tuple[str, Any]]) -> Any:
     for path, value in changes:
         spec = edit(spec, path, value)
     return spec
+
+
+def below(value: Any, path: str = "") -> Iterator[tuple[str, Spec]]:
+    """(path, spec) of every spec below a value, itself included."""
+    if isinstance(value, Spec):
+        yield path, value
+        for name in value.__dataclass_fields__:
+            yield from below(getattr(value, name), f"{path}.{name}" if path else name)
+    elif isinstance(value, tuple):
+        for i, element in enumerate(value):
+            yield from below(element, f"{path}[{i}]")
 
 
 def fingerprint(spec: Any) -> str:

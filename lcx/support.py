@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from jax.sharding import AbstractMesh
 
-from lcx.attention.attend import choose
+from lcx.attention.attend import KERNELS
 from lcx.attention.mask import Hide
 from lcx.config_text import fields
 from lcx.data.recall import TaskDoesNotFit
@@ -19,10 +19,11 @@ from lcx.models.decoder import Decoder
 from lcx.parallel.mesh import AXES, MeshSpec
 from lcx.positions.frequencies import FrequencyRule
 from lcx.positions.rope import Rope
-from lcx.spec import Spec, SpecError
+from lcx.spec import SpecError, below
 from lcx.training.experiment import Experiment
 from lcx.training.placement import parameter_shardings
 from lcx.training.step import abstract_model
+from pallas_kernels.target import platform
 
 EXACT_POSITIONS = 1 << 24  # beyond it float32 no longer holds every integer
 _PARAMETER_AXES = ("width", "heads", "kv_heads", "hidden", "vocab")
@@ -37,7 +38,7 @@ def validate(experiment: Experiment, device_count: int | None = None) -> None:
     _check_devices(experiment, device_count)
     mesh = AbstractMesh(tuple(sizes(experiment.mesh).values()), AXES)
     parameter_shardings(abstract_model(experiment.model)[1], experiment.model.rules, mesh)
-    for path, part in _parts(experiment.data, "data"):
+    for path, part in below(experiment.data, "data"):
         if isinstance(part, Source) and device_count is not None:
             try:
                 part.documents()
@@ -56,16 +57,20 @@ def _check_devices(experiment: Experiment, count: int | None) -> None:
         shape = " x ".join(f"{axis} {size}" for axis, size in sizes(experiment.mesh).items() if size > 1)
         hint = "; on a CPU JAX_NUM_CPU_DEVICES sets how many there are" if count == 1 else ""
         raise SpecError(f"mesh = {shape} = {experiment.mesh.size} devices: expected at most the {count} there are{hint}")
-    for path, mixer in _attentions(experiment) if count is not None else ():
-        try:
-            choose(mixer.backend)
-        except ValueError as error:
-            raise SpecError(f"{path}.backend: {error}") from None
+    if count is not None:
+        check_backends(experiment, platform())
+
+
+def check_backends(experiment: Experiment, platform: str) -> None:
+    """Raises SpecError if a part names an attention kernel of another platform."""
+    for path, mixer in _attentions(experiment):
+        if mixer.backend in KERNELS and mixer.backend != platform:
+            raise SpecError(f"{path}.backend = {mixer.backend!r}: expected 'auto', 'xla' or 'reference' on {platform}")
 
 
 def reads_rope(model: Decoder) -> bool:
     """Whether some part of the model takes the model's rope."""
-    return any(getattr(part, "rope", None) == "model" for _, part in _parts(model, "model"))
+    return any(getattr(part, "rope", None) == "model" for _, part in below(model, "model"))
 
 
 def sequence_axes(experiment: Experiment) -> dict[str, int]:
@@ -119,7 +124,7 @@ def _sequence_divides(experiment: Experiment) -> Iterator[str]:
 def _order_is_kept(experiment: Experiment) -> Iterator[str]:
     if experiment.layout.keeps_order or not sequence_axes(experiment):
         return
-    for path, part in _parts(experiment.model, "model"):
+    for path, part in below(experiment.model, "model"):
         if getattr(part, "sequential", False):
             kind = type(part).__name__
             yield f"layout = {experiment.layout}: {path} is a {kind}, which reads neighbours: expected Contiguous()"
@@ -189,7 +194,7 @@ def _rows_fit(experiment: Experiment) -> Iterator[str]:
 
 
 def _roles_exist(experiment: Experiment) -> Iterator[str]:
-    for path, part in _parts(experiment.model, "model"):
+    for path, part in below(experiment.model, "model"):
         if isinstance(part, Hide):
             yield f"{path} = {part}: hides roles, but no part of this config gives its tokens one"
 
@@ -223,18 +228,7 @@ def _divides(
         yield f"{path} = {value}: expected a multiple of {need} ({shown})"
 
 
-def _parts(value: object, path: str) -> Iterator[tuple[str, Spec]]:
-    """(path, spec) of every spec below a value, itself included."""
-    if isinstance(value, Spec):
-        yield path, value
-        for name in value.__dataclass_fields__:
-            yield from _parts(getattr(value, name), f"{path}.{name}")
-    elif isinstance(value, tuple):
-        for i, element in enumerate(value):
-            yield from _parts(element, f"{path}[{i}]")
-
-
 def _attentions(experiment: Experiment) -> Iterator[tuple[str, Attention]]:
-    for path, part in _parts(experiment.model, "model"):
+    for path, part in below(experiment.model, "model"):
         if isinstance(part, Attention):
             yield path, part

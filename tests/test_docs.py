@@ -49,6 +49,12 @@ assert ropes["p-RoPE"] == [PartialRope(kept=0.5)] * 2 and PartialRope(kept=0.5) 
 ADDS = ("lcx/positions/partial.py", "tests/positions/test_partial.py")
 
 
+def test_the_example_of_the_readme_runs():
+    (source,) = re.findall(r"```python\n(.*?)```", (DOCS.parent / "README.md").read_text(), re.DOTALL)
+    exec(source, found := {})
+    assert found["out"].shape == (1, 8, 4, 64) and found["lse"].shape == (1, 8, 4)
+
+
 def test_the_example_method_does_what_it_says_and_is_known_everywhere(tmp_path):
     sources = re.findall(r"```python\n(.*?)```", (DOCS / "adding_a_method.md").read_text(), re.DOTALL)
     for name, source in zip(("partial", "test_partial", "p_rope"), sources, strict=True):

@@ -149,6 +149,21 @@ def test_without_the_compiler_the_message_names_the_extra(capsys):
     ("extra", "status", "messages"),
     [
         (
+            [
+                "--config=set:model.pattern[0].mixer.backend=tpu",
+                "--config=set:mesh.context=4",
+                "--topology=v5e:2x2",
+                "--dry_run",
+            ],
+            0,
+            ("advised: ", "communication of pattern[0] over context 4"),
+        ),
+        (
+            ["--config=set:model.pattern[0].mixer.backend=gpu", "--topology=v5e:1x1"],
+            2,
+            ("plan: model.pattern[0].mixer.backend = 'gpu': expected 'auto', 'xla' or 'reference' on tpu",),
+        ),
+        (
             ["--config=set:mesh.context=4", "--config=set:model.periods=1", "--topology=v5e:2x2"],
             0,
             ("4 x TPU v5 lite", "GiB of 15.75", "reduce bytes sent a"),

@@ -150,7 +150,7 @@ def test_devices_are_counted_only_when_they_are_known():
 def test_a_backend_of_other_devices_is_refused_where_the_run_starts():
     experiment = edit(base(), f"{LAYER}.mixer.backend", "tpu")
     validate(experiment)
-    with pytest.raises(SpecError, match=r"model.pattern\[0\].mixer.backend: .*backend = 'tpu': expected 'auto', 'xla' or"):
+    with pytest.raises(SpecError, match=r"model.pattern\[0\].mixer.backend = 'tpu': expected 'auto', 'xla' or"):
         validate(experiment, 1)
 
 

@@ -2,8 +2,11 @@
 
 import functools
 import logging
+import math
+import numbers
 from typing import Literal, get_args
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lcx.attention.mask import Mask, tokens_of
@@ -14,6 +17,7 @@ from pallas_kernels.target import platform
 from pallas_kernels.tile_attention import op
 
 Backend = Literal["auto", "reference", "xla", "tpu", "gpu"]
+DTYPES = (jnp.dtype("float32"), jnp.dtype("bfloat16"), jnp.dtype("float16"))
 KERNELS = ("tpu", "gpu")  # forms named after the platform that they are for
 
 
@@ -36,17 +40,40 @@ def attend(
     Rows that see nothing give out = 0 and lse = -inf. Gradients accept a cotangent for `lse`. `auto` chooses a form in
     `choose` and logs it once; a named backend is mandatory. plan: of the visible pairs only those that it lists.
 
-    Raises ValueError if the heads do not divide or an array disagrees with another, its token info or the plan.
+    Raises ValueError for what is no attention call (`check_call`), or disagrees with the plan.
     """
+    check_call(q, k, v, q_info, k_info, mask=mask, scale=scale, softcap=softcap)
+    fold = local_fold(q, k, mask=mask, scale=scale, softcap=softcap, plan=plan, backend=backend)
+    plans = () if plan is None else (plan,)
+    return op.attention(fold, q, k, v, tokens_of(q_info), tokens_of(k_info), *plans)
+
+
+def check_call(q, k, v, q_info, k_info, *, mask, scale, softcap) -> None:
+    """Raises ValueError with the argument that is not what `attend` takes, or that disagrees with another."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if jnp.ndim(x) != 4 or jnp.asarray(x).dtype not in DTYPES:
+            expected = f"expected [rows, tokens, heads, size] in {', '.join(map(str, DTYPES))}"
+            raise ValueError(f"attend: {name} {jnp.shape(x)} {jnp.asarray(x).dtype}: {expected}")
+    if len({jnp.asarray(x).dtype for x in (q, k, v)}) > 1:
+        raise ValueError(f"attend: q, k, v of {q.dtype}, {k.dtype}, {v.dtype}: expected one dtype")
+    for name, info in (("q_info", q_info), ("k_info", k_info)):
+        if not isinstance(info, TokenInfo):
+            expected = "expected a TokenInfo, such as causal_info(segments)"
+            raise ValueError(f"attend: {name} is of type {type(info).__name__}: {expected}")
+    if not isinstance(mask, Mask):
+        raise ValueError(f"attend: mask = {mask!r}: expected a Mask, such as Causal()")
+    if not isinstance(scale, numbers.Real) or not math.isfinite(scale):
+        raise ValueError(f"attend: scale = {scale!r}: expected a number, such as head_dim ** -0.5")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"attend: softcap = {softcap!r}: expected a positive number or None")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"attend: {q.shape[2]} query heads are not a multiple of {k.shape[2]} key heads")
     if q.shape[0] != k.shape[0]:
         raise ValueError(f"attend: {q.shape[0]} rows of queries, {k.shape[0]} of keys")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"attend: queries of size {q.shape[3]}, keys of {k.shape[3]}: expected one head size")
     if q.shape[:2] != q_info.shape or k.shape[:2] != k_info.shape or v.shape[:3] != k.shape[:3]:
         raise ValueError(f"attend: q {q.shape}, k {k.shape}, v {v.shape} disagree with infos {q_info.shape}, {k_info.shape}")
-    fold = local_fold(q, k, mask=mask, scale=scale, softcap=softcap, plan=plan, backend=backend)
-    plans = () if plan is None else (plan,)
-    return op.attention(fold, q, k, v, tokens_of(q_info), tokens_of(k_info), *plans)
 
 
 def local_fold(

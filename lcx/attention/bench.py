@@ -136,6 +136,8 @@ FORMS = {
 
 
 def main(arguments: list[str]) -> None:
+    if arguments not in [[], ["packed"]]:
+        sys.exit(__doc__)
     if importlib.util.find_spec("ringattention") is None:
         sys.exit("needs the ringattention package: use `make bench`")
     jax.config.update("jax_platforms", "cpu")

@@ -137,6 +137,8 @@ def sent() -> None:
 
 
 def main(arguments: list[str]) -> None:
+    if arguments not in [[], ["bytes"]]:
+        sys.exit(__doc__)
     if arguments == ["bytes"]:
         return sent()
     if importlib.util.find_spec("ringattention") is None:

@@ -8,6 +8,7 @@ bfloat16 inputs are compared with float64 attention of the same rounded inputs.
 """
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -82,5 +83,7 @@ def attention_table() -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        sys.exit(__doc__)
     jax.config.update("jax_platforms", "cpu")
     attention_table()

@@ -6,11 +6,12 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from lcx.attention.attend import Backend, attend, local_fold
+from lcx.attention.attend import Backend, attend, check_call, local_fold
 from lcx.attention.communication import Communication
 from lcx.attention.mask import Mask, tokens_of
 from lcx.attention.plan import BlockPlan, check_plan
 from lcx.batch import TokenInfo
+from lcx.parallel.gathered import axes_size
 from lcx.parallel.rules import Rules, ambient_mesh
 from pallas_kernels.tile_attention import op
 
@@ -40,7 +41,9 @@ def sharded_attend(
     mesh = ambient_mesh()
     if mesh is None:
         return attend(q, k, v, q_info, k_info, plan=plan, **options)
+    check_call(q, k, v, q_info, k_info, mask=mask, scale=scale, softcap=softcap)
     axes = tuple(axis for axis in rules.sequence if mesh.shape[axis] > 1)
+    _check_shares(q, k, rules, communication, {axis: mesh.shape[axis] for axis in axes})
     if axes and plan is not None:
         raise ValueError(
             f"attend: a block plan, of whole rows, with rows shared out over {', '.join(axes)}: expected whole rows"
@@ -66,6 +69,23 @@ def sharded_attend(
     lists = rules.partition(("batch", groups))
     run = jax.shard_map(local, in_specs=(queries, keys, keys, *infos, lists), out_specs=(queries, lse), check_vma=False)
     return run(q, k, v, *tokens, plan)
+
+
+def _check_shares(q, k, rules: Rules, communication: Communication, axes: dict[str, int]) -> None:
+    """Raises ValueError for arrays that do not divide over the devices, or heads that the communication cannot share out."""
+    if not isinstance(communication, Communication):
+        raise ValueError(f"attend: communication = {communication!r}: expected a Communication, such as Ring()")
+    sides = (("q", q, rules.heads), ("k", k, rules.kv_heads))
+    for name, x, heads in sides:
+        for what, size, over in (("rows", 0, rules.batch), ("tokens", 1, rules.sequence), ("heads", 2, heads)):
+            if x.shape[size] % axes_size(over):
+                raise ValueError(
+                    f"attend: {x.shape[size]} {what} of {name} over {axes_size(over)} devices: expected a multiple"
+                )
+    queries = q.shape[2] // axes_size(rules.heads)
+    reason = communication.refusal(axes, queries, max(1, queries * k.shape[2] // q.shape[2])) if axes else None
+    if reason is not None:
+        raise ValueError(f"attend: {type(communication).__name__}(): {reason}")
 
 
 def _own(x: Array, *, axis: int, group: int, queries: int, kv_heads: int, rules: Rules) -> Array:

@@ -39,7 +39,10 @@ class RingUlysses(Communication):
 
     def refusal(self, axes, heads, kv_heads):
         if len(axes) < 2:
-            return "it needs two axes of the sequence with more than one device each: rings over the first, all-to-all the last"
+            return (
+                "it needs two axes of the sequence with more than one device each (model.rules.sequence, apart from .batch): "
+                "rings over the first, all-to-all the last"
+            )
         return _refusal(list(axes.values())[-1], heads, kv_heads)
 
     @classmethod

@@ -68,4 +68,6 @@ def main(topology: str, *tokens: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3 or not all(count.isdigit() for count in sys.argv[2:]):
+        sys.exit(__doc__)
     main(*sys.argv[1:])

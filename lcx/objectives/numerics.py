@@ -8,6 +8,7 @@ bfloat16 runs are compared with float64 of the same rounded hidden states and he
 """
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -78,5 +79,7 @@ def head_table() -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        sys.exit(__doc__)
     jax.config.update("jax_platforms", "cpu")
     head_table()

@@ -227,3 +227,24 @@ def test_auto_takes_the_kernel_of_the_platform(monkeypatch, target, form):
     assert choose("auto") == form and choose("xla") == "xla"
     if form != "xla":
         assert choose(form) == form
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda q, k, v: {"q": q[0]}, r"q \(11, 4, 8\) float32: expected \[rows, tokens, heads, size\] in float32, bfloat16"),
+        (lambda q, k, v: {"v": (v * 3).astype(jnp.int32)}, r"v \(2, 17, 2, 6\) int32: expected"),
+        (lambda q, k, v: {"k": k.astype(jnp.bfloat16)}, "q, k, v of float32, bfloat16, float32: expected one dtype"),
+        (lambda q, k, v: {"k": k[..., :4]}, "queries of size 8, keys of 4: expected one head size"),
+        (lambda q, k, v: {"k_info": jnp.ones((2, 17))}, r"k_info is of type .*: expected a TokenInfo"),
+        (lambda q, k, v: {"mask": "causal"}, r"mask = 'causal': expected a Mask, such as Causal\(\)"),
+        (lambda q, k, v: {"mask": Causal}, r"mask = <class .*: expected a Mask"),
+        (lambda q, k, v: {"scale": None}, "scale = None: expected a number"),
+        (lambda q, k, v: {"softcap": 0.0}, r"softcap = 0\.0: expected a positive number or None"),
+    ],
+)
+def test_what_is_no_call_is_named(case, change, said, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    given = dict(zip(("q", "k", "v", "q_info", "k_info"), case, strict=True)) | {"mask": MASK, "scale": 1.0}
+    with pytest.raises(ValueError, match=f"attend: {said}"):
+        attend(**given | change(*case[:3]))

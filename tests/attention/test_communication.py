@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from infos import info, random_info
@@ -138,3 +139,42 @@ def test_the_journey_visits_what_is_needed_with_the_fewest_hops(size):
             for cut in range(size)
         )
         assert forward + backward == fewest
+
+
+@pytest.mark.parametrize("communication", [Ring(), AllGather(), Ulysses()], ids=str)
+@pytest.mark.parametrize(
+    ("cut", "said"),
+    [
+        (lambda q, k, v: (q, k[:, :16], v[:, :16]), "disagree with infos"),
+        (lambda q, k, v: (q, k, v[:, :16]), "disagree with infos"),
+        (lambda q, k, v: (q, k, v[:, :, :1]), "disagree with infos"),
+        (lambda q, k, v: (q[:, :, :3], k, v), "3 query heads are not a multiple of 2 key heads"),
+        (lambda q, k, v: (q, k.astype(jnp.bfloat16), v), "expected one dtype"),
+    ],
+    ids=["keys", "values", "heads of values", "heads", "dtypes"],
+)
+def test_arrays_that_disagree_are_refused_on_a_mesh_too(communication, cut, said, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    own = info(np.arange(32)[None], np.ones((1, 32)))
+    q, k, v = cut(jnp.ones((1, 32, 4, 8)), jnp.ones((1, 32, 2, 8)), jnp.ones((1, 32, 2, 8)))
+    with jax.set_mesh(MeshSpec(context=4).build()), pytest.raises(ValueError, match=said):
+        sharded_attend(q, k, v, own, own, rules=Rules(), communication=communication, mask=Causal(), scale=1.0)
+
+
+def test_what_does_not_divide_over_a_mesh_is_named(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+    def call(T, H, K, communication):
+        own = info(np.arange(T)[None], np.ones((1, T)))
+        q, k = jnp.ones((1, T, H, 8)), jnp.ones((1, T, K, 8))
+        return sharded_attend(q, k, k, own, own, rules=Rules(), communication=communication, mask=Causal(), scale=1.0)
+
+    with jax.set_mesh(MeshSpec(context=4, tensor=2).build()):
+        with pytest.raises(ValueError, match="30 tokens of q over 4 devices: expected a multiple"):
+            call(30, 4, 2, Ring())
+        with pytest.raises(ValueError, match="3 heads of q over 2 devices: expected a multiple"):
+            call(32, 3, 1, Ring())
+        with pytest.raises(ValueError, match=r"attend: Ulysses\(\): it shares out 2 query heads over 4 devices"):
+            call(32, 4, 2, Ulysses())
+        with pytest.raises(ValueError, match=r"communication = 'ring': expected a Communication, such as Ring\(\)"):
+            call(32, 4, 2, "ring")
