@@ -3,9 +3,9 @@
     python -m lcx.attention.bench_tpu          temporaries a chip beside the `ringattention` package, v5p:4x8x8
     python -m lcx.attention.bench_tpu bytes    bytes that a chip sends beside the planner's closed form, v5e:16x16
 
-1,048,576 tokens, causal, bfloat16, heads of 128. The package (0.1.2) takes as many key heads as query heads and has one axis of
-the sequence; it was written for an older Pallas, whose names and argument orders `_peer` gives it. It runs with float32 logits:
-its running maxima and sums are then float32, as they always are here; without, today's Pallas refuses it.
+1,048,576 tokens (bytes: half as many), causal, bfloat16, heads of 128. The package (0.1.2) takes as many key heads as query heads
+and has one axis of the sequence; it was written for an older Pallas, whose names and argument orders `_peer` gives it. It runs
+with float32 logits: its running maxima and sums are then float32, as they always are here; without, today's Pallas refuses it.
 """
 
 import functools
@@ -35,6 +35,7 @@ from pallas_kernels.tile_attention import op
 from pallas_kernels.tile_attention.tokens import Tokens
 
 LENGTH, HEADS, KV_HEADS, HEAD_DIM = 1 << 20, 32, 8, 128
+SENT = LENGTH // 2  # tokens of the table of bytes: gathered keys of more do not fit beside their gradients
 CHUNKS = (128, 512)  # tokens of the package's tiles
 ONE, TWO = ("context",), ("fsdp", "context")  # axes of the sequence
 
@@ -76,10 +77,12 @@ def _peer() -> Callable:
     return package.ring_flash_attention_tpu
 
 
-def compiled(local: Callable, mesh: Mesh, axes: tuple[str, ...], heads: int, kv_heads: int, more: tuple = ()):
+def compiled(
+    local: Callable, mesh: Mesh, axes: tuple[str, ...], heads: int, kv_heads: int, more: tuple = (), length: int = LENGTH
+):
     """`local(q, k, v, tokens, *more)` of every device's share; more: dtype and shape behind the tokens of further arrays."""
     spec = PartitionSpec(None, axes)
-    array = lambda dtype, *shape: jax.ShapeDtypeStruct((1, LENGTH, *shape), dtype, sharding=NamedSharding(mesh, spec))
+    array = lambda dtype, *shape: jax.ShapeDtypeStruct((1, length, *shape), dtype, sharding=NamedSharding(mesh, spec))
     tokens = Tokens(*(array(jnp.int32),) * 4)
     q, k = array(jnp.bfloat16, heads, HEAD_DIM), array(jnp.bfloat16, kv_heads, HEAD_DIM)
     given = (q, k, k, tokens, *(array(dtype, *shape) for dtype, shape in more))
@@ -113,7 +116,7 @@ def memory() -> None:
 def sent() -> None:
     """Prints MiB that a chip sends forward and backward, each compiled by itself, if every key is seen from every device."""
     mesh = MeshSpec(fsdp=16, context=16).build(topology_devices("v5e:16x16"))
-    work = Work(rows=1, length=LENGTH, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, pairs=LENGTH * (LENGTH + 1) // 2)
+    work = Work(rows=1, length=SENT, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, pairs=SENT * (SENT + 1) // 2)
     axes = {axis: mesh.shape[axis] for axis in TWO}
     moved = {one.name: one.moved for one in estimates(work, axes, Balance(1.0, 1.0), flops=1.0, link=1.0)}
     rows = (jnp.float32, (HEADS,))
@@ -129,7 +132,7 @@ def sent() -> None:
 
         name, total = type(communication).__name__, {}
         for run, more in ((forward, ()), (backward, (rows, rows, (jnp.float32, (HEADS, HEAD_DIM))))):
-            text = compiled(run, mesh, TWO, HEADS, KV_HEADS, more).as_text()
+            text = compiled(run, mesh, TWO, HEADS, KV_HEADS, more, SENT).as_text()
             for kind, found in collectives(text, full_journeys(mesh.shape)).items():
                 total[kind] = total.get(kind, 0) + found.bytes
         kinds = ", ".join(f"{kind} {size / 2**20:,.3f}" for kind, size in total.items())
