@@ -3,7 +3,7 @@
     python -m lcx.attention.bench_tpu          temporaries a chip beside the `ringattention` package, v5p:4x8x8
     python -m lcx.attention.bench_tpu bytes    bytes that a chip sends beside the planner's closed form, v5e:16x16
 
-1,048,576 tokens (bytes: half as many), causal, bfloat16, heads of 128. The package (0.1.2) takes as many key heads as query heads
+1,048,576 tokens (bytes: half of it), causal, bfloat16, heads of 128. The package (0.1.2) takes as many key heads as query heads
 and has one axis of the sequence; it was written for an older Pallas, whose names and argument orders `_peer` gives it. It runs
 with float32 logits: its running maxima and sums are then float32, as they always are here; without, today's Pallas refuses it.
 """
