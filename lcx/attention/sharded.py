@@ -43,11 +43,11 @@ def sharded_attend(
         return attend(q, k, v, q_info, k_info, plan=plan, **options)
     check_call(q, k, v, q_info, k_info, mask=mask, scale=scale, softcap=softcap)
     axes = tuple(axis for axis in rules.sequence if mesh.shape[axis] > 1)
-    _check_shares(q, k, rules, communication, {axis: mesh.shape[axis] for axis in axes})
     if axes and plan is not None:
         raise ValueError(
             f"attend: a block plan, of whole rows, with rows shared out over {', '.join(axes)}: expected whole rows"
         )
+    _check_shares(q, k, rules, communication, {axis: mesh.shape[axis] for axis in axes})
 
     def local(q, k, v, q_tokens, k_tokens, plan):
         own = functools.partial(_own, group=heads // kv_heads, queries=q.shape[2], kv_heads=kv_heads, rules=rules)
