@@ -5,9 +5,16 @@ import math
 import numpy as np
 import pytest
 
+from lcx.positions.base_multiplier import BaseMultiplier, critical_dimension
+from lcx.positions.dprope import DPRoPE, disturbance
+from lcx.positions.frequencies import geometric
 from lcx.positions.linear import LinearInterpolation
+from lcx.positions.llama3 import Llama3
 from lcx.positions.ntk import NTK
+from lcx.positions.power_basis import PowerBasis
+from lcx.positions.proportional import Proportional
 from lcx.positions.rope import Rope
+from lcx.positions.truncated_basis import TruncatedBasis
 from lcx.positions.yarn import YaRN
 from lcx.spec import SpecError
 
@@ -49,6 +56,23 @@ GOLDEN = {
         1.08572640,
         "1 0.31622776 0.1 0.023914725 0.0051249997 0.00084986218 2.4999999e-05 7.9056945e-06",
     ),
+    "llama3": (
+        Llama3(factor=8.0, original_length=256, base=1e4),
+        1,
+        "1 0.31622776 0.1 0.0066131069 0.00125 0.00039528473 0.000125 3.9528473e-05",
+    ),
+    "proportional": (Proportional(ratio=0.5), 1, "1 0.31622776 0.1 0.031622779 0 0 0 0"),
+    "power basis": (PowerBasis(), 1, "1 0.29580399 0.08660254 0.025 0.0070710678 0.0019364917 0.0005 0.0001118034"),
+    "truncated basis": (
+        TruncatedBasis(original_length=256),
+        1,
+        "1 0.31622777 0.1 0.031622777 0.0015339808 0.0015339808 0 0",
+    ),
+    "dprope": (
+        DPRoPE(factor=4.0, original_length=256),
+        1,
+        "1 0.079056942 0.1 0.031622777 0.0025 0.00079056942 0.00025 7.9056942e-05",
+    ),
 }
 
 
@@ -66,6 +90,67 @@ def test_llama_2_yarn_ramp():
     for channel, value in expected.items():
         assert math.isclose(given.inv_freq[channel], value, rel_tol=2e-6)
     assert math.isclose(given.factor, 1.27725887, rel_tol=1e-8)
+
+
+def test_llama_3_1():
+    given = Llama3().frequencies(128, 1 << 17).inv_freq
+    expected = {28: 0.0032114461, 29: 0.0021665706, 34: 0.00017850779, 35: 9.5562122e-05, 63: 3.0689259e-07}
+    for channel, value in expected.items():
+        assert math.isclose(given[channel], value, rel_tol=2e-6)
+
+
+@pytest.mark.parametrize("base, length", [(1e4, 256), (5e5, 8192)])
+def test_llama_3_is_yarns_ramp_by_rotations_without_a_temperature(base, length):
+    yarn = YaRN(base=base, factor=8.0, original_length=length, fast=4.0, slow=1.0, ramp="rotations", temperature="none")
+    given = Llama3(base=base, factor=8.0, original_length=length)
+    np.testing.assert_allclose(given.frequencies(128, 0).inv_freq, yarn.frequencies(128, 0).inv_freq, rtol=1e-14)
+
+
+def test_llama_3_without_a_ramp_keeps_the_channels_of_a_turn():
+    theta = geometric(1e4, 16)
+    given = Llama3(base=1e4, factor=8.0, original_length=256, low=1.0, high=1.0).frequencies(16, 0).inv_freq
+    np.testing.assert_allclose(given, np.where(256 * theta / (2 * np.pi) >= 1, theta, theta / 8))
+
+
+@pytest.mark.parametrize(
+    "base, trained, expected",
+    [(5e5, 4096, {8192: 4, 16384: 14, 24576: 31, 32768: 55}), (5e5, 8192, {16384: 4, 32768: 13}), (1e6, 2048, {4096: 5})],
+    ids=["LLaDA", "Llama 3", "Dream"],
+)
+def test_longllada_multipliers(base, trained, expected):
+    """Of 128 channels, as the paper's configs have them."""
+    for target, multiplier in expected.items():
+        rule = BaseMultiplier(multiplier="auto", base=base, original_length=trained, target_length=target)
+        assert rule.resolved(128) == multiplier
+        np.testing.assert_allclose(rule.frequencies(128, 0).inv_freq, geometric(base * multiplier, 128))
+    assert critical_dimension(rule, 128) == {(5e5, 4096): 64, (5e5, 8192): 70, (1e6, 2048): 54}[base, trained]
+
+
+def test_dprope_disturbances():
+    """Of extrapolation and interpolation, r = 16, window 256, factor 4: float64 arithmetic of the formulas."""
+    theta = geometric(1e4, 16)
+    for new, text in (
+        (theta, "2.9276 3.2436 2.8007 3.2357 5.8773 9.5024 10.3258 10.9556"),
+        (theta / 4, "3.1082 1.9006 3.3557 3.4120 0.040501 0.0040156 0.00039192 2.64e-05"),
+    ):
+        np.testing.assert_allclose(disturbance(tuple(new), tuple(theta), 256, 1024), np.asarray(text.split(), float), rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "factor, paper, chosen, mean", [(2.0, 40, 46, (0.033, 0.191, 1.586)), (4.0, 32, 42, (0.132, 0.210, 2.146))]
+)
+def test_dprope_at_the_size_of_llama_2(factor, paper, chosen, mean):
+    """Pairs that are interpolated of 64, without a threshold and by the paper's number; its mean is the least disturbed."""
+    theta = geometric(1e4, 128)
+    rule = DPRoPE(factor=factor, original_length=4096)
+    given = rule.frequencies(128, 0).inv_freq
+    assert (given < theta).sum() == chosen
+    measured = [
+        disturbance(tuple(new), tuple(theta), 4096, int(factor * 4096)).mean() for new in (given, theta / factor, theta)
+    ]
+    np.testing.assert_allclose(measured, mean, atol=6e-4)
+    by_number = DPRoPE(factor=factor, original_length=4096, interpolated=paper).frequencies(128, 0).inv_freq
+    assert (by_number < theta).sum() == paper and (given[by_number < theta] < theta[by_number < theta]).all()
 
 
 @pytest.mark.parametrize("rule", [LinearInterpolation, NTK])
