@@ -31,6 +31,7 @@ class TokenInfo:
     positions: what the rotation reads; may be fractional, skipped, grouped or synthetic.
     segments: > 0 ordinary, 0 padding, -1 shared (seen by every segment), -2 reader (sees every segment).
     roles: 0 ordinary; other values are declared by the spec that adds such tokens.
+    lengths: tokens of the token's own document, in generation of what it may become; read by length-dependent ropes alone.
     """
 
     index: Int[AnyArray, "B T"]
@@ -38,6 +39,7 @@ class TokenInfo:
     positions: Float[AnyArray, "B T P"]
     segments: Int[AnyArray, "B T"]
     roles: Int[AnyArray, "B T"] | None = None
+    lengths: Int[AnyArray, "B T"] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -69,7 +71,9 @@ class Batch:
         return self.tokens.shape
 
 
-def causal_info(segments: Int[AnyArray, "B T"], start: Int[AnyArray, "B"] | None = None) -> TokenInfo:
+def causal_info(
+    segments: Int[AnyArray, "B T"], start: Int[AnyArray, "B"] | None = None, lengths: Int[AnyArray, "B T"] | None = None
+) -> TokenInfo:
     """TokenInfo of ordinary causal text: index counts the tokens of a segment; order and positions are the index.
 
     `start [B]` is the index of each row's first non-padding token, whose segment then continues a prompt; default 0.
@@ -81,7 +85,27 @@ def causal_info(segments: Int[AnyArray, "B T"], start: Int[AnyArray, "B"] | None
         real = segments != PADDING
         first = jnp.take_along_axis(segments, jnp.argmax(real, axis=1, keepdims=True), axis=1)
         index = index + jnp.where(real & (segments == first), jnp.asarray(start, jnp.int32)[:, None], 0)
-    return TokenInfo(index=index, order=index, positions=index[..., None].astype(jnp.float32), segments=segments)
+    positions = index[..., None].astype(jnp.float32)
+    return TokenInfo(index=index, order=index, positions=positions, segments=segments, lengths=lengths)
+
+
+def lengths_of(info: TokenInfo) -> Int[AnyArray, "B T"]:
+    """The lengths that it holds, else those of its documents, all of whose tokens are here."""
+    return document_lengths(info) if info.lengths is None else info.lengths
+
+
+def document_lengths(info: TokenInfo) -> Int[Array, "B T"]:
+    """One more than the largest index in a token's own segment, whatever stands between its tokens; 0 for padding."""
+
+    def of_row(segments, index):
+        order = jnp.argsort(segments)
+        grouped, index = segments[order], index[order]
+        begins = jnp.concatenate([jnp.ones(1, bool), grouped[1:] != grouped[:-1]])
+        most = jax.ops.segment_max(index, jnp.cumsum(begins) - 1, num_segments=len(index))
+        return jnp.zeros_like(index).at[order].set(most[jnp.cumsum(begins) - 1] + 1)
+
+    lengths = jax.vmap(of_row)(jnp.asarray(info.segments), jnp.asarray(info.index))
+    return jnp.where(info.segments != PADDING, lengths, 0).astype(jnp.int32)
 
 
 def document_index(segments: Int[AnyArray, "B T"]) -> Int[AnyArray, "B T"]:

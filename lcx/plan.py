@@ -126,7 +126,7 @@ def wavelengths(model: Decoder, length: int) -> dict[str, str]:
         rule = model.rope if rule == "model" else rule
         if not isinstance(layer.mixer, Attention) or not isinstance(rule, FrequencyRule):
             continue
-        frequencies = rule.frequencies(layer.mixer.head_dim, length)
+        frequencies = rule.frequencies(layer.mixer.head_dim, length).at(length)
         turning = frequencies.inv_freq[frequencies.inv_freq > 0]
         waves = 2 * math.pi / turning
         found[f"rope of pattern[{i}], {type(rule).__name__}"] = (

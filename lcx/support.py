@@ -18,6 +18,7 @@ from lcx.mixers.attention import Attention
 from lcx.models.decoder import Decoder
 from lcx.parallel.mesh import AXES, MeshSpec
 from lcx.positions.frequencies import FrequencyRule
+from lcx.positions.length_rule import LengthRule, length_policy
 from lcx.positions.rope import Rope
 from lcx.spec import SpecError, below
 from lcx.training.experiment import Experiment
@@ -179,6 +180,21 @@ def _heads_rotate(experiment: Experiment) -> Iterator[str]:
                 yield f"{path}.head_dim = {mixer.head_dim} does not fit its rope: {error}"
 
 
+def _keys_are_turned_anew(experiment: Experiment) -> Iterator[str]:
+    for path, mixer in _attentions(experiment):
+        rule = experiment.model.rope if mixer.rope == "model" else mixer.rope
+        if isinstance(rule, LengthRule) and getattr(mixer.cache, "keys", "raw") == "rotated":
+            kind = type(rule).__name__
+            yield f"{path}.cache.keys = 'rotated': expected 'raw', as {kind} turns a key anew when its document grows"
+
+
+def _one_length_policy(experiment: Experiment) -> Iterator[str]:
+    try:
+        length_policy(experiment.model)
+    except SpecError as error:
+        yield f"model: {error}"
+
+
 def _rope_is_read(experiment: Experiment) -> Iterator[str]:
     if not reads_rope(experiment.model) and experiment.model.rope not in (None, Rope()):
         yield f"model.rope = {experiment.model.rope}: no layer of this model reads it; set the rope of its mixers"
@@ -213,6 +229,8 @@ RULES: Mapping[str, Rule] = {
     "positions are integers that float32 holds": _positions_are_exact,
     "every head has channels that its rope can rotate": _heads_rotate,
     "the model's rope is read by some layer": _rope_is_read,
+    "a rope that depends on the length finds raw keys in the cache": _keys_are_turned_anew,
+    "ropes that depend on the length agree whether it is frozen or growing": _one_length_policy,
     "a row is long enough for the recall sequences that fill it": _rows_fit,
     "a mask hides only roles that tokens have": _roles_exist,
 }

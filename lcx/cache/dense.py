@@ -29,6 +29,13 @@ class DenseState:
     overflow: Int[Array, "B"]
 
 
+def grown(slots: TokenInfo, new: TokenInfo) -> TokenInfo:
+    """The slots of each row with the lengths of its newest tokens: a document that grew is longer for all of it."""
+    same = (slots.segments[:, :, None] == new.segments[:, None]) & (new.segments[:, None] != PADDING)
+    newest = jnp.where(same, new.lengths[:, None], 0).max(axis=2, initial=0)
+    return dataclasses.replace(slots, lengths=jnp.maximum(slots.lengths, newest))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DenseCache(Cache):
     """keys: whether slots hold rotated or raw keys."""
@@ -43,6 +50,7 @@ class DenseCache(Cache):
             positions=jnp.zeros((batch_size, length, axes), jnp.float32),
             segments=jnp.full_like(empty, PADDING),
             roles=empty,
+            lengths=empty,
         )
         return DenseState(
             k=jnp.zeros((batch_size, length, kv_heads, head_dim), dtype),
@@ -57,9 +65,13 @@ class DenseCache(Cache):
 
     def append(self, state, k, v, info, frequencies):
         if self.keys == "rotated" and frequencies is not None:
+            if frequencies.by_length:
+                raise ValueError(
+                    "cache.keys = 'rotated': expected 'raw', as this rope turns a key anew when its document grows"
+                )
             k = rotate(k, info.positions, frequencies)
-        if info.roles is None:
-            info = dataclasses.replace(info, roles=jnp.zeros_like(info.index))
+        absent = {name: jnp.zeros_like(info.index) for name in ("roles", "lengths") if getattr(info, name) is None}
+        info = dataclasses.replace(info, **absent)
         real = info.segments != PADDING
         length = self.length(state)
         slot = state.used[:, None] + jnp.cumsum(real, axis=1) - 1
@@ -67,10 +79,13 @@ class DenseCache(Cache):
         row = jnp.arange(k.shape[0])[:, None]
         write = lambda old, new: old.at[row, slot].set(new.astype(old.dtype), mode="drop")
         count = state.used + real.sum(axis=1)
+        slots = jax.tree.map(write, state.info, info)
+        if frequencies is not None and frequencies.by_length:
+            slots = grown(slots, info)
         return DenseState(
             k=write(state.k, k),
             v=write(state.v, v),
-            info=jax.tree.map(write, state.info, info),
+            info=slots,
             used=jnp.minimum(count, length),
             overflow=state.overflow + jnp.maximum(count - length, 0),
         )
@@ -78,7 +93,7 @@ class DenseCache(Cache):
     def read(self, state, frequencies):
         k = state.k
         if self.keys == "raw" and frequencies is not None:
-            k = rotate(k, state.info.positions, frequencies).astype(k.dtype)
+            k = rotate(k, state.info.positions, frequencies, state.info.lengths).astype(k.dtype)
         return k, state.v, state.info
 
     def attend(self, state, q, q_info, *, mask, scale, frequencies, softcap=None, backend="auto"):

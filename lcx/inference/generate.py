@@ -18,6 +18,7 @@ from lcx.batch import PADDING, Batch, causal_info
 from lcx.inference.sampling import Sampling
 from lcx.inference.shapes import bucket, right_padded
 from lcx.models.decoder import DecoderModel
+from lcx.positions.length_rule import length_policy
 from lcx.record import record
 from lcx.spec import SpecError
 
@@ -36,11 +37,13 @@ class Generated(NamedTuple):
 
 @record
 class Consumed:
-    """What the rows have read. last: the hidden state at each row's newest token. seen: tokens consumed."""
+    """What the rows have read. last: the hidden state at each row's newest token. seen: tokens consumed. most: tokens that a
+    row may consume in all, which a length-dependent rope reads."""
 
     last: Float[Array, "B M"]
     state: Any
     seen: Int[Array, "B"]
+    most: Int[Array, "B"]
 
 
 @record
@@ -79,7 +82,7 @@ def generate(
     if not len(seeds) == len(until) == len(prompts):
         raise ValueError(f"generate: {len(seeds)} seeds and {len(until)} conditions for {len(prompts)} prompts")
     rows, new = 1 << (len(prompts) - 1).bit_length(), bucket(max_new)
-    read = prefill(model, prompts, rows, new, chunk)
+    read = prefill(model, prompts, rows, max_new, chunk)
     keys = jax.vmap(jax.random.key)(np.asarray([*map(checked_seed, seeds), *[0] * (rows - len(prompts))], np.uint32))
     stops = np.asarray(sorted(set(stop)), np.int32)
     decoding = Decoding(
@@ -103,11 +106,12 @@ def generate(
     return _rows(decoding)[: len(prompts)]
 
 
-def prefill(model: DecoderModel, prompts: Sequence[Sequence[int]], rows: int, new: int, chunk: int) -> Consumed:
-    """`rows` rows that have read the prompts, `chunk` tokens a step, with room for `new` tokens more."""
+def prefill(model: DecoderModel, prompts: Sequence[Sequence[int]], rows: int, max_new: int, chunk: int) -> Consumed:
+    """`rows` rows that have read the prompts, `chunk` tokens a step, with room for `max_new` tokens more."""
     longest = bucket(max(map(len, prompts)))
     tokens, segments = right_padded(prompts, longest, rows, model.spec.vocab)
-    read = _nothing_read(model, rows, longest + new)
+    most = np.asarray([*map(len, prompts), *[0] * (rows - len(prompts))], np.int32) + max_new
+    read = _nothing_read(model, rows, longest + bucket(max_new), most)
     for start in range(0, longest, chunk):
         part = slice(start, start + chunk)
         read = feed(model, tokens[:, part], segments[:, part], read)
@@ -121,20 +125,25 @@ def checked_seed(seed: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "length"))
-def _nothing_read(model: DecoderModel, rows: int, length: int) -> Consumed:
+def _nothing_read(model: DecoderModel, rows: int, length: int, most: Int[Array, "B"]) -> Consumed:
     last = jnp.zeros((rows, model.spec.width), model.spec.compute)
-    return Consumed(last=last, state=model.init_state(rows, length), seen=jnp.zeros(rows, jnp.int32))
+    return Consumed(last=last, state=model.init_state(rows, length), seen=jnp.zeros(rows, jnp.int32), most=most)
 
 
 @functools.partial(jax.jit, donate_argnames="read")
 def feed(model: DecoderModel, tokens: Int[Array, "B T"], segments: Int[Array, "B T"], read: Consumed) -> Consumed:
     """The rows after one more chunk; padding, which may stand anywhere in it, is not read. The old `read` is consumed."""
-    hidden, state, _ = model(Batch(tokens=tokens, info=causal_info(segments, start=read.seen)), read.state)
     real = segments != PADDING
+    seen = read.seen + real.sum(axis=1, dtype=jnp.int32)
+    lengths = {None: None, "frozen": read.most, "growing": seen}[length_policy(model.spec)]
+    if lengths is not None:
+        lengths = jnp.broadcast_to(lengths[:, None], segments.shape)
+    info = causal_info(segments, start=read.seen, lengths=lengths)
+    hidden, state, _ = model(Batch(tokens=tokens, info=info), read.state)
     newest = tokens.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)
     last = jnp.take_along_axis(hidden, newest[:, None, None], axis=1)[:, 0]
     last = jnp.where(real.any(axis=1, keepdims=True), last, read.last)
-    return Consumed(last=last, state=state, seen=read.seen + real.sum(axis=1, dtype=jnp.int32))
+    return Consumed(last=last, state=state, seen=seen, most=read.most)
 
 
 @functools.partial(jax.jit, static_argnames="sampling", donate_argnames="decoding")

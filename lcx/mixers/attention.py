@@ -12,7 +12,7 @@ from lcx.attention.attend import Backend
 from lcx.attention.mask import Causal, Mask
 from lcx.attention.merge import with_sinks
 from lcx.attention.sharded import sharded_attend
-from lcx.batch import Batch
+from lcx.batch import Batch, lengths_of
 from lcx.cache.cache import Cache
 from lcx.cache.dense import DenseCache
 from lcx.linear import linear
@@ -96,7 +96,8 @@ class AttentionModule(MixerModule):
         v = self._project(x, self.value, self.value_bias, None, "kv_heads")
         frequencies = self.frequencies(x.shape[1] if state is None else spec.cache.length(state))
         if frequencies is not None:
-            q = rotate(q, info.positions, frequencies).astype(x.dtype)
+            lengths = info.lengths if state is not None or not frequencies.by_length else lengths_of(info)
+            q = rotate(q, info.positions, frequencies, lengths).astype(x.dtype)
         options = {
             "mask": spec.mask,
             "scale": spec.scale or 1 / math.sqrt(spec.head_dim),
@@ -105,7 +106,7 @@ class AttentionModule(MixerModule):
         }
         if state is None:
             if frequencies is not None:
-                k = rotate(k, info.positions, frequencies).astype(x.dtype)
+                k = rotate(k, info.positions, frequencies, lengths).astype(x.dtype)
             mesh = {"rules": rules, "communication": self.inherited.communication}
             out, lse = sharded_attend(q, k, v, info, info, **mesh, **options)
         else:

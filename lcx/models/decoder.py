@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from lcx.attention.all_gather import AllGather
 from lcx.attention.communication import Communication
-from lcx.batch import Batch
+from lcx.batch import Batch, lengths_of
 from lcx.linear import wide_product
 from lcx.mixers.mixer import Aux, Compute, Inherited, Mixer, weight
 from lcx.models.embedding import lookup
@@ -24,6 +24,7 @@ from lcx.models.layer import Layer, join_aux
 from lcx.norms import Norm, RMSNorm
 from lcx.parallel.rules import Rules, shard
 from lcx.positions.frequencies import FrequencyRule
+from lcx.positions.length_rule import length_policy
 from lcx.positions.rope import Rope
 from lcx.spec import Spec, SpecError
 from pallas_kernels.tile_attention.op import SAVED
@@ -119,6 +120,8 @@ class DecoderModel(nnx.Module):
         with it (a state holds every layer).
         """
         periods, batch = self._periods(upto, state), jax.tree.map(jnp.asarray, batch)
+        if state is None and length_policy(self.spec) is not None:  # once for all layers
+            batch = dataclasses.replace(batch, info=dataclasses.replace(batch.info, lengths=lengths_of(batch.info)))
         x = self._embed(batch)
         embed_state = None
         if self.embed_mixer is not None:

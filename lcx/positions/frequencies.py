@@ -19,12 +19,34 @@ class Frequencies:
     inv_freq: radians a position, float64. axis: the position axis that drives each pair. factor: multiplies cosine and sine,
     on queries and on keys alike (Hugging Face's attention factor, so logits grow by its square). pairing: `half` pairs channel
     c with c + C, `interleaved` pairs 2c with 2c + 1.
+
+    Where they depend on the length n of a token's document, inv_freq and factor have a row for each of N lengths: the first up
+    to `first`, the next for `step` tokens more, and so on.
     """
 
-    inv_freq: Float[np.ndarray, "C"]
+    inv_freq: Float[np.ndarray, "*N C"]
     axis: Int[np.ndarray, "C"]
-    factor: float = 1.0
+    factor: float | Float[np.ndarray, "N"] = 1.0
     pairing: Pairing = "half"
+    first: int = 0
+    step: int = 1
+
+    @property
+    def by_length(self) -> bool:
+        return self.inv_freq.ndim == 2
+
+    def row(self, lengths):
+        """The row of each of the lengths, an array of integers."""
+        return ((lengths - self.first + self.step - 1) // self.step).clip(0, len(self.inv_freq) - 1)
+
+    def at(self, length: int) -> "Frequencies":
+        """Those of one length."""
+        if not self.by_length:
+            return self
+        row = int(self.row(np.int64(length)))
+        return dataclasses.replace(
+            self, inv_freq=self.inv_freq[row], factor=float(np.broadcast_to(self.factor, len(self.inv_freq))[row])
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,18 +66,23 @@ class FrequencyRule(Spec, abc.ABC):
 
     @abc.abstractmethod
     def inverse_frequencies(self, rotary_dim: int, length: int) -> Float[np.ndarray, "C"]:
-        """Radians a position of each of the `rotary_dim / 2` pairs, float64; `length` is the total length in use."""
+        """Radians a position of each of the `rotary_dim / 2` pairs, float64, in rows of `length` tokens."""
 
     def attention_factor(self, length: int) -> float:
         return 1.0
 
     def frequencies(self, head_dim: int, length: int) -> Frequencies:
         """The frequencies for heads of `head_dim` channels. Raises SpecError if the rotated channels are odd or none."""
-        rotary_dim = int(head_dim * self.rotary)
-        self.check(rotary_dim >= 2 and rotary_dim % 2 == 0, "rotary", f"an even number of channels of head_dim {head_dim}")
+        rotary_dim = self.rotated(head_dim)
         inv_freq = np.asarray(self.inverse_frequencies(rotary_dim, length), np.float64)
         axis = np.zeros(len(inv_freq), np.int32)
         return Frequencies(inv_freq=inv_freq, axis=axis, factor=self.attention_factor(length), pairing=self.pairing)
+
+    def rotated(self, head_dim: int) -> int:
+        """How many channels of a head are rotated."""
+        rotary_dim = int(head_dim * self.rotary)
+        self.check(rotary_dim >= 2 and rotary_dim % 2 == 0, "rotary", f"an even number of channels of head_dim {head_dim}")
+        return rotary_dim
 
 
 def geometric(base: float, rotary_dim: int) -> Float[np.ndarray, "C"]:

@@ -9,7 +9,7 @@ with a fraction, whose products are rounded, under 1e-4.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lcx.parallel.rules import ambient_mesh
 from lcx.positions.frequencies import Frequencies
@@ -17,8 +17,11 @@ from lcx.positions.frequencies import Frequencies
 BITS = 4096.0  # 2 ** 12
 
 
-def turns(positions: Float[Array, "B T P"], frequencies: Frequencies) -> Float[Array, "B T C"]:
+def turns(
+    positions: Float[Array, "B T P"], frequencies: Frequencies, lengths: Int[Array, "B T"] | None = None
+) -> Float[Array, "B T C"]:
     """Angle of each pair in turns, in [-0.5, 0.5]; positions up to 2**24 in magnitude, fractions allowed."""
+    chosen = _chosen(frequencies, lengths)
     per_position = frequencies.inv_freq / (2 * np.pi)
     first = np.round(per_position * BITS) / BITS
     second = np.round((per_position - first) * BITS**2) / BITS**2
@@ -26,27 +29,34 @@ def turns(positions: Float[Array, "B T P"], frequencies: Frequencies) -> Float[A
     driven = positions.astype(jnp.float32)[..., frequencies.axis]
     high = jnp.floor(driven / BITS)
     low = driven - high * BITS
-    total = low * third.astype(np.float32)
-    for part in (first.astype(np.float32), second.astype(np.float32)):
+    total = low * chosen(third)
+    for part in (chosen(first), chosen(second)):
         total = total + _fraction(low * part) + _fraction(_fraction(high * part) * BITS)
-    total = total + _fraction(high * (third * BITS).astype(np.float32))
+    total = total + _fraction(high * chosen(third * BITS))
     return _fraction(total)
 
 
-def tables(positions: Float[Array, "B T P"], frequencies: Frequencies) -> tuple[Float[Array, "B T C"], Float[Array, "B T C"]]:
+def tables(
+    positions: Float[Array, "B T P"], frequencies: Frequencies, lengths: Int[Array, "B T"] | None = None
+) -> tuple[Float[Array, "B T C"], Float[Array, "B T C"]]:
     """(cosine, sine) of each pair's angle, times the factor.
 
     XLA's CPU backend fuses them into every user, so that each head would compute the angle anew (an eighth of a training
     step), and drops optimization barriers; it does not fuse out of a conditional. At positions all zero nothing turns.
     """
 
+    factor = frequencies.factor
+    if frequencies.by_length:
+        rows = np.broadcast_to(np.asarray(factor), len(frequencies.inv_freq))[:, None]
+        factor = _chosen(frequencies, lengths)(rows)
+
     def turned(positions):
-        angle = (2 * jnp.pi) * turns(positions, frequencies)
-        return jnp.cos(angle) * frequencies.factor, jnp.sin(angle) * frequencies.factor
+        angle = (2 * jnp.pi) * turns(positions, frequencies, lengths)
+        return jnp.cos(angle) * factor, jnp.sin(angle) * factor
 
     def still(positions):
-        zero = jnp.broadcast_to(0 * positions[..., :1], (*positions.shape[:-1], len(frequencies.inv_freq)))
-        return zero + frequencies.factor, zero
+        zero = jnp.broadcast_to(0 * positions[..., :1], (*positions.shape[:-1], frequencies.inv_freq.shape[-1]))
+        return zero + factor, zero
 
     if ambient_mesh() is not None:
         return turned(positions)
@@ -54,11 +64,19 @@ def tables(positions: Float[Array, "B T P"], frequencies: Frequencies) -> tuple[
     return jax.lax.platform_dependent(positions.astype(jnp.float32), cpu=once, default=turned)
 
 
-def rotate(x: Float[Array, "B T H D"], positions: Float[Array, "B T P"], frequencies: Frequencies) -> Float[Array, "B T H D"]:
-    """Rotates the first 2C channels of each head by its position; the result is float32."""
+def rotate(
+    x: Float[Array, "B T H D"],
+    positions: Float[Array, "B T P"],
+    frequencies: Frequencies,
+    lengths: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T H D"]:
+    """Rotates the first 2C channels of each head by its position; the result is float32.
+
+    lengths: of the tokens' documents. Raises ValueError without them if the frequencies depend on them.
+    """
     x = x.astype(jnp.float32)
-    cosine, sine = (table[:, :, None] for table in tables(positions, frequencies))
-    pairs = len(frequencies.inv_freq)
+    cosine, sine = (table[:, :, None] for table in tables(positions, frequencies, lengths))
+    pairs = frequencies.inv_freq.shape[-1]
     if frequencies.pairing == "half":
         first, second = x[..., :pairs], x[..., pairs : 2 * pairs]
     else:
@@ -69,6 +87,16 @@ def rotate(x: Float[Array, "B T H D"], positions: Float[Array, "B T P"], frequen
     else:
         rotated = jnp.stack(turned, axis=-1).reshape(*x.shape[:-1], 2 * pairs)
     return jnp.concatenate([rotated, x[..., 2 * pairs :]], axis=-1)
+
+
+def _chosen(frequencies: Frequencies, lengths):
+    """What a token reads of a host array [C], or of one [N, C] with a row for each length, in float32."""
+    if not frequencies.by_length:
+        return lambda part: part.astype(np.float32)
+    if lengths is None:
+        raise ValueError("info.lengths: None, but this rope depends on the length of a document: expected one for every token")
+    row = frequencies.row(lengths)
+    return lambda part: jnp.asarray(part, jnp.float32)[row]
 
 
 def _fraction(x: Float[Array, "..."]) -> Float[Array, "..."]:

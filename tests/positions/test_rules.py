@@ -7,9 +7,13 @@ import pytest
 
 from lcx.positions.base_multiplier import BaseMultiplier, critical_dimension
 from lcx.positions.dprope import DPRoPE, disturbance
+from lcx.positions.dynamic_ntk import DynamicNTK
+from lcx.positions.dynamic_yarn import DynamicYaRN
 from lcx.positions.frequencies import geometric
+from lcx.positions.length_rule import LengthRule
 from lcx.positions.linear import LinearInterpolation
 from lcx.positions.llama3 import Llama3
+from lcx.positions.longrope import LongRoPE, rescaled
 from lcx.positions.ntk import NTK
 from lcx.positions.power_basis import PowerBasis
 from lcx.positions.proportional import Proportional
@@ -68,20 +72,66 @@ GOLDEN = {
         1,
         "1 0.31622777 0.1 0.031622777 0.0015339808 0.0015339808 0 0",
     ),
+    "dynamic ntk": (
+        DynamicNTK(original_length=256),
+        1,
+        "1 0.25941283 0.067295007 0.017457189 0.0045286184 0.0011747816 0.00030475340 7.9056947e-05",
+    ),
+    "dynamic ntk factor 4": (
+        DynamicNTK(original_length=256, factor=4.0),
+        1,
+        "1 0.21921247 0.048054103 0.010534058 0.0023091969 0.00050620473 0.00011096639 2.4325213e-05",
+    ),
+    "longrope": (
+        LongRoPE(original_length=256, short=(1.0,) * 8, long=(1.0, 1.0, 1.5, 2.0, 3.0, 4.0, 4.0, 4.0), factor=4.0),
+        1.11803399,
+        "1 0.31622776 0.06666667 0.015811389 0.0033333334 0.00079056947 0.00025 7.9056947e-05",
+    ),
+    "dynamic yarn": (
+        DynamicYaRN(original_length=256),
+        1.13862944,
+        "1 0.25693506 0.0625 0.013834965 0.0025 0.00079056947 0.00025 7.9056947e-05",
+    ),
     "dprope": (
         DPRoPE(factor=4.0, original_length=256),
         1,
         "1 0.079056942 0.1 0.031622777 0.0025 0.00079056942 0.00025 7.9056942e-05",
     ),
 }
+LENGTH_RULES = [rule for rule, *_ in GOLDEN.values() if isinstance(rule, LengthRule)]
 
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_vectors(name):
     rule, factor, text = GOLDEN[name]
-    given = rule.frequencies(16, 1024)
+    given = rule.frequencies(16, 1024).at(1024)
     np.testing.assert_allclose(given.inv_freq, np.asarray(text.split(), float), rtol=2e-6)
     assert math.isclose(given.factor, factor, rel_tol=1e-8)
+
+
+@pytest.mark.parametrize("rule", LENGTH_RULES, ids=lambda rule: type(rule).__name__)
+def test_rules_of_the_length_are_the_trained_ones_within_the_window(rule):
+    table = rule.frequencies(16, 1024)
+    for length in (1, 255, 256):
+        np.testing.assert_allclose(table.at(length).inv_freq, geometric(1e4, 16))
+    assert (table.at(257).inv_freq[-1] < geometric(1e4, 16)[-1]) and rule.frequencies(16, 100).at(100).inv_freq[0] == 1
+
+
+def test_lengths_are_rounded_up_to_steps():
+    fine, coarse = (DynamicNTK(original_length=256, step=step).frequencies(16, 1000) for step in (1, 100))
+    assert len(fine.inv_freq) == 745 and len(coarse.inv_freq) == 9
+    for length, rounded in ((256, 256), (257, 356), (356, 356), (1000, 1056)):
+        np.testing.assert_array_equal(
+            coarse.at(length).inv_freq, DynamicNTK(original_length=256).frequencies(16, rounded).at(rounded).inv_freq
+        )
+    with pytest.raises(SpecError, match=r"original_length = 256: expected a table of at most 8,388,608 numbers, .*: set step"):
+        DynamicNTK(original_length=256).frequencies(128, 1 << 20)
+
+
+def test_longrope_lists_are_as_long_as_the_pairs():
+    with pytest.raises(SpecError, match=r"LongRoPE\.short = .*: expected 8 factors, one a rotated pair"):
+        LongRoPE(original_length=256, short=(1.0,) * 4, long=(2.0,) * 4, factor=4.0).frequencies(16, 1024)
+    assert rescaled((1.0, 1.5, 4.0), 4.0, 7.0) == (1.0, 2.0, 7.0)
 
 
 def test_llama_2_yarn_ramp():

@@ -1,0 +1,125 @@
+"""Ropes that depend on the length of a document: what a length is, in rows, in generation and in the cache."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lcx.batch import Batch, causal_info, document_lengths
+from lcx.cache.dense import DenseCache
+from lcx.channels.glu import GLU
+from lcx.inference.generate import generate
+from lcx.mixers.attention import Attention
+from lcx.models.decoder import Decoder
+from lcx.models.layer import Layer
+from lcx.positions.dynamic_ntk import DynamicNTK
+from lcx.positions.length_rule import length_policy
+from lcx.positions.longrope import LongRoPE
+from lcx.positions.rope import Rope
+from lcx.positions.rotate import rotate
+from lcx.spec import SpecError
+
+FROZEN = DynamicNTK(original_length=6, factor=2.0)
+SWITCH = LongRoPE(original_length=10, short=(1.0,) * 4, long=(1.0, 2.0, 3.0, 4.0), factor=4.0)
+
+
+def decoder(rope=FROZEN, depth=2) -> Decoder:
+    mixer = Attention(heads=2, kv_heads=1, head_dim=8, cache=DenseCache(keys="raw"))
+    return Decoder(vocab=32, width=16, pattern=(Layer(mixer=mixer, channel=GLU(hidden=16)),), periods=depth, rope=rope)
+
+
+def logits_of(model, rows):
+    """Of right-padded rows in one pass."""
+    longest = max(map(len, rows))
+    tokens = np.asarray([[*row, *[0] * (longest - len(row))] for row in rows], np.int32)
+    segments = np.asarray([[1] * len(row) + [0] * (longest - len(row)) for row in rows], np.int32)
+    return model.logits(model(Batch(tokens=tokens, info=causal_info(segments)))[0])
+
+
+def test_a_length_is_that_of_the_own_document():
+    segments = np.asarray([[2, 2, 1, 2, 0, 1, 0], [3, 3, 3, 3, 3, 3, 3]])
+    assert document_lengths(causal_info(segments)).tolist() == [[3, 3, 2, 3, 0, 2, 0], [7] * 7]
+    assert document_lengths(causal_info(segments[1:], start=np.asarray([5]))).tolist() == [[12] * 7]
+
+
+@pytest.mark.parametrize("rope", [FROZEN, SWITCH], ids=["dynamic ntk", "longrope"])
+def test_a_document_is_turned_as_it_is_alone(rope):
+    """Packed beside others and padded: each document of a row has the frequencies of its own length."""
+    model = decoder(rope).build(rngs=nnx.Rngs(0))
+    tokens = np.random.default_rng(0).integers(0, 32, 24).astype(np.int32)
+    parts = (tokens[:5], tokens[5:17], tokens[17:24])
+    packed = Batch(
+        tokens=np.concatenate([[0], tokens])[None],
+        info=causal_info(np.asarray([[0] + [1] * 5 + [2] * 12 + [3] * 7])),
+    )
+    found = model.logits(model(packed)[0])[0, 1:]
+    wanted = jnp.concatenate([logits_of(model, [part])[0] for part in parts])
+    np.testing.assert_allclose(found, wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("rope", [FROZEN, SWITCH], ids=["dynamic ntk", "longrope"])
+def test_frozen_generation_equals_one_pass_over_the_whole_request(rope):
+    """Prompts on both sides of the window, decoded together; a request's length is its prompt and all that may follow."""
+    model = decoder(rope).build(rngs=nnx.Rngs(0))
+    prompts = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5, 8]]
+    for prompt, row in zip(prompts, generate(model, prompts, max_new=4, chunk=2), strict=True):
+        whole = [*prompt, *row.ids]
+        assert len(whole) == len(prompt) + 4
+        best = logits_of(model, [whole])[0].argmax(axis=-1)
+        assert row.ids == best[len(prompt) - 1 : -1].tolist()
+
+
+def test_growing_keys_are_those_of_the_length_so_far():
+    """One layer: after every token its logits are those of a pass over what was read; frozen ones differ."""
+    prompt = [3, 1, 4, 1, 5, 9, 2, 6]
+    for policy, equal in (("growing", True), ("frozen", False)):
+        model = decoder(dataclasses.replace(FROZEN, length_policy=policy), depth=1).build(rngs=nnx.Rngs(0))
+        (row,) = generate(model, [prompt], max_new=5, chunk=3)
+        found = []
+        for n in range(5):
+            logits = jax.nn.log_softmax(logits_of(model, [[*prompt, *row.ids[:n]]])[0, -1])
+            found.append(abs(float(logits[row.ids[n]]) - row.logprobs[n]) < 1e-5)
+        assert all(found) == equal
+
+
+def test_a_state_needs_to_be_told_lengths():
+    model = decoder().build(rngs=nnx.Rngs(0))
+    batch = Batch(tokens=np.zeros((1, 2), np.int32), info=causal_info(np.ones((1, 2), np.int32)))
+    with pytest.raises(ValueError, match=r"info\.lengths: None, but this rope depends on the length of a document"):
+        model(batch, model.init_state(1, 8))
+
+
+def test_rotated_keys_are_refused():
+    mixer = Attention(heads=2, kv_heads=1, head_dim=8)
+    model = Decoder(vocab=32, width=16, pattern=(Layer(mixer=mixer, channel=GLU(hidden=16)),), periods=1, rope=FROZEN)
+    built = model.build(rngs=nnx.Rngs(0))
+    info = causal_info(np.ones((1, 2), np.int32), lengths=jnp.full((1, 2), 9))
+    with pytest.raises(ValueError, match=r"cache\.keys = 'rotated': expected 'raw'"):
+        built(Batch(tokens=np.zeros((1, 2), np.int32), info=info), built.init_state(1, 8))
+
+
+def test_one_policy_a_model():
+    assert length_policy(decoder(Rope())) is None
+    assert length_policy(decoder()) == "frozen"
+    model = decoder(dataclasses.replace(FROZEN, length_policy="growing"))
+    slot = dataclasses.replace(model.pattern[0], mixer=dataclasses.replace(model.pattern[0].mixer, rope=SWITCH))
+    with pytest.raises(SpecError, match="length_policy = frozen and growing in one model"):
+        length_policy(dataclasses.replace(model, pattern=(*model.pattern, slot)))
+
+
+def test_far_angles_of_every_length_are_right():
+    rule = DynamicNTK(original_length=8192, step=1 << 20)
+    table = rule.frequencies(64, 1 << 24)
+    positions, lengths = (
+        np.asarray([[0, 8000, 1 << 20, 4_000_000, (1 << 24) - 1]]),
+        np.asarray([[8192, 8193, 1 << 21, 5_000_000, 1 << 24]]),
+    )
+    x = np.zeros((1, 5, 1, 64), np.float32)
+    x[..., :32] = 1
+    found = np.asarray(rotate(jnp.asarray(x), jnp.asarray(positions[..., None], jnp.float32), table, jnp.asarray(lengths)))
+    for t in range(5):
+        angle = positions[0, t] * table.at(int(lengths[0, t])).inv_freq
+        np.testing.assert_allclose(found[0, t, 0], np.concatenate([np.cos(angle), np.sin(angle)]), atol=1e-3)
