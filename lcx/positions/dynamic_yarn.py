@@ -37,7 +37,7 @@ class DynamicYaRN(LengthRule):
         return self._yarn(length).attention_factor(length)
 
     def _yarn(self, length: int) -> YaRN:
-        shared = ("base", "rotary", "pairing", "original_length", "fast", "slow", "ramp", "truncate", "temperature")
+        shared = ("base", "original_length", "fast", "slow", "ramp", "truncate", "temperature")
         factor = max(1.0, length / self.original_length)
         return YaRN(factor=factor, **{name: getattr(self, name) for name in shared})
 

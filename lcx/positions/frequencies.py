@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from lcx.spec import Spec
 
 Pairing = Literal["half", "interleaved"]
+SectionOrder = Literal["contiguous", "interleaved", "alternating"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,15 +55,31 @@ class FrequencyRule(Spec, abc.ABC):
     """Base of every frequency rule. Subclasses give `inverse_frequencies`, and `attention_factor` where it is not 1.
 
     base: the rotary base. rotary: the share of the head's channels that is rotated. pairing: see `Frequencies`.
+
+    sections: how many pairs each position axis drives (M-RoPE, Qwen2-VL 2024: (16, 24, 24) by time, row and column); empty is
+    one axis. section_order: `contiguous` is one section after the other; `interleaved` takes turns until only the first has
+    pairs left (Qwen3-VL 2025); `alternating` takes turns among all but the first, which has the slowest (VideoRoPE 2025).
     """
 
     base: float = 10_000.0
     rotary: float = 1.0
     pairing: Pairing = "half"
+    sections: tuple[int, ...] = ()
+    section_order: SectionOrder = "contiguous"
 
     def validate(self):
         self.check(self.base > 1, "base", "greater than 1")
         self.check(0 < self.rotary <= 1, "rotary", "a share in (0, 1]")
+        self.check(
+            len(self.sections) != 1 and all(n >= 1 for n in self.sections), "sections", "none, or 2 and more of a pair or more"
+        )
+        self.check(
+            bool(self.sections) or self.section_order == "contiguous",
+            "section_order",
+            "'contiguous' where there are no sections",
+        )
+        if self.section_order == "alternating":
+            self.check(len(set(self.sections[1:])) == 1, "sections", "as many pairs for every axis but the first")
 
     @abc.abstractmethod
     def inverse_frequencies(self, rotary_dim: int, length: int) -> Float[np.ndarray, "C"]:
@@ -75,8 +92,27 @@ class FrequencyRule(Spec, abc.ABC):
         """The frequencies for heads of `head_dim` channels. Raises SpecError if the rotated channels are odd or none."""
         rotary_dim = self.rotated(head_dim)
         inv_freq = np.asarray(self.inverse_frequencies(rotary_dim, length), np.float64)
-        axis = np.zeros(len(inv_freq), np.int32)
-        return Frequencies(inv_freq=inv_freq, axis=axis, factor=self.attention_factor(length), pairing=self.pairing)
+        axis, factor = self.axes(rotary_dim // 2), self.attention_factor(length)
+        return Frequencies(inv_freq=inv_freq, axis=axis, factor=factor, pairing=self.pairing)
+
+    def axes(self, pairs: int) -> Int[np.ndarray, "C"]:
+        """The position axis that drives each of so many pairs."""
+        if not self.sections:
+            return np.zeros(pairs, np.int32)
+        self.check(sum(self.sections) == pairs, "sections", f"sizes that add up to the {pairs} rotated pairs")
+        if self.section_order == "contiguous":
+            return np.repeat(np.arange(len(self.sections)), self.sections).astype(np.int32)
+        first, *others = self.sections
+        if self.section_order == "alternating":
+            turns = np.tile(np.arange(1, len(self.sections)), others[0])
+            return np.concatenate([turns, np.zeros(first)]).astype(np.int32)
+        axis, n = np.zeros(pairs, np.int32), len(self.sections)
+        for k, size in enumerate(others, 1):
+            self.check(
+                k + n * (size - 1) < pairs, "sections", f"at most {(pairs - k - 1) // n + 1} interleaved pairs for axis {k}"
+            )
+            axis[k : n * size : n] = k
+        return axis
 
     def rotated(self, head_dim: int) -> int:
         """How many channels of a head are rotated."""

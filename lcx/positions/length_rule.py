@@ -51,7 +51,7 @@ class LengthRule(FrequencyRule):
         lengths = [self.original_length + row * self.spacing for row in range(rows)]
         return Frequencies(
             inv_freq=np.stack([np.asarray(self.inverse_frequencies(rotary_dim, n), np.float64) for n in lengths]),
-            axis=np.zeros(rotary_dim // 2, np.int32),
+            axis=self.axes(rotary_dim // 2),
             factor=np.asarray([self.attention_factor(n) for n in lengths]),
             pairing=self.pairing,
             first=self.original_length,

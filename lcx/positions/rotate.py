@@ -26,7 +26,7 @@ def turns(
     first = np.round(per_position * BITS) / BITS
     second = np.round((per_position - first) * BITS**2) / BITS**2
     third = per_position - first - second
-    driven = positions.astype(jnp.float32)[..., frequencies.axis]
+    driven = _driving(positions.astype(jnp.float32), frequencies)
     high = jnp.floor(driven / BITS)
     low = driven - high * BITS
     total = low * chosen(third)
@@ -87,6 +87,16 @@ def rotate(
     else:
         rotated = jnp.stack(turned, axis=-1).reshape(*x.shape[:-1], 2 * pairs)
     return jnp.concatenate([rotated, x[..., 2 * pairs :]], axis=-1)
+
+
+def _driving(positions: Float[Array, "B T P"], frequencies: Frequencies) -> Float[Array, "B T C"]:
+    """The position that drives each pair; where tokens have one, as text has, it stands for all axes."""
+    axes, given = int(frequencies.axis.max(initial=0)) + 1, positions.shape[-1]
+    if given == 1:
+        return positions
+    if axes > given:
+        raise ValueError(f"info.positions: {given} axes, but the rope's sections read {axes}: expected as many, or 1 for text")
+    return positions[..., frequencies.axis]
 
 
 def _chosen(frequencies: Frequencies, lengths):

@@ -2,22 +2,27 @@
 
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lcx.positions.axial import AxialRope
 from lcx.positions.base_multiplier import BaseMultiplier, critical_dimension
 from lcx.positions.dprope import DPRoPE, disturbance
 from lcx.positions.dynamic_ntk import DynamicNTK
 from lcx.positions.dynamic_yarn import DynamicYaRN
 from lcx.positions.frequencies import geometric
+from lcx.positions.hope import HoPE
 from lcx.positions.length_rule import LengthRule
 from lcx.positions.linear import LinearInterpolation
 from lcx.positions.llama3 import Llama3
 from lcx.positions.longrope import LongRoPE, rescaled
+from lcx.positions.mrope_plus_plus import MRopePlusPlus
 from lcx.positions.ntk import NTK
 from lcx.positions.power_basis import PowerBasis
 from lcx.positions.proportional import Proportional
 from lcx.positions.rope import Rope
+from lcx.positions.rotate import rotate
 from lcx.positions.truncated_basis import TruncatedBasis
 from lcx.positions.yarn import YaRN
 from lcx.spec import SpecError
@@ -154,6 +159,59 @@ def test_llama_3_is_yarns_ramp_by_rotations_without_a_temperature(base, length):
     yarn = YaRN(base=base, factor=8.0, original_length=length, fast=4.0, slow=1.0, ramp="rotations", temperature="none")
     given = Llama3(base=base, factor=8.0, original_length=length)
     np.testing.assert_allclose(given.frequencies(128, 0).inv_freq, yarn.frequencies(128, 0).inv_freq, rtol=1e-14)
+
+
+def test_sections_in_order_are_those_of_qwen():
+    """Qwen2-VL: 16 pairs of time, 24 of rows, 24 of columns. Qwen3-VL: 24, 20 and 20 by turns, time where those run out."""
+    contiguous = Rope(sections=(16, 24, 24)).frequencies(128, 0).axis
+    assert contiguous.tolist() == [0] * 16 + [1] * 24 + [2] * 24
+    interleaved = Rope(sections=(24, 20, 20), section_order="interleaved").frequencies(128, 0).axis
+    assert interleaved.tolist() == [0, 1, 2] * 20 + [0] * 4
+    alternating = Rope(sections=(16, 24, 24), section_order="alternating").frequencies(128, 0).axis
+    assert alternating.tolist() == [1, 2] * 24 + [0] * 16
+
+
+def test_text_is_turned_by_all_sections_as_by_one_axis():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 2, 32)), jnp.float32)
+    positions = jnp.asarray([0.0, 1.0, 7.0, 1000.0, 1e6])[None, :, None]
+    sections = Rope(sections=(4, 6, 6)).frequencies(32, 0)
+    plain = rotate(x, positions, Rope().frequencies(32, 0))
+    np.testing.assert_array_equal(rotate(x, positions, sections), plain)
+    np.testing.assert_array_equal(rotate(x, jnp.tile(positions, 3), sections), plain)
+    with pytest.raises(ValueError, match=r"info\.positions: 2 axes, but the rope's sections read 3"):
+        rotate(x, jnp.tile(positions, 2), sections)
+
+
+def test_sections_that_do_not_fit_are_refused():
+    with pytest.raises(SpecError, match=r"sections = \(16, 24\): expected sizes that add up to the 64 rotated pairs"):
+        Rope(sections=(16, 24)).frequencies(128, 0)
+    with pytest.raises(SpecError, match=r"sections = .*: expected at most 3 interleaved pairs for axis 1"):
+        Rope(sections=(3, 4, 1), section_order="interleaved").frequencies(16, 0)
+
+
+def test_hope_stands_still_in_time():
+    given, theta = HoPE().frequencies(128, 0), geometric(1e4, 128)
+    np.testing.assert_array_equal(given.inv_freq, [*theta[:48], *[0.0] * 16])
+    assert given.axis.tolist() == [1, 2] * 24 + [0] * 16
+
+
+def test_far_has_a_ladder_for_each_axis():
+    given = AxialRope().frequencies(64, 0)
+    ladders = [1e4 ** -(np.arange(0, size, 2) / size) for size in (16, 24, 24)]
+    np.testing.assert_allclose(given.inv_freq, np.concatenate(ladders), rtol=1e-14)
+    assert given.axis.tolist() == [0] * 8 + [1] * 12 + [2] * 12 and given.pairing == "interleaved"
+
+
+def test_mrope_plus_plus():
+    """The paper's form at the size of Qwen2-VL, as parts of RoPE's frequencies; the code's is NTK beyond time."""
+    shared = {"factor": 4.0, "original_length": 16_384}
+    theta = geometric(1e4, 128)
+    ratio = MRopePlusPlus(**shared).frequencies(128, 0).inv_freq / theta
+    expected = {15: 1, 16: 1, 20: 0.66103704, 30: 0.32878854, 39: 0.25379085, 40: 0.25, 63: 0.25}
+    np.testing.assert_allclose(ratio[list(expected)], list(expected.values()), rtol=2e-6)
+    code, ntk = MRopePlusPlus(**shared, form="code"), NTK(factor=65_535 / 16_383)
+    found = code.frequencies(128, 0).inv_freq
+    np.testing.assert_allclose(found, [*theta[:16], *ntk.frequencies(128, 0).inv_freq[16:]], rtol=1e-14)
 
 
 def test_llama_3_without_a_ramp_keeps_the_channels_of_a_turn():
