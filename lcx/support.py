@@ -188,6 +188,15 @@ def _keys_are_turned_anew(experiment: Experiment) -> Iterator[str]:
             yield f"{path}.cache.keys = 'rotated': expected 'raw', as {kind} turns a key anew when its document grows"
 
 
+def _regions_turn_by_a_static_rope(experiment: Experiment) -> Iterator[str]:
+    for path, mixer in _attentions(experiment):
+        rule = experiment.model.rope if mixer.rope == "model" else mixer.rope
+        if mixer.distances is None or rule is None:
+            continue
+        if isinstance(rule, LengthRule) or (isinstance(rule, FrequencyRule) and rule.sections):
+            yield f"{path}.distances turns pairs by {type(rule).__name__}: expected a rope of one axis that no length changes"
+
+
 def _one_length_policy(experiment: Experiment) -> Iterator[str]:
     try:
         length_policy(experiment.model)
@@ -230,6 +239,7 @@ RULES: Mapping[str, Rule] = {
     "every head has channels that its rope can rotate": _heads_rotate,
     "the model's rope is read by some layer": _rope_is_read,
     "a rope that depends on the length finds raw keys in the cache": _keys_are_turned_anew,
+    "a distance plan turns by a rope of one axis that no length changes": _regions_turn_by_a_static_rope,
     "ropes that depend on the length agree whether it is frozen or growing": _one_length_policy,
     "a row is long enough for the recall sequences that fill it": _rows_fit,
     "a mask hides only roles that tokens have": _roles_exist,

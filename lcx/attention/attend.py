@@ -12,7 +12,9 @@ from jaxtyping import Array, Float
 from lcx.attention.mask import Mask, tokens_of
 from lcx.attention.plan import BlockPlan, check_plan
 from lcx.attention.planned import Planned
+from lcx.attention.regions import Regions
 from lcx.batch import TokenInfo
+from lcx.positions.distance_plan import Distances
 from pallas_kernels.target import platform
 from pallas_kernels.tile_attention import op
 
@@ -32,18 +34,21 @@ def attend(
     scale: float,
     softcap: float | None = None,
     plan: BlockPlan | None = None,
+    distances: Distances | None = None,
     backend: Backend = "auto",
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
     """Attention of queries to keys: `(out f32, lse f32)`.
 
     Query head h reads key head h // (H/K). `lse` is the natural log of the sum of exponentials, after scale and soft-cap.
     Rows that see nothing give out = 0 and lse = -inf. Gradients accept a cotangent for `lse`. `auto` chooses a form in
-    `choose` and logs it once; a named backend is mandatory. plan: of the visible pairs only those that it lists.
+    `choose` and logs it once; a named backend is mandatory. plan: of the visible pairs only those that it lists. distances: q
+    and k come raw, and are turned by the regions of a distance plan.
 
-    Raises ValueError for what is no attention call (`check_call`), or disagrees with the plan.
+    Raises ValueError for what is no attention call (`check_call`), disagrees with the plan, or has plan and distances.
     """
     check_call(q, k, v, q_info, k_info, mask=mask, scale=scale, softcap=softcap)
-    fold = local_fold(q, k, mask=mask, scale=scale, softcap=softcap, plan=plan, backend=backend)
+    options = {"mask": mask, "scale": scale, "softcap": softcap, "plan": plan, "distances": distances, "backend": backend}
+    fold = local_fold(q, k, **options)
     plans = () if plan is None else (plan,)
     return op.attention(fold, q, k, v, tokens_of(q_info), tokens_of(k_info), *plans)
 
@@ -84,9 +89,14 @@ def local_fold(
     scale: float,
     softcap: float | None = None,
     plan: BlockPlan | None = None,
+    distances: Distances | None = None,
     backend: Backend = "auto",
 ) -> op.Fold:
     """Attention on one device in the form that `choose` takes for these shapes; with a plan, a fold that takes it too."""
+    if distances is not None:
+        if plan is not None:
+            raise ValueError("attend: plan and distances: expected one of them")
+        return Regions(choose(backend), mask, scale, softcap, distances)
     if plan is None:
         return op.Tiled(choose(backend), mask, scale, softcap)
     check_plan(plan, B=q.shape[0], T=q.shape[1], H=q.shape[2], K=k.shape[2])

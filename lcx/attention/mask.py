@@ -169,6 +169,45 @@ class Beyond(_Sized):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Ahead(_Sized):
+    """`key - query >= size`: keys that come after, far from the query, where order shows them."""
+
+    def term(self, q, k):
+        return k.index - q.index >= self.size
+
+    def term_bounds(self, q, k):
+        nearest, farthest = _distances(q, k)
+        return nearest <= -self.size, farthest <= -self.size
+
+    def intervals(self, index):
+        return [(index + self.size, np.full_like(index, FAR))]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChunksBack(_Sized):
+    """`query // size - key // size` is 1, or with `farther` 2 and more: keys of the chunk before, or of those before it."""
+
+    farther: bool = False
+
+    def term(self, q, k):
+        back = q.index // self.size - k.index // self.size
+        return back >= 2 if self.farther else back == 1
+
+    def term_bounds(self, q, k):
+        q_low, q_high, k_low, k_high = (x // self.size for x in (q.index_low, q.index_high, k.index_low, k.index_high))
+        least, most = q_low - k_high, q_high - k_low
+        return (most >= 2, least >= 2) if self.farther else ((least <= 1) & (most >= 1), (least == 1) & (most == 1))
+
+    def intervals(self, index):
+        own = index // self.size * self.size
+        return [(np.full_like(index, -FAR), own - self.size)] if self.farther else [(own - self.size, own)]
+
+    @classmethod
+    def examples(cls):
+        return (cls(size=3), cls(size=5, farther=True))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Hide(Mask):
     """Queries of role `query_role` do not see keys of role `key_role`."""
 

@@ -13,6 +13,7 @@ from lcx.attention.plan import BlockPlan, check_plan
 from lcx.batch import TokenInfo
 from lcx.parallel.gathered import axes_size
 from lcx.parallel.rules import Rules, ambient_mesh
+from lcx.positions.distance_plan import Distances
 from pallas_kernels.tile_attention import op
 
 
@@ -29,6 +30,7 @@ def sharded_attend(
     scale: float,
     softcap: float | None = None,
     plan: BlockPlan | None = None,
+    distances: Distances | None = None,
     backend: Backend = "auto",
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
     """`attend` with the same arguments and result under the ambient mesh; each device computes its own queries and heads.
@@ -37,7 +39,7 @@ def sharded_attend(
     groups lie as the heads that they are of. Raises ValueError for a plan where the sequence is sharded: its tiles are places
     in whole rows, and which of them meet on a device is up to the communication.
     """
-    options = {"mask": mask, "scale": scale, "softcap": softcap, "backend": backend}
+    options = {"mask": mask, "scale": scale, "softcap": softcap, "distances": distances, "backend": backend}
     mesh = ambient_mesh()
     if mesh is None:
         return attend(q, k, v, q_info, k_info, plan=plan, **options)

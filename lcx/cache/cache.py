@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from lcx.attention.mask import Mask
 from lcx.batch import TokenInfo
+from lcx.positions.distance_plan import Distances
 from lcx.positions.frequencies import Frequencies
 from lcx.spec import Spec
 
@@ -50,9 +51,10 @@ class Cache(Spec, abc.ABC):
         scale: float,
         frequencies: Frequencies | None,
         softcap: float | None = None,
+        distances: Distances | None = None,
         backend: str = "auto",
     ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
-        """(out, lse) of rotated queries, whose own keys are already appended."""
+        """(out, lse) of rotated queries, whose own keys are already appended; with `distances` queries and keys are raw."""
 
     @abc.abstractmethod
     def read(self, state: Any, frequencies: Frequencies | None) -> tuple[Array, Array, TokenInfo]:

@@ -19,7 +19,9 @@ from lcx.linear import linear
 from lcx.mixers.mixer import Inherited, Mixer, MixerModule, residual_gain, weight
 from lcx.norms import RMSNorm
 from lcx.parallel.rules import shard
+from lcx.positions.distance_plan import DistancePlan, Distances
 from lcx.positions.frequencies import Frequencies, FrequencyRule
+from lcx.positions.query_scale import QueryScale
 from lcx.positions.rotate import rotate
 
 
@@ -30,6 +32,8 @@ class Attention(Mixer):
     bias: which projections have one. scale: of the logits, default 1 / sqrt(head_dim). qk_norm: over the channels of a head,
     before the rotation. softcap: cap * tanh(logits / cap). sinks: `learned` gives each query head a logit that stands in every
     softmax and brings no value (gpt-oss, 2025), so that a head can look at nothing; it begins at 0, as that of a key of zeros.
+    distances: turns pairs by regions of their distance instead, with the rope's frequencies. query_scale: a factor on queries
+    that grows with their place.
     """
 
     heads: int
@@ -42,6 +46,8 @@ class Attention(Mixer):
     scale: float | None = None
     softcap: float | None = None
     sinks: Literal["none", "learned"] = "none"
+    distances: DistancePlan | None = None
+    query_scale: QueryScale | None = None
     cache: Cache = DenseCache()
     backend: Backend = "auto"
 
@@ -51,6 +57,7 @@ class Attention(Mixer):
         self.check(self.heads % self.kv_heads == 0, "heads", f"a multiple of kv_heads = {self.kv_heads}")
         self.check(self.softcap is None or self.softcap > 0, "softcap", "a positive number or None")
         self.check(self.scale is None or self.scale > 0, "scale", "a positive number or None")
+        self.check(self.distances is None or self.rope != "none", "distances", "None where rope is 'none': nothing turns")
 
     def build(self, inherited, *, rngs):
         return AttentionModule(self, inherited, rngs)
@@ -58,18 +65,24 @@ class Attention(Mixer):
     @classmethod
     def examples(cls):
         from lcx.attention.mask import Sink, Window
+        from lcx.positions.query_scale import LogN
+        from lcx.positions.self_extend import SelfExtend
 
         return (
             cls(heads=4, kv_heads=2, head_dim=8),
             cls(heads=2, kv_heads=2, head_dim=8, bias="all", qk_norm=RMSNorm(), softcap=5.0, cache=DenseCache(keys="raw")),
             cls(heads=2, kv_heads=1, head_dim=8, rope="none", mask=Sink(size=1) | Window(size=5), bias="qkv"),
             cls(heads=4, kv_heads=2, head_dim=8, mask=Window(size=6), sinks="learned"),
+            cls(heads=2, kv_heads=1, head_dim=8, distances=SelfExtend(group=2, window=4), query_scale=LogN(original_length=6)),
         )
 
 
 class AttentionModule(MixerModule):
     def __init__(self, spec: Attention, inherited: Inherited, rngs: nnx.Rngs):
         self.spec, self.inherited = spec, inherited
+        spec.check(
+            spec.distances is None or self._rope is not None, "distances", "None where the model has no rope: nothing turns"
+        )
         M, H, K, D = inherited.width, spec.heads, spec.kv_heads, spec.head_dim
         self.query = weight(rngs, (M, H, D), ("width", "heads", None), fan_in=M)
         self.key = weight(rngs, (M, K, D), ("width", "kv_heads", None), fan_in=M)
@@ -86,15 +99,24 @@ class AttentionModule(MixerModule):
 
     def frequencies(self, length: int) -> Frequencies | None:
         """The frequencies in force for rows of `length` tokens; None without rotation."""
-        rule = self.inherited.rope if self.spec.rope == "model" else self.spec.rope
+        rule = self._rope
         return rule.frequencies(self.spec.head_dim, length) if isinstance(rule, FrequencyRule) else None
+
+    @property
+    def _rope(self):
+        return self.inherited.rope if self.spec.rope == "model" else self.spec.rope
 
     def __call__(self, x: Float[Array, "B T M"], batch: Batch, state: Any = None):
         spec, rules, info = self.spec, self.inherited.rules, batch.info
         q = self._project(x, self.query, self.query_bias, self.query_norm, "heads")
         k = self._project(x, self.key, self.key_bias, self.key_norm, "kv_heads")
         v = self._project(x, self.value, self.value_bias, None, "kv_heads")
-        frequencies = self.frequencies(x.shape[1] if state is None else spec.cache.length(state))
+        if spec.query_scale is not None:
+            q = (q * spec.query_scale.scale(info.index)[..., None, None]).astype(x.dtype)
+        length = x.shape[1] if state is None else spec.cache.length(state)
+        frequencies, distances = self.frequencies(length), None
+        if spec.distances is not None:
+            distances, frequencies = Distances(spec.distances, self._rope, spec.head_dim, length), None
         if frequencies is not None:
             lengths = info.lengths if state is not None or not frequencies.by_length else lengths_of(info)
             q = rotate(q, info.positions, frequencies, lengths).astype(x.dtype)
@@ -103,6 +125,7 @@ class AttentionModule(MixerModule):
             "scale": spec.scale or 1 / math.sqrt(spec.head_dim),
             "softcap": spec.softcap,
             "backend": spec.backend,
+            "distances": distances,
         }
         if state is None:
             if frequencies is not None:

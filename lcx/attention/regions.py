@@ -1,0 +1,53 @@
+"""Attention whose rotation depends on the region of a pair: one fold a region of a distance plan, merged.
+
+Queries and keys come raw and are turned here, each by its own token's index, so keys may travel over a mesh or lie in a cache
+before they are.
+"""
+
+import dataclasses
+import functools
+
+import jax
+
+from lcx.attention.mask import Mask
+from lcx.attention.merge import merge
+from lcx.positions.distance_plan import Distances
+from lcx.positions.rotate import rotate
+from pallas_kernels.tile_attention import op
+
+
+@dataclasses.dataclass(frozen=True)
+class Regions(op.Fold):
+    form: str
+    mask: Mask
+    scale: float
+    softcap: float | None
+    distances: Distances
+
+    def forward(self, q, k, v, q_tokens, k_tokens):
+        parts = []
+        for region, fold in self._folds():
+            turned = self._turn(q, region.query, region, q_tokens), self._turn(k, region.key, region, k_tokens)
+            parts.append(fold.forward(*turned, v, q_tokens, k_tokens))
+        return functools.reduce(merge, parts)
+
+    def backward(self, q, k, v, q_tokens, k_tokens, lse, delta, d_out):
+        sums = None
+        for region, fold in self._folds():
+            turn_q = functools.partial(self._turn, place=region.query, region=region, tokens=q_tokens)
+            turn_k = functools.partial(self._turn, place=region.key, region=region, tokens=k_tokens)
+            (turned_q, back_q), (turned_k, back_k) = jax.vjp(turn_q, q), jax.vjp(turn_k, k)
+            dq, dk, dv = fold.backward(turned_q, turned_k, v, q_tokens, k_tokens, lse, delta, d_out)
+            found = back_q(dq.astype(q.dtype))[0], back_k(dk.astype(k.dtype))[0], dv
+            sums = found if sums is None else tuple(a + b for a, b in zip(sums, found, strict=True))
+        return sums
+
+    def _folds(self):
+        for region in self.distances.regions:
+            yield region, op.Tiled(self.form, self.mask & region.mask, self.scale, self.softcap)
+
+    def _turn(self, x, place, region, tokens):
+        frequencies = self.distances.frequencies
+        if region.axes is not None:
+            frequencies = dataclasses.replace(frequencies, axis=region.axes)
+        return rotate(x, place(tokens.index), frequencies).astype(x.dtype)

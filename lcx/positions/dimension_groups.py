@@ -1,0 +1,40 @@
+"""DPE, dimension-wise positional embeddings (Lu et al. 2025): SelfExtend with a group size for each range of channels."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from lcx.attention.mask import Beyond, Within
+from lcx.positions.distance_plan import DistancePlan, Region, plain
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DimensionGroups(DistancePlan):
+    """The rotated pairs in as many equal ranges as there are `groups`, fast to slow, each with its group size; 1 is unscaled.
+
+    Published for windows of 1024: Llama-3-8B (2, 8, 2, 8, 32, 32, 32, 4), Mistral-v0.2 (4, 16, 2, 16, 32, 16, 16, 2),
+    Llama-3.1-8B (2, 32, 32, 2, 2, 2, 2, 1), Qwen2.5-7B (2, 16, 8, 8, 32, 8, 2, 4).
+    """
+
+    groups: tuple[int, ...]
+    window: int
+
+    def validate(self):
+        self.check(len(self.groups) >= 1 and min(self.groups) >= 1, "groups", "sizes of at least 1")
+        self.check(self.window >= 1, "window", "at least 1 token")
+        for size in self.groups:
+            self.check(self.window % size == 0, "window", f"a multiple of every group, such as {size}")
+
+    def regions(self, pairs):
+        self.check(pairs % len(self.groups) == 0, "groups", f"as many as divide the {pairs} rotated pairs")
+        sizes = np.asarray(self.groups)
+        shift = self.window - self.window // sizes
+        key = lambda index: jnp.asarray(index[..., None] // sizes, jnp.float32)
+        query = lambda index: jnp.asarray(index[..., None] // sizes + shift, jnp.float32)
+        axes = np.repeat(np.arange(len(sizes)), pairs // len(sizes))
+        return Region(Within(size=self.window), plain, plain), Region(Beyond(size=self.window), query, key, axes)
+
+    @classmethod
+    def examples(cls):
+        return (cls(groups=(1, 2), window=4),)

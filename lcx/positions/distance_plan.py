@@ -1,0 +1,66 @@
+"""Distance plans: rotations that depend on the pair, not only on its tokens. Ordered regions of pairs that share one softmax.
+
+In each region a pair is turned by positions that are functions of the two indices, each of its own token. The regions of a
+plan are apart and cover every pair that a causal mask can show, or every pair where the plan is `both_ways`.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from lcx.attention.mask import Mask
+from lcx.positions.frequencies import Frequencies, FrequencyRule
+from lcx.spec import Spec
+
+Places = Callable[[Int[Array, "B T"]], Float[Array, "B T P"]]
+
+
+class Region(NamedTuple):
+    """mask: its pairs. query, key: positions by index. axes: which of the P positions drives each pair of channels, None if
+    there is one."""
+
+    mask: Mask
+    query: Places
+    key: Places
+    axes: Int[np.ndarray, "C"] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistancePlan(Spec, abc.ABC):
+    """Base of every plan. Positions of the tokens must be their indices, on one axis."""
+
+    @abc.abstractmethod
+    def regions(self, pairs: int) -> tuple[Region, ...]:
+        """For heads with so many rotated pairs of channels."""
+
+    @property
+    def both_ways(self) -> bool:
+        """Whether keys that come after a query are in some region too."""
+        return False
+
+
+@dataclasses.dataclass(frozen=True)
+class Distances:
+    """A plan with the rope that it turns by, for rows of at most `length` tokens. Hashable and static."""
+
+    plan: DistancePlan
+    rope: FrequencyRule
+    head_dim: int
+    length: int
+
+    @property
+    def frequencies(self) -> Frequencies:
+        return self.rope.frequencies(self.head_dim, self.length)
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        return self.plan.regions(self.frequencies.inv_freq.shape[-1])
+
+
+def plain(index):
+    """The index itself."""
+    return index[..., None].astype(np.float32)
