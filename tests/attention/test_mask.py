@@ -6,7 +6,7 @@ import pytest
 from infos import info, random_info
 
 from lcx.attention.count import document_pairs, visible_pairs
-from lcx.attention.mask import And, Beyond, Causal, Chunk, Hide, Mask, Or, Sink, Window, Within, tokens_of
+from lcx.attention.mask import Ahead, And, Beyond, Causal, Chunk, ChunksBack, Hide, Mask, Or, Sink, Window, Within, tokens_of
 from lcx.parts import parts
 from lcx.spec import SpecError
 from pallas_kernels.tile_attention.tokens import Tokens, tiles
@@ -32,6 +32,10 @@ def term(mask, q, k):
             return i - j < n
         case Beyond(size=n):
             return i - j >= n
+        case Ahead(size=n):
+            return j - i >= n
+        case ChunksBack(size=n, farther=farther):
+            return i // n - j // n >= 2 if farther else i // n - j // n == 1
         case Hide(query_role=a, key_role=b):
             return not (qr == a and kr == b)
         case And(terms=terms):

@@ -53,7 +53,7 @@ def cache(request):
 @functools.partial(jax.jit, static_argnames=("cache", "mask"))
 def feed(cache, state, q, k, v, info, mask):
     state = cache.append(state, k, v, info, FREQUENCIES)
-    q = rotate(q, info.positions, FREQUENCIES)
+    q = rotate(q, info.positions, FREQUENCIES).astype(k.dtype)
     return state, cache.attend(state, q, info, mask=mask, scale=0.3, softcap=5.0, frequencies=FREQUENCIES)
 
 
@@ -61,7 +61,7 @@ def chunked(cache, info, mask, chunks, slots=LENGTH, dtype=jnp.float32):
     state, made, at = cache.init(len(SEGMENTS), slots, KV_HEADS, DIM, VALUE, dtype), [], 0
     for size in chunks:
         part = slice(at, at + size)
-        state, out = feed(cache, state, *(x[:, part] for x in arrays()), info.take(part), mask)
+        state, out = feed(cache, state, *(x[:, part].astype(dtype) for x in arrays()), info.take(part), mask)
         made.append(out)
         at += size
     return state, tuple(jnp.concatenate(x, axis=1) for x in zip(*made, strict=True))
