@@ -78,7 +78,7 @@ WRONG = {
     "misspelt part": (sets("model.rope=YaRM(factor=2.0)"), "there is no part 'YaRM'. Did you mean YaRN?"),
     "misspelt part in another case": (
         sets("model.rope=Yarn(factor=2.0)"),
-        "Did you mean YaRN? Expected FrequencyRule or None (LinearInterpolation, NTK, Rope, YaRN)",
+        "Did you mean YaRN? Expected FrequencyRule or None (AxialRope, ",
     ),
     "no part": (sets("data.tokenizer=foo"), "Pipeline.tokenizer = 'foo': expected Tokenizer (ByteTokenizer, HFTokenizer)"),
     "bracket left open": (sets("model.rope=YaRN(factor=2.0"), "'YaRN(factor=2.0': '(' was never closed"),
