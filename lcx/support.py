@@ -166,8 +166,13 @@ def _vocabulary_divides(experiment: Experiment) -> Iterator[str]:
 
 
 def _positions_are_exact(experiment: Experiment) -> Iterator[str]:
-    if experiment.data.length > EXACT_POSITIONS:
-        yield f"data.length = {experiment.data.length}: expected at most 2^24 = {EXACT_POSITIONS}, where positions are exact"
+    data = experiment.data
+    if data.length > EXACT_POSITIONS:
+        yield f"data.length = {data.length}: expected at most 2^24 = {EXACT_POSITIONS}, where positions are exact"
+    if data.positions is not None and (data.positions.reach or 0) > EXACT_POSITIONS:
+        yield f"data.positions = {data.positions}: expected a target of at most 2^24 = {EXACT_POSITIONS}"
+    if data.positions is not None and data.positions.reach is not None and data.positions.reach < data.length:
+        yield f"data.positions = {data.positions}: expected a target of at least data.length = {data.length}"
 
 
 def _heads_rotate(experiment: Experiment) -> Iterator[str]:
@@ -193,6 +198,8 @@ def _regions_turn_by_a_static_rope(experiment: Experiment) -> Iterator[str]:
         rule = experiment.model.rope if mixer.rope == "model" else mixer.rope
         if mixer.distances is None or rule is None:
             continue
+        if experiment.data.positions is not None:
+            yield f"data.positions = {experiment.data.positions}: expected None, as {path}.distances turns pairs by their index"
         if isinstance(rule, LengthRule) or (isinstance(rule, FrequencyRule) and rule.sections):
             yield f"{path}.distances turns pairs by {type(rule).__name__}: expected a rope of one axis that no length changes"
 

@@ -5,13 +5,15 @@ global batches do not depend on how many hosts there are. The iterator's state i
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import grain
 from grain import MapDataset, ReadOptions
 
-from lcx.data.rows import Rows, RowSet, collate
+from lcx.data.rows import Rows, RowSet, collate, positioned
 from lcx.data.tokenizers import ByteTokenizer, Tokenizer
+from lcx.positions.position_rule import PositionRule
 from lcx.spec import Spec
 
 ENDLESS = 1 << 60
@@ -30,13 +32,15 @@ class Weighted(Spec):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pipeline(Spec):
-    """length: tokens a row. batch_size: rows of a global batch, over all hosts. seed: of document order, shuffle and recall."""
+    """length: tokens a row. batch_size: rows of a global batch, over all hosts. seed: of document order, shuffle, recall and
+    positions. positions: the rule that gives documents theirs, anew whenever a row comes; None is the index."""
 
     mixture: tuple[Weighted, ...]
     length: int
     batch_size: int
     tokenizer: Tokenizer = ByteTokenizer()
     seed: int = 0
+    positions: PositionRule | None = None
 
     def validate(self):
         for field in ("length", "batch_size"):
@@ -61,6 +65,8 @@ class Pipeline(Spec):
             raise ValueError(f"pipeline: host {host} of {hosts} cannot take its share of batch_size = {self.batch_size}")
         sets = self.row_sets() if sets is None else sets
         kinds = [MapDataset.source(rows).seed(self.seed + n).shuffle().repeat() for n, rows in enumerate(sets)]
+        if self.positions is not None:
+            kinds = [kind.random_map(functools.partial(positioned, rule=self.positions)) for kind in kinds]
         mixed = kinds[0] if len(kinds) == 1 else MapDataset.mix(kinds, [kind.weight for kind in self.mixture])
         share = self.batch_size // hosts
         dealt = MapDataset.source(_HostRows(mixed, self.batch_size, share, host * share))

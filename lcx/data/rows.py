@@ -11,16 +11,21 @@ from jaxtyping import Float, Int
 
 from lcx.batch import Batch, TokenInfo, document_index
 from lcx.data.tokenizers import Tokenizer
+from lcx.positions.position_rule import PositionRule
 from lcx.spec import Spec
 
 
 class Row(NamedTuple):
-    """One row of T tokens. targets[t] is the token to predict at t; weights[t] is 0 where nothing is to be predicted."""
+    """One row of T tokens. targets[t] is the token to predict at t; weights[t] is 0 where nothing is to be predicted.
+
+    positions: what the rotation reads; None is the index.
+    """
 
     tokens: Int[np.ndarray, "T"]
     targets: Int[np.ndarray, "T"]
     weights: Float[np.ndarray, "T"]
     segments: Int[np.ndarray, "T"]
+    positions: Float[np.ndarray, "T"] | None = None
 
 
 class RowSet(abc.ABC):
@@ -94,9 +99,20 @@ class JoinedRows(RowSet):
         return counts | taken
 
 
+def positioned(row: Row, rng: np.random.Generator, *, rule: PositionRule) -> Row:
+    """The row with positions of each of its documents by the rule; padding stays at 0."""
+    positions = np.zeros(row.segments.shape, np.float32)
+    for segment in dict.fromkeys(row.segments[row.segments > 0].tolist()):
+        places = np.flatnonzero(row.segments == segment)
+        positions[places] = rule.positions(len(places), rng)
+    return row._replace(positions=positions)
+
+
 def collate(rows: Sequence[Row]) -> Batch:
-    """A batch of NumPy arrays. Index, order and positions restart in every segment of a row."""
-    tokens, targets, weights, segments = (np.stack(field) for field in zip(*rows, strict=True))
+    """A batch of NumPy arrays. Index and order, and positions where rows have none, restart in every segment of a row."""
+    tokens, targets, weights, segments = (np.stack([row[field] for row in rows]) for field in range(4))
     index = document_index(segments)
-    info = TokenInfo(index=index, order=index, positions=index[..., None].astype(np.float32), segments=segments)
+    given = [own if row.positions is None else row.positions for row, own in zip(rows, index, strict=True)]
+    positions = np.stack(given).astype(np.float32)[..., None]
+    info = TokenInfo(index=index, order=index, positions=positions, segments=segments)
     return Batch(tokens=tokens, info=info, targets=targets, loss_weights=weights)
