@@ -189,8 +189,7 @@ def _keys_are_turned_anew(experiment: Experiment) -> Iterator[str]:
     for path, mixer in _attentions(experiment):
         rule = experiment.model.rope if mixer.rope == "model" else mixer.rope
         if isinstance(rule, LengthRule) and getattr(mixer.cache, "keys", "raw") == "rotated":
-            kind = type(rule).__name__
-            yield f"{path}.cache.keys = 'rotated': expected 'raw', as {kind} turns a key anew when its document grows"
+            yield f"{path}.cache.keys = 'rotated': expected 'raw', as its rope turns a key anew when its document grows"
 
 
 def _regions_turn_by_a_static_rope(experiment: Experiment) -> Iterator[str]:
@@ -213,7 +212,7 @@ def _one_length_policy(experiment: Experiment) -> Iterator[str]:
 
 def _rope_is_read(experiment: Experiment) -> Iterator[str]:
     if not reads_rope(experiment.model) and experiment.model.rope not in (None, Rope()):
-        yield f"model.rope = {experiment.model.rope}: no layer of this model reads it; set the rope of its mixers"
+        yield "model.rope: expected None, as no layer of this model reads it; set the rope of its mixers"
 
 
 def _rows_fit(experiment: Experiment) -> Iterator[str]:

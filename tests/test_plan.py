@@ -56,7 +56,7 @@ def test_figures_of_a_model_in_use_by_hand():
     assert 12 * found["forward FLOPs a row of 64, visible pairs only"] == trained["training FLOPs a step, visible pairs only"]
     assert 12 * found["forward FLOPs a row of 64, all pairs"] == trained["training FLOPs a step, all pairs"]
     grown = found["state bytes a row of 128"] - found["state bytes a row of 64"]
-    assert grown == 64 * (2 * 2 * 8 + 5) * 4
+    assert grown == 64 * (2 * 2 * 8 + 6) * 4
 
 
 def test_runs_of_one_cost_share_a_block():

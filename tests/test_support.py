@@ -20,13 +20,18 @@ from lcx.parallel.layout import Contiguous, Zigzag
 from lcx.parallel.mesh import MeshSpec
 from lcx.parallel.rules import Rules
 from lcx.parts import parts
+from lcx.positions.dynamic_ntk import DynamicNTK
 from lcx.positions.frequencies import FrequencyRule
+from lcx.positions.position_rule import PoSE
+from lcx.positions.rerope import ReRoPE
+from lcx.positions.rope import Rope
 from lcx.positions.yarn import YaRN
 from lcx.spec import SpecError, edit, edits
 from lcx.support import RULES, broken, sequence_axes, validate
 from lcx.support_table import base, kinds, refusal, support_table
 
 LAYER = "model.pattern[0]"
+GROWING = DynamicNTK(original_length=64, length_policy="growing")
 
 
 @pytest.mark.parametrize(
@@ -101,6 +106,19 @@ LAYER = "model.pattern[0]"
             [("mesh", MeshSpec(tensor=2)), ("objective.parts", 5)],
             "model.vocab = 264: expected a multiple of 10 (mesh.tensor 2 * objective.parts 5)",
         ),
+        (
+            [("model.rope", DynamicNTK(original_length=64))],
+            "model.pattern[0].mixer.cache.keys = 'rotated': expected 'raw', as its rope turns a key anew",
+        ),
+        (
+            [(f"{LAYER}.mixer.distances", ReRoPE(window=8)), ("model.rope", Rope(sections=(2, 1, 1)))],
+            "model.pattern[0].mixer.distances turns pairs by Rope: expected a rope of one axis that no length changes",
+        ),
+        (
+            [(f"{LAYER}.mixer.distances", ReRoPE(window=8)), ("data.positions", PoSE(target=1024))],
+            "expected None, as model.pattern[0].mixer.distances turns pairs by their index",
+        ),
+        ([("data.positions", PoSE(target=8))], "expected a target of at least data.length"),
         ([(f"{LAYER}.mixer.head_dim", 5)], "model.pattern[0].mixer.head_dim = 5 does not fit its rope: Rope.rotary"),
     ],
 )
@@ -134,7 +152,10 @@ def test_each_rule_is_broken_by_something_and_the_base_breaks_none():
     unread = edits(base(), [(f"{LAYER}.mixer.rope", "none"), ("model.rope", YaRN(factor=8.0, original_length=128))])
     order = edits(base(), [("mesh", MeshSpec(context=8)), ("layout", Zigzag()), ("model.embed_mixer", ShortConvolution())])
     order = edit(order, "model.communication", Ulysses())
-    broken_by = lambda rule: [sentence for config in (wrong, short, apart, unread, order) for sentence in rule(config)]
+    lengths = edits(base(), [("model.rope", GROWING), (f"{LAYER}.mixer.rope", DynamicNTK(original_length=64))])
+    turned = edits(lengths, [(f"{LAYER}.mixer.distances", ReRoPE(window=8))])
+    configs = (wrong, short, apart, unread, order, lengths, turned)
+    broken_by = lambda rule: [sentence for config in configs for sentence in rule(config)]
     assert [name for name, rule in RULES.items() if not broken_by(rule)] == []
     assert list(broken(base())) == []
 

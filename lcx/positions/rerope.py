@@ -1,7 +1,6 @@
 """ReRoPE and Leaky ReRoPE (Su 2023): beyond a window all keys stand equally far, or hardly farther."""
 
 import dataclasses
-import math
 
 import jax.numpy as jnp
 
@@ -11,20 +10,20 @@ from lcx.positions.distance_plan import DistancePlan, Region, plain
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReRoPE(DistancePlan):
-    """Keys less than `window` tokens back keep their distance d, others stand at window + (d - window) / leak; leak inf is
-    ReRoPE, where those have the distance `window`, 1 is RoPE. Meant with a query scale (`LogN`), without which it collapses at
+    """Keys less than `window` tokens back keep their distance d, others stand at window + (d - window) / leak; without a leak,
+    ReRoPE, at `window`; a leak of 1 is RoPE. Meant with a query scale (`LogN`), without which it collapses at
     large ratios."""
 
     window: int
-    leak: float = math.inf
+    leak: float | None = None
 
     def validate(self):
         self.check(self.window >= 1, "window", "at least 1 token")
-        self.check(self.leak >= 1, "leak", "at least 1, inf for ReRoPE")
+        self.check(self.leak is None or self.leak >= 1, "leak", "at least 1, or None for ReRoPE")
 
     def regions(self, pairs):
         near = Region(Within(size=self.window), plain, plain)
-        if math.isinf(self.leak):
+        if self.leak is None:
             far = lambda place: lambda index: jnp.full((*index.shape, 1), place, jnp.float32)
             return near, Region(Beyond(size=self.window), far(self.window), far(0))
         query = lambda index: (plain(index) + self.window * (self.leak - 1)) / self.leak
