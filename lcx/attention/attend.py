@@ -1,5 +1,6 @@
 """attend: the one attention call. Everything longer (rings, caches, regions, prefixes) is a fold of it by `merge`."""
 
+import dataclasses
 import functools
 import logging
 import math
@@ -15,6 +16,7 @@ from lcx.attention.planned import Planned
 from lcx.attention.regions import Regions
 from lcx.batch import TokenInfo
 from lcx.positions.distance_plan import Distances
+from lcx.positions.linear_bias import LinearBias
 from pallas_kernels.target import platform
 from pallas_kernels.tile_attention import op
 
@@ -33,27 +35,29 @@ def attend(
     mask: Mask,
     scale: float,
     softcap: float | None = None,
+    bias: LinearBias | None = None,
     plan: BlockPlan | None = None,
     distances: Distances | None = None,
     backend: Backend = "auto",
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
     """Attention of queries to keys: `(out f32, lse f32)`.
 
-    Query head h reads key head h // (H/K). `lse` is the natural log of the sum of exponentials, after scale and soft-cap.
+    Query head h reads key head h // (H/K). `lse` is the natural log of the sum of exponentials, after scale, bias and soft-cap.
     Rows that see nothing give out = 0 and lse = -inf. Gradients accept a cotangent for `lse`. `auto` chooses a form in
-    `choose` and logs it once; a named backend is mandatory. plan: of the visible pairs only those that it lists. distances: q
-    and k come raw, and are turned by the regions of a distance plan.
+    `choose` and logs it once; a named backend is mandatory. bias: falls with distance. plan: of the visible pairs only those
+    that it lists. distances: q and k come raw, and are turned by the regions of a distance plan.
 
-    Raises ValueError for what is no attention call (`check_call`), disagrees with the plan, or has plan and distances.
+    Raises ValueError for what is no attention call (`check_call`), disagrees with the plan, or has arguments that no method
+    combines: distances with a plan or a bias, a bias with a soft-cap.
     """
-    check_call(q, k, v, q_info, k_info, mask=mask, scale=scale, softcap=softcap)
-    options = {"mask": mask, "scale": scale, "softcap": softcap, "plan": plan, "distances": distances, "backend": backend}
-    fold = local_fold(q, k, **options)
+    check_call(q, k, v, q_info, k_info, mask=mask, scale=scale, softcap=softcap, bias=bias)
+    options = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias, "distances": distances, "backend": backend}
+    fold = local_fold(q, k, plan=plan, **options)
     plans = () if plan is None else (plan,)
     return op.attention(fold, q, k, v, tokens_of(q_info), tokens_of(k_info), *plans)
 
 
-def check_call(q, k, v, q_info, k_info, *, mask, scale, softcap) -> None:
+def check_call(q, k, v, q_info, k_info, *, mask, scale, softcap, bias=None) -> None:
     """Raises ValueError with the argument that is not what `attend` takes, or that disagrees with another."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if jnp.ndim(x) != 4 or jnp.asarray(x).dtype not in DTYPES:
@@ -71,6 +75,12 @@ def check_call(q, k, v, q_info, k_info, *, mask, scale, softcap) -> None:
         raise ValueError(f"attend: scale = {scale!r}: expected a number, such as head_dim ** -0.5")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"attend: softcap = {softcap!r}: expected a positive number or None")
+    if bias is not None and not isinstance(bias, LinearBias):
+        raise ValueError(f"attend: bias = {bias!r}: expected a LinearBias, such as ALiBi(), or None")
+    if bias is not None and softcap is not None:
+        raise ValueError(
+            f"attend: bias = {bias} with softcap = {softcap}: expected one of them; which comes first is not defined"
+        )
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"attend: {q.shape[2]} query heads are not a multiple of {k.shape[2]} key heads")
     if q.shape[0] != k.shape[0]:
@@ -88,19 +98,27 @@ def local_fold(
     mask: Mask,
     scale: float,
     softcap: float | None = None,
+    bias: LinearBias | None = None,
     plan: BlockPlan | None = None,
     distances: Distances | None = None,
     backend: Backend = "auto",
+    heads: int | None = None,
+    head_axes: tuple[str, ...] = (),
 ) -> op.Fold:
-    """Attention on one device in the form that `choose` takes for these shapes; with a plan, a fold that takes it too."""
+    """Attention on one device in the form that `choose` takes for these shapes; with a plan, a fold that takes it too.
+
+    heads: of the whole call, which the mesh axes `head_axes` share out; by default those of q.
+    """
     if distances is not None:
-        if plan is not None:
-            raise ValueError("attend: plan and distances: expected one of them")
+        for name, other in (("plan", plan), ("bias", bias)):
+            if other is not None:
+                raise ValueError(f"attend: {name} and distances: expected one of them")
         return Regions(choose(backend), mask, scale, softcap, distances)
+    decay = None if bias is None else dataclasses.replace(bias.decay(heads or q.shape[2]), axes=head_axes)
     if plan is None:
-        return op.Tiled(choose(backend), mask, scale, softcap)
+        return op.Tiled(choose(backend), mask, scale, softcap, decay=decay)
     check_plan(plan, B=q.shape[0], T=q.shape[1], H=q.shape[2], K=k.shape[2])
-    return Planned(choose(backend), mask, scale, softcap, plan.block)
+    return Planned(choose(backend), mask, scale, softcap, plan.block, decay)
 
 
 def choose(backend: Backend) -> str:

@@ -36,6 +36,9 @@ class Wrapped(Fold):
     def mask(self):
         return self.inner.mask
 
+    def shared_heads(self, axis):
+        return dataclasses.replace(self, inner=self.inner.shared_heads(axis))
+
     @property
     def own(self) -> tuple[str, ...]:
         return (self.axis,) if isinstance(self.axis, str) else self.axis

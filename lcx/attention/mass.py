@@ -6,7 +6,8 @@ from jaxtyping import Array, Float, Int
 
 from lcx.attention.mask import Mask, tokens_of
 from lcx.batch import TokenInfo
-from pallas_kernels.tile_attention.tokens import Tokens
+from lcx.positions.linear_bias import LinearBias
+from pallas_kernels.tile_attention.tokens import Tokens, distance
 
 CHUNK = 512  # keys whose probabilities exist at once
 
@@ -22,11 +23,12 @@ def mass(
     scale: float,
     rows: Int[Array, "R"],
     softcap: float | None = None,
+    bias: LinearBias | None = None,
 ) -> Float[Array, "B K S"]:
     """Attention probability that each key receives from the query rows `rows`, summed over them and the heads of its group.
 
-    `lse` is what `attend` returned for the same mask, scale and soft-cap, over all keys. Differentiable; memory grows with
-    R x 512, never with T x S. Rows that see nothing give nothing.
+    `lse` is what `attend` returned for the same mask, scale, soft-cap and bias, over all keys. Differentiable; memory grows
+    with R x 512, never with T x S. Rows that see nothing give nothing.
     """
     B, _, H, D = q.shape
     S, K = k.shape[1:3]
@@ -44,6 +46,9 @@ def mass(
         k, k_tokens = part
         scores = jnp.einsum("brkgd,bskd->brkgs", q, k.astype(jnp.float32), precision="highest")
         scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+        if bias is not None:
+            slopes = jnp.asarray(bias.slopes(H), jnp.float32).reshape(K, H // K, 1)
+            scores = scores - slopes * distance(q_tokens, k_tokens.columns(), bias.along)[:, :, None, None]
         seen = mask.visible(q_tokens, k_tokens.columns())[:, :, None, None]
         known = seen & (lse != -jnp.inf)[..., None]
         return jnp.where(known, jnp.exp(jnp.where(known, scores - lse[..., None], 0)), 0).sum(axis=(1, 3))

@@ -13,8 +13,9 @@ from jaxtyping import Array, Float, Int
 from lcx.attention.merge import merge
 from lcx.attention.plan import BlockPlan, allowed, lone_columns
 from pallas_kernels.tile_attention import op, reference
+from pallas_kernels.tile_attention.decay import Decay
 from pallas_kernels.tile_attention.tile_list import TileList, verified
-from pallas_kernels.tile_attention.tokens import Mask, Tokens, pad_tokens, tiles
+from pallas_kernels.tile_attention.tokens import Bias, Mask, Tokens, pad_tokens, tiles
 
 GATHERED = 1 << 25  # numbers of keys and values that are gathered at once
 
@@ -28,6 +29,7 @@ class Planned(op.Fold):
     scale: float
     softcap: float | None
     block: tuple[int, int]
+    decay: Decay | None = None
 
     def forward(self, q, k, v, q_tokens, k_tokens, plan):
         if self.form == "reference":
@@ -41,11 +43,12 @@ class Planned(op.Fold):
         gather = _Gather(plan, listed, q, k, v, k_tokens)
 
         def some(blocks):
-            q, q_tokens, *places = blocks
+            q, q_tokens, slopes, *places = blocks
             k, v, k_tokens = gather.keys(*places)
-            return self._whole.forward(q, k, v, q_tokens, k_tokens)
+            return self._whole.forward(q, k, v, q_tokens, k_tokens, bias=self._bias(slopes))
 
-        out, lse = jax.lax.map(some, (gather.cut(q), gather.cut_tokens(q_tokens), *gather.places))
+        cut = gather.cut(q), gather.cut_tokens(q_tokens), self._slopes(gather, q)
+        out, lse = jax.lax.map(some, (*cut, *gather.places))
         return merge(part, (gather.uncut(out), gather.uncut(lse)))
 
     def backward(self, q, k, v, q_tokens, k_tokens, lse, delta, d_out, plan):
@@ -60,26 +63,34 @@ class Planned(op.Fold):
         gather = _Gather(plan, listed, q, k, v, k_tokens)
 
         def some(totals, blocks):
-            q, lse, delta, d_out, q_tokens, *places = blocks
+            q, lse, delta, d_out, q_tokens, slopes, *places = blocks
             k, v, k_tokens = gather.keys(*places)
-            dq, *gradients = self._whole.backward(q, k, v, q_tokens, k_tokens, lse, delta, d_out)
+            bias = self._bias(slopes)
+            dq, *gradients = self._whole.backward(q, k, v, q_tokens, k_tokens, lse, delta, d_out, bias=bias)
             return tuple(gather.add(total, x, places[0]) for total, x in zip(totals, gradients, strict=True)), dq
 
-        cut = *map(gather.cut, (q, lse, delta, d_out)), gather.cut_tokens(q_tokens)
+        cut = *map(gather.cut, (q, lse, delta, d_out)), gather.cut_tokens(q_tokens), self._slopes(gather, q)
         totals, more = jax.lax.scan(some, tuple(totals), (*cut, *gather.places))
         return dq + gather.uncut(more), *totals
 
     @property
     def _whole(self):
-        return op.Tiled(self.form, self.mask, self.scale, self.softcap)
+        return op.Tiled(self.form, self.mask, self.scale, self.softcap, decay=self.decay)
 
     @property
     def _tiled(self):
-        return op.Tiled(self.form, self.mask, self.scale, self.softcap, self.block)
+        return op.Tiled(self.form, self.mask, self.scale, self.softcap, self.block, self.decay)
 
     def _dense(self, plan, q, k):
         pairs = allowed(plan, q.shape[1], k.shape[1])
-        return {"mask": self.mask, "scale": self.scale, "softcap": self.softcap, "allowed": pairs}
+        bias = None if self.decay is None else self.decay.bias(q)
+        return {"mask": self.mask, "scale": self.scale, "softcap": self.softcap, "bias": bias, "allowed": pairs}
+
+    def _slopes(self, gather, q):
+        return None if self.decay is None else gather.cut(self.decay.bias(q).slopes)
+
+    def _bias(self, slopes):
+        return None if self.decay is None else Bias(slopes, self.decay.along)
 
     def _verified(self, plan, q_tokens, k_tokens) -> TileList:
         sides = zip((q_tokens, k_tokens), self.block, strict=True)

@@ -14,6 +14,7 @@ from lcx.batch import TokenInfo
 from lcx.parallel.gathered import axes_size
 from lcx.parallel.rules import Rules, ambient_mesh
 from lcx.positions.distance_plan import Distances
+from lcx.positions.linear_bias import LinearBias
 from pallas_kernels.tile_attention import op
 
 
@@ -29,6 +30,7 @@ def sharded_attend(
     mask: Mask,
     scale: float,
     softcap: float | None = None,
+    bias: LinearBias | None = None,
     plan: BlockPlan | None = None,
     distances: Distances | None = None,
     backend: Backend = "auto",
@@ -39,11 +41,11 @@ def sharded_attend(
     groups lie as the heads that they are of. Raises ValueError for a plan where the sequence is sharded: its tiles are places
     in whole rows, and which of them meet on a device is up to the communication.
     """
-    options = {"mask": mask, "scale": scale, "softcap": softcap, "distances": distances, "backend": backend}
+    options = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias, "distances": distances, "backend": backend}
     mesh = ambient_mesh()
     if mesh is None:
         return attend(q, k, v, q_info, k_info, plan=plan, **options)
-    check_call(q, k, v, q_info, k_info, mask=mask, scale=scale, softcap=softcap)
+    check_call(q, k, v, q_info, k_info, mask=mask, scale=scale, softcap=softcap, bias=bias)
     axes = tuple(axis for axis in rules.sequence if mesh.shape[axis] > 1)
     if axes and plan is not None:
         raise ValueError(
@@ -56,7 +58,7 @@ def sharded_attend(
         k, v = own(k, axis=2), own(v, axis=2)
         if groups == "kv_heads":
             plan = jax.tree.map(functools.partial(own, axis=1), plan)
-        fold = local_fold(q, k, plan=plan, **options)
+        fold = local_fold(q, k, plan=plan, heads=heads, head_axes=rules.heads, **options)
         plans = () if plan is None else (plan,)
         return op.attention(communication.wrap(fold, axes) if axes else fold, q, k, v, q_tokens, k_tokens, *plans)
 

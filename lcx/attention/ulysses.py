@@ -54,17 +54,21 @@ class Exchanged(Wrapped):
     def forward(self, q, k, v, q_tokens, k_tokens):
         k, v = self._repeat(q, k), self._repeat(q, v)
         q, k, v = map(self._to_heads, (q, k, v))
-        out, lse = self.inner.forward(q, k, v, *self._gather(q_tokens, k_tokens))
+        out, lse = self._shared.forward(q, k, v, *self._gather(q_tokens, k_tokens))
         return self._to_tokens(out), self._to_tokens(lse)
 
     def backward(self, q, k, v, q_tokens, k_tokens, lse, delta, d_out):
         kv_heads = k.shape[2]
         k, v = self._repeat(q, k), self._repeat(q, v)
         q, k, v, lse, delta, d_out = map(self._to_heads, (q, k, v, lse, delta, d_out))
-        gradients = self.inner.backward(q, k, v, *self._gather(q_tokens, k_tokens), lse, delta, d_out)
+        gradients = self._shared.backward(q, k, v, *self._gather(q_tokens, k_tokens), lse, delta, d_out)
         dq, dk, dv = map(self._to_tokens, gradients)
         total = lambda x: x.reshape(*x.shape[:2], kv_heads, -1, x.shape[-1]).sum(axis=3)
         return dq, total(dk), total(dv)
+
+    @property
+    def _shared(self):
+        return self.inner.shared_heads(self.axis)
 
     def _repeat(self, q, x):
         """Key heads repeated so that every device gets whole ones."""

@@ -14,6 +14,7 @@ from lcx.attention.mask import Mask
 from lcx.batch import TokenInfo
 from lcx.positions.distance_plan import Distances
 from lcx.positions.frequencies import Frequencies
+from lcx.positions.linear_bias import LinearBias
 from lcx.spec import Spec
 
 
@@ -51,6 +52,7 @@ class Cache(Spec, abc.ABC):
         scale: float,
         frequencies: Frequencies | None,
         softcap: float | None = None,
+        bias: LinearBias | None = None,
         distances: Distances | None = None,
         backend: str = "auto",
     ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:

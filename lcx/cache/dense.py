@@ -96,9 +96,8 @@ class DenseCache(Cache):
             k = rotate(k, state.info.positions, frequencies, state.info.lengths).astype(k.dtype)
         return k, state.v, state.info
 
-    def attend(self, state, q, q_info, *, mask, scale, frequencies, softcap=None, distances=None, backend="auto"):
+    def attend(self, state, q, q_info, *, frequencies, **options):
         k, v, info = self.read(state, frequencies)
-        options = {"mask": mask, "scale": scale, "softcap": softcap, "distances": distances, "backend": backend}
         return attend(q, k, v, q_info, info, **options)
 
     @classmethod

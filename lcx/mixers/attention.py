@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lcx.attention.attend import Backend
 from lcx.attention.mask import Causal, Mask
@@ -21,6 +21,7 @@ from lcx.norms import RMSNorm
 from lcx.parallel.rules import shard
 from lcx.positions.distance_plan import DistancePlan, Distances
 from lcx.positions.frequencies import Frequencies, FrequencyRule
+from lcx.positions.linear_bias import LinearBias
 from lcx.positions.query_scale import QueryScale
 from lcx.positions.rotate import rotate
 
@@ -33,7 +34,7 @@ class Attention(Mixer):
     before the rotation. softcap: cap * tanh(logits / cap). sinks: `learned` gives each query head a logit that stands in every
     softmax and brings no value (gpt-oss, 2025), so that a head can look at nothing; it begins at 0, as that of a key of zeros.
     distances: turns pairs by regions of their distance instead, with the rope's frequencies. query_scale: a factor on queries
-    that grows with their place.
+    that grows with their place. distance_bias: scores that fall with distance.
     """
 
     heads: int
@@ -48,6 +49,7 @@ class Attention(Mixer):
     sinks: Literal["none", "learned"] = "none"
     distances: DistancePlan | None = None
     query_scale: QueryScale | None = None
+    distance_bias: LinearBias | None = None
     cache: Cache = DenseCache()
     backend: Backend = "auto"
 
@@ -58,6 +60,9 @@ class Attention(Mixer):
         self.check(self.softcap is None or self.softcap > 0, "softcap", "a positive number or None")
         self.check(self.scale is None or self.scale > 0, "scale", "a positive number or None")
         self.check(self.distances is None or self.rope != "none", "distances", "None where rope is 'none': nothing turns")
+        undefined = self.softcap is not None or self.distances is not None
+        expected = "None beside a softcap or a distance plan: no method combines them"
+        self.check(self.distance_bias is None or not undefined, "distance_bias", expected)
 
     def build(self, inherited, *, rngs):
         return AttentionModule(self, inherited, rngs)
@@ -65,6 +70,7 @@ class Attention(Mixer):
     @classmethod
     def examples(cls):
         from lcx.attention.mask import Sink, Window
+        from lcx.positions.alibi import ALiBi
         from lcx.positions.query_scale import LogN
         from lcx.positions.self_extend import SelfExtend
 
@@ -74,6 +80,7 @@ class Attention(Mixer):
             cls(heads=2, kv_heads=1, head_dim=8, rope="none", mask=Sink(size=1) | Window(size=5), bias="qkv"),
             cls(heads=4, kv_heads=2, head_dim=8, mask=Window(size=6), sinks="learned"),
             cls(heads=2, kv_heads=1, head_dim=8, distances=SelfExtend(group=2, window=4), query_scale=LogN(original_length=6)),
+            cls(heads=6, kv_heads=2, head_dim=8, rope="none", distance_bias=ALiBi(), sinks="learned"),
         )
 
 
@@ -106,24 +113,26 @@ class AttentionModule(MixerModule):
     def _rope(self):
         return self.inherited.rope if self.spec.rope == "model" else self.spec.rope
 
-    def __call__(self, x: Float[Array, "B T M"], batch: Batch, state: Any = None):
+    def __call__(self, x: Float[Array, "B T M"], batch: Batch, state: Any = None, *, layer: Int[Array, ""] | None = None):
         spec, rules, info = self.spec, self.inherited.rules, batch.info
         q = self._project(x, self.query, self.query_bias, self.query_norm, "heads")
         k = self._project(x, self.key, self.key_bias, self.key_norm, "kv_heads")
         v = self._project(x, self.value, self.value_bias, None, "kv_heads")
         if spec.query_scale is not None:
-            q = (q * spec.query_scale.scale(info.index)[..., None, None]).astype(x.dtype)
+            q = q * spec.query_scale.scale(info.index, layer)[..., None, None]  # rounded once, after the rotation
         length = x.shape[1] if state is None else spec.cache.length(state)
         frequencies, distances = self.frequencies(length), None
         if spec.distances is not None:
             distances, frequencies = Distances(spec.distances, self._rope, spec.head_dim, length), None
         if frequencies is not None:
             lengths = info.lengths if state is not None or not frequencies.by_length else lengths_of(info)
-            q = rotate(q, info.positions, frequencies, lengths).astype(x.dtype)
+            q = rotate(q, info.positions, frequencies, lengths)
+        q = q.astype(x.dtype)
         options = {
             "mask": spec.mask,
             "scale": spec.scale or 1 / math.sqrt(spec.head_dim),
             "softcap": spec.softcap,
+            "bias": spec.distance_bias,
             "backend": spec.backend,
             "distances": distances,
         }

@@ -1,4 +1,4 @@
-"""The contract of a token mixer: `mixer(x[B,T,M], batch, state=None) -> (y, state, aux)`.
+"""The contract of a token mixer: `mixer(x[B,T,M], batch, state=None, *, layer=None) -> (y, state, aux)`.
 
 Parallel form = chunked form = step form; packed equals separate; padding changes nothing; perturbing token t leaves every
 output before t unchanged. With a state, `batch` is the next chunk and padding tokens consume nothing of it.
@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lcx.attention.all_gather import AllGather
 from lcx.attention.communication import Communication
@@ -54,9 +54,11 @@ class Mixer(Spec, abc.ABC):
 
 
 class MixerModule(nnx.Module):
-    """Base of every mixer with its parameters."""
+    """Base of every mixer with its parameters. layer: which of the model's layers it is in, from 0; None outside of them."""
 
-    def __call__(self, x: Float[Array, "B T M"], batch: Batch, state: Any = None) -> tuple[Array, Any, Aux]:
+    def __call__(
+        self, x: Float[Array, "B T M"], batch: Batch, state: Any = None, *, layer: Int[Array, ""] | None = None
+    ) -> tuple[Array, Any, Aux]:
         raise NotImplementedError(f"{type(self).__name__} must define __call__")
 
     def init_state(self, batch_size: int, length: int) -> Any:

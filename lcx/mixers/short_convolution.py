@@ -9,6 +9,7 @@ may stand anywhere.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ class ShortConvolutionModule(MixerModule):
         shape = (spec.taps, inherited.width)
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), shape) / jnp.sqrt(spec.taps), axes=(None, "width"))
 
-    def __call__(self, x: Float[Array, "B T M"], batch: Batch, state: ConvolutionState | None = None):
+    def __call__(self, x: Float[Array, "B T M"], batch: Batch, state: ConvolutionState | None = None, *, layer: Any = None):
         index, segments = batch.info.index, batch.info.segments
         if state is None:
             return jnp.where(_torn(index, segments)[..., None], jnp.nan, self._convolve(x, index, segments)), None, {}

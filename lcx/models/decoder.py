@@ -130,12 +130,12 @@ class DecoderModel(nnx.Module):
         slots = tuple(self.slots) if periods == self.spec.periods else jax.tree.map(lambda p: p[:periods], tuple(self.slots))
 
         def period(x, stacked):
-            blocks, states = stacked
+            blocks, states, first = stacked
             given = states if states is not None else (None,) * len(blocks)
             new, aux = [], []
             x = checkpoint_name(x, STREAM)
-            for block, block_state in zip(blocks, given, strict=True):
-                x, block_state, block_aux = block(x, batch, block_state)
+            for slot, (block, block_state) in enumerate(zip(blocks, given, strict=True)):
+                x, block_state, block_aux = block(x, batch, block_state, layer=first + slot)
                 new.append(block_state)
                 aux.append(block_aux)
             return x, (None if states is None else tuple(new), join_aux(*aux))
@@ -143,7 +143,8 @@ class DecoderModel(nnx.Module):
         policy = REMAT[self.spec.remat]
         body = period if policy is None else jax.checkpoint(period, prevent_cse=False, policy=policy)
         given = None if state is None else state["layers"]
-        x, (layers, aux) = jax.lax.scan(body, x, (slots, given), length=periods, unroll=self._unroll(periods))
+        first = jnp.arange(periods, dtype=jnp.int32) * len(self.spec.pattern)
+        x, (layers, aux) = jax.lax.scan(body, x, (slots, given, first), unroll=self._unroll(periods))
         aux = {key: value.sum() if key.endswith("_loss") else value.mean() for key, value in aux.items()}
         if upto is None:
             x = self.final_norm(x)

@@ -39,11 +39,14 @@ class LayerModule(nnx.Module):
         if inherited.channel_chunk is not None:
             _check_chunks(self.channel, inherited)
 
-    def __call__(self, x: Float[Array, "B T M"], batch: Batch, state: Any = None) -> tuple[Array, Any, Aux]:
+    def __call__(
+        self, x: Float[Array, "B T M"], batch: Batch, state: Any = None, *, layer: Int[Array, ""] | None = None
+    ) -> tuple[Array, Any, Aux]:
+        """`layer`: which of the model's layers this is, from 0."""
         kept: dict[str, Any] = {}
 
         def mix(h):
-            y, kept["state"], kept["mixer"] = self.mixer(h, batch, state)
+            y, kept["state"], kept["mixer"] = self.mixer(h, batch, state, layer=layer)
             return y
 
         def channel(h):

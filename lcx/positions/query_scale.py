@@ -15,26 +15,34 @@ class QueryScale(Spec, abc.ABC):
     """Base of every scale."""
 
     @abc.abstractmethod
-    def scale(self, index: Int[Array, "B T"]) -> Float[Array, "B T"]:
-        """The float32 factor of a query at each place of its document."""
+    def scale(self, index: Int[Array, "B T"], layer: Int[Array, ""] | None = None) -> Float[Array, "B T"]:
+        """The float32 factor of a query at each place of its document, in one of the model's layers, counted from 0."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogN(QueryScale):
     """max(1, ln(i + 1) / ln L) with L the trained window (Su 2023; Entropy-ABF, Zhang et al. 2024): as many keys more to choose
-    among, as much sharper."""
+    among, as much sharper. The first `skip_layers` layers keep theirs: in Entropy-ABF two, where the entropy
+    of the authors' models grows with the length."""
 
     original_length: int
+    skip_layers: int = 0
 
     def validate(self):
         self.check(self.original_length >= 2, "original_length", "at least 2 tokens")
+        self.check(self.skip_layers >= 0, "skip_layers", "at least 0")
 
-    def scale(self, index):
-        return jnp.maximum(1.0, jnp.log1p(index.astype(jnp.float32)) / math.log(self.original_length))
+    def scale(self, index, layer=None):
+        factor = jnp.maximum(1.0, jnp.log1p(index.astype(jnp.float32)) / math.log(self.original_length))
+        if self.skip_layers == 0:
+            return factor
+        if layer is None:
+            raise ValueError(f"LogN.skip_layers = {self.skip_layers}: expected 0 outside the layers of a model")
+        return jnp.where(layer < self.skip_layers, 1.0, factor)
 
     @classmethod
     def examples(cls):
-        return (cls(original_length=6),)
+        return (cls(original_length=6), cls(original_length=6, skip_layers=1))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +56,7 @@ class Stepped(QueryScale):
         self.check(self.every >= 1, "every", "at least 1 token")
         self.check(self.strength >= 0, "strength", "at least 0")
 
-    def scale(self, index):
+    def scale(self, index, layer=None):
         return 1 + self.strength * jnp.log1p(((index + 1) // self.every).astype(jnp.float32))
 
     @classmethod

@@ -26,23 +26,25 @@ KINDS = {"v4": "v4", "v5 lite": "v5e", "v5e": "v5e", "v5": "v5p", "v5p": "v5p", 
 
 
 class Sizes(NamedTuple):
-    """Of a tile: query heads stacked, tokens of queries and of keys, head sizes as padded."""
+    """Of a tile: query heads stacked, tokens of queries and of keys, head sizes as padded; whether scores have a bias."""
 
     G: int
     bq: int
     bk: int
     D: int
     E: int
+    biased: bool = False
 
 
 class Shape(NamedTuple):
-    """Of a call: tokens of queries and of keys, query heads a key head, head sizes of keys and values."""
+    """Of a call: tokens of queries and of keys, query heads a key head, head sizes of keys and values; `biased` as above."""
 
     T: int
     S: int
     G: int
     D: int
     E: int
+    biased: bool = False
 
 
 def shape_of(q: Array, k: Array, v: Array) -> Shape:
@@ -95,15 +97,15 @@ def key_gradient_bytes(size: Sizes, dtype: Any) -> int:
     return _inputs(size, dtype) + _cotangents(size, dtype) + out + _scores(size, dtype, 4.0, 1.0)
 
 
-def footprint(blocks: Blocks, G: int, D: int, E: int, dtype: Any) -> int:
+def footprint(blocks: Blocks, G: int, D: int, E: int, dtype: Any, biased: bool = False) -> int:
     """Bytes of vector memory that the largest of the kernels takes."""
-    return max(bytes_of(Sizes(G, *getattr(blocks, name), D, E), dtype) for name, bytes_of, _ in KERNELS)
+    return max(bytes_of(Sizes(G, *getattr(blocks, name), D, E, biased), dtype) for name, bytes_of, _ in KERNELS)
 
 
 def stacked_heads(shape: Shape, dtype: Any, chip: str | None, given: Blocks | None = None) -> int:
     """The most heads of a group, a divisor of G, whose tiles (None: the smallest) fit the VMEM of a chip; 1 if none do."""
     blocks = given or Blocks.same(LANES, LANES)
-    fits = lambda G: footprint(blocks, G, shape.D, shape.E, dtype) <= _room(chip)
+    fits = lambda G: footprint(blocks, G, shape.D, shape.E, dtype, shape.biased) <= _room(chip)
     return next((G for G in range(shape.G, 1, -1) if shape.G % G == 0 and fits(G)), 1)
 
 
@@ -113,7 +115,7 @@ def choose_blocks(shape: Shape, dtype: Any, chip: str | None, given: Blocks | No
     sizes = {}
     for name, bytes_of, targets in KERNELS:
         bq, bk = getattr(given, name) if given else _start(shape, dtype, *targets)
-        takes = lambda bq, bk, bytes_of=bytes_of: bytes_of(Sizes(shape.G, bq, bk, shape.D, shape.E), dtype)
+        takes = lambda bq, bk, bytes_of=bytes_of: bytes_of(Sizes(shape.G, bq, bk, *shape[3:]), dtype)
         while given is None and takes(bq, bk) > room and max(bq, bk) > LANES:
             if bk > LANES and (bk > shape.G * bq or bq == LANES):
                 bk = _half(bk)
@@ -164,6 +166,9 @@ def _scores(size: Sizes, dtype: Any, each: float, mask: float) -> int:
     """`each` float32 array of scores and `mask` int32 ones of pairs of tokens; float32 factors are split in three bfloat16."""
     columns = 8 * _float32(max(size.bq, size.bk), LANES)  # four fields of tokens before and after they are turned
     pairs = OWN + columns + each * _float32(size.G * size.bq, size.bk) + mask * _float32(size.bq, size.bk)
+    if size.biased:  # slopes as rows and columns, distances of tokens and of stacked queries
+        R = size.G * size.bq
+        pairs += 2 * _float32(1, R) + _float32(R, LANES) + _float32(size.bq, size.bk) + _float32(R, size.bk)
     if jnp.dtype(dtype).itemsize < 4:
         return int(pairs)
     rows = size.G * size.bq + size.bk

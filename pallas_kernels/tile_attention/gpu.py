@@ -1,4 +1,4 @@
-"""Attention in tiles for GPUs: in the Hopper form where it serves (`hopper_blocks.takes`), else through Triton.
+"""Attention in tiles for GPUs: in the Hopper form where it serves (`hopper_blocks.takes`, no bias), else through Triton.
 
 A row that sees nothing gives out = 0 and lse = -inf.
 """
@@ -11,7 +11,7 @@ from pallas_kernels.tile_attention import gpu_few, hopper, triton
 from pallas_kernels.tile_attention.blocks import shape_of
 from pallas_kernels.tile_attention.hopper_blocks import MAJOR, takes
 from pallas_kernels.tile_attention.tile_list import TileList
-from pallas_kernels.tile_attention.tokens import Mask, Tokens
+from pallas_kernels.tile_attention.tokens import Bias, Mask, Tokens
 from pallas_kernels.tile_attention.triton_blocks import this_gpu
 
 
@@ -25,6 +25,7 @@ def forward(
     mask: Mask,
     scale: float,
     softcap: float | None = None,
+    bias: Bias | None = None,
     tiles: TileList | None = None,
     tile: tuple[int, int] | None = None,
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
@@ -32,7 +33,7 @@ def forward(
 
     Raises ValueError for what does not fit the shared memory of a GPU.
     """
-    form, options = _form(q, k, v, scale, tiles, tile)
+    form, options = _form(q, k, v, scale, bias, tiles, tile)
     options |= {"mask": mask, "scale": scale, "softcap": softcap}
     if tiles is None and gpu_few.serves(q, k):
         return gpu_few.forward(form.forward, q, k, v, q_tokens, k_tokens, **options)
@@ -52,6 +53,7 @@ def backward(
     mask: Mask,
     scale: float,
     softcap: float | None = None,
+    bias: Bias | None = None,
     tiles: TileList | None = None,
     tile: tuple[int, int] | None = None,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B S K D"], Float[Array, "B S K E"]]:
@@ -60,7 +62,7 @@ def backward(
     lse: of the whole softmax, over more keys than these if they are a shard; -inf for rows that see nothing, whose gradients
     are zero. delta = sum(d_out out) - d_lse, the sum over a head's E.
     """
-    form, options = _form(q, k, v, scale, tiles, tile)
+    form, options = _form(q, k, v, scale, bias, tiles, tile)
     options |= {"mask": mask, "scale": scale, "softcap": softcap}
     each = 1 if tiles is None or tiles.rows.shape[1] in (1, k.shape[2]) else q.shape[2] // k.shape[2]
     if each == 1:
@@ -70,14 +72,14 @@ def backward(
     return dq, *(x.reshape(*k.shape[:3], each, x.shape[-1]).sum(axis=3) for x in (dk, dv))
 
 
-def _form(q, k, v, scale, tiles, tile):
+def _form(q, k, v, scale, bias, tiles, tile):
     if (tiles is None) != (tile is None):
         raise ValueError(f"tile = {tile} {'without' if tiles is None else 'with'} a list of tiles: expected both or neither")
     shape, gpu = shape_of(q, k, v), this_gpu()
-    if takes(shape, q.dtype, scale, gpu) and (tiles is None or tile == (MAJOR, MAJOR)):
+    if takes(shape, q.dtype, scale, gpu) and bias is None and (tiles is None or tile == (MAJOR, MAJOR)):
         form, options = hopper, {"tiles": tiles}
     else:
-        form, options = triton, {"tiles": tiles, "tile": tile}
+        form, options = triton, {"tiles": tiles, "tile": tile, "bias": bias}
     log_once(
         f"tile attention in the {form.__name__.rpartition('.')[2]} form on {gpu or 'this GPU'}: {jnp.dtype(q.dtype)}, {shape}"
     )

@@ -1,6 +1,6 @@
 """Arrays of the GPU kernels, which go by names that say their layout, padded to whole tiles.
 
-q, d_out, out, dq [B, T, H, width]   k, v, dk, dv [B, S, K, width]   lse, delta [B, H, T]   q_tokens [B, 4, T], k_tokens
+q, d_out, out, dq [B, T, H, width]   k, v, dk, dv [B, S, K, width]   lse, delta, slopes [B, H, T]   q_tokens [B, 4, T], k_tokens
 """
 
 from collections.abc import Mapping
@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels.tile_attention.blocks import Sizes
-from pallas_kernels.tile_attention.tokens import Tokens, pad_tokens
+from pallas_kernels.tile_attention.tokens import Bias, Tokens, pad_tokens
 
 KINDS = {
     "query": ("q", "d_out", "out", "dq"),
-    "row": ("lse", "delta"),
+    "row": ("lse", "delta", "slopes"),
     "q_tokens": ("q_tokens",),
     "key": ("k", "v", "dk", "dv"),
     "k_tokens": ("k_tokens",),
@@ -25,6 +25,11 @@ def padded(size: Sizes, arrays: Mapping[str, Array | Tokens]) -> dict[str, Array
     """Zeros appended up to whole tiles and padded head sizes; tokens as one array."""
     tile = lambda name: size.bk if KIND[name] in ("key", "k_tokens") else size.bq
     return {name: _padded(name, x, tile(name), size.D if name in ("q", "k") else size.E) for name, x in arrays.items()}
+
+
+def slopes_of(bias: Bias | None) -> dict[str, Array]:
+    """A bias's slopes among the arrays of a kernel."""
+    return {} if bias is None else {"slopes": bias.slopes.swapaxes(1, 2)}
 
 
 def power_of_two(n: int) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.tile_attention.tokens import Tokens, pad_tokens
+from pallas_kernels.tile_attention.tokens import Bias, Tokens, pad_tokens
 
 ROWS = 128  # at most, of queries and their heads
 TILE = 128  # keys; a part is a multiple of it, the last ones padded
@@ -29,17 +29,20 @@ def forward(
     v: Float[Array, "B S K E"],
     q_tokens: Tokens,
     k_tokens: Tokens,
+    bias: Bias | None = None,
     **options: Any,
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
     """`run` of the same arguments, a form's forward pass."""
-    (B, T, H, D), (_, S, K, _) = q.shape, k.shape
+    (B, T, H, _), (_, S, K, _) = q.shape, k.shape
     parts = min(-(-S // TILE), -(-PROGRAMS // (B * K)))
     repeat = lambda x: jnp.repeat(x, parts, axis=0)
-    rows = q.reshape(B, T, K, H // K, D).swapaxes(2, 3).reshape(B, -1, K, D)
+    stacked = lambda x: x.reshape(B, T, K, H // K, *x.shape[3:]).swapaxes(2, 3).reshape(B, -1, K, *x.shape[3:])
+    if bias is not None:
+        options["bias"] = bias._replace(slopes=repeat(stacked(bias.slopes)))
     row_tokens = Tokens(*(repeat(jnp.repeat(field, H // K, axis=1)) for field in q_tokens))
     cut = lambda x: jnp.pad(x, [(0, 0), (0, -S % (parts * TILE)), (0, 0), (0, 0)]).reshape(B * parts, -1, *x.shape[2:])
     key_tokens = Tokens(*(field.reshape(B * parts, -1) for field in pad_tokens(k_tokens, parts * TILE)))
-    out, lse = run(repeat(rows), cut(k), cut(v), row_tokens, key_tokens, **options)
+    out, lse = run(repeat(stacked(q)), cut(k), cut(v), row_tokens, key_tokens, **options)
     out, lse = _merged(out.reshape(B, parts, *out.shape[1:]), lse.reshape(B, parts, *lse.shape[1:]))
     heads_last = lambda x: x.reshape(B, T, H // K, K, *x.shape[3:]).swapaxes(2, 3).reshape(B, T, H, *x.shape[3:])
     return heads_last(out), heads_last(lse)

@@ -19,7 +19,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.tile_attention import gpu, reference, tpu, xla
 from pallas_kernels.tile_attention.blocks import Blocks
-from pallas_kernels.tile_attention.tokens import Mask, Tokens
+from pallas_kernels.tile_attention.decay import Decay
+from pallas_kernels.tile_attention.tokens import Bias, Mask, Tokens
 
 FORMS = {"reference": reference, "xla": xla, "tpu": tpu, "gpu": gpu}
 LISTED = {  # the forms that take a list of tiles, and their sizes of one of (query, key) tokens
@@ -44,6 +45,10 @@ class Fold(abc.ABC):
     def forward(self, q, k, v, q_tokens: Tokens, k_tokens: Tokens) -> tuple[Array, Array]:
         """(out f32[B,T,H,E], lse f32[B,T,H]); 0 and -inf for rows that see nothing."""
 
+    def shared_heads(self, axis: str | tuple[str, ...]) -> "Fold":
+        """The fold of a share of its heads, which lie in order over a mesh axis."""
+        return self
+
     @abc.abstractmethod
     def backward(self, q, k, v, q_tokens: Tokens, k_tokens: Tokens, lse, delta, d_out) -> tuple[Array, Array, Array]:
         """(dq, dk, dv) in float32, in the shapes of q, k, v."""
@@ -58,15 +63,23 @@ class Tiled(Fold):
     scale: float
     softcap: float | None = None
     sizes: tuple[int, ...] | None = None
+    decay: Decay | None = None
 
-    def forward(self, q, k, v, q_tokens, k_tokens, tiles=None):
-        return FORMS[self.form].forward(q, k, v, q_tokens, k_tokens, **self._options(tiles))
+    def forward(self, q, k, v, q_tokens, k_tokens, tiles=None, bias=None):
+        return FORMS[self.form].forward(q, k, v, q_tokens, k_tokens, **self._options(q, tiles, bias))
 
-    def backward(self, q, k, v, q_tokens, k_tokens, lse, delta, d_out, tiles=None):
-        return FORMS[self.form].backward(q, k, v, q_tokens, k_tokens, lse, delta, d_out, **self._options(tiles))
+    def backward(self, q, k, v, q_tokens, k_tokens, lse, delta, d_out, tiles=None, bias=None):
+        options = self._options(q, tiles, bias)
+        return FORMS[self.form].backward(q, k, v, q_tokens, k_tokens, lse, delta, d_out, **options)
 
-    def _options(self, tiles):
-        options = {"mask": self.mask, "scale": self.scale, "softcap": self.softcap}
+    def shared_heads(self, axis):
+        return self if self.decay is None else dataclasses.replace(self, decay=self.decay.shared(axis))
+
+    def _options(self, q, tiles, bias: Bias | None):
+        """bias: of these queries, where they are others than the fold's."""
+        options: dict[str, Any] = {"mask": self.mask, "scale": self.scale, "softcap": self.softcap}
+        if self.decay is not None:
+            options["bias"] = self.decay.bias(q) if bias is None else bias
         if tiles is not None:
             return options | LISTED[self.form](*self.sizes) | {"tiles": tiles}
         return options if self.sizes is None else options | {"sizes": self.sizes}

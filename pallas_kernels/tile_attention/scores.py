@@ -8,18 +8,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.tile_attention.tokens import Mask
+from pallas_kernels.tile_attention.tokens import Along, Mask, Tokens, distance
 
 LOW = -0.7 * float(jnp.finfo(jnp.float32).max)  # the score of a pair that is not visible; -inf would give NaN
 LOG2E = math.log2(math.e)
 
 
 class Scores(NamedTuple):
-    """How products of queries and keys become scores."""
+    """How products of queries and keys become scores. along: what a bias is linear in, None without one."""
 
     mask: Mask
     scale: float
     softcap: float | None
+    along: Along | None = None
 
     def logits(
         self, raw: Float[Array, "n m"], tanh: Callable[[Array], Array] = jnp.tanh
@@ -29,6 +30,10 @@ class Scores(NamedTuple):
             return raw * (self.scale * LOG2E), 1
         bent = tanh(raw * (self.scale / self.softcap))
         return bent * (self.softcap * LOG2E), 1 - bent * bent
+
+    def bias(self, q: Tokens, k: Tokens) -> Float[Array, "..."]:
+        """What is added to scores in base 2 for a slope of 1, of broadcastable tokens."""
+        return distance(q, k, self.along).astype(jnp.float32) * -LOG2E
 
 
 def in_base_2(lse: Float[Array, "B T H"], delta: Float[Array, "B T H"]) -> tuple[Float[Array, "B T H"], Float[Array, "B T H"]]:

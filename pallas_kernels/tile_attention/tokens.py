@@ -5,12 +5,13 @@ A mask here is any hashable object with
   `bounds(q: Tiles, k: Tiles) -> (may, must)`    may: some pair of the tile can be visible; must: every pair surely is.
 """
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 NEVER = jnp.iinfo(jnp.int32).max
+Along = Literal["index", "order"]  # fields of tokens that count
 
 
 class Tokens(NamedTuple):
@@ -28,6 +29,21 @@ class Tokens(NamedTuple):
     def columns(self) -> "Tokens":
         """As the key side of a broadcast: [..., 1, T]."""
         return Tokens(*(field[..., None, :] for field in self))
+
+
+class Bias(NamedTuple):
+    """Scores fall linearly with the distance of a pair: slope |q - k| less, in units of a field of the tokens.
+
+    slopes: of each query and head, positive where far keys count less.
+    """
+
+    slopes: Float[Array, "B T H"]
+    along: Along
+
+
+def distance(q: Tokens, k: Tokens, along: Along) -> Int[Array, "..."]:
+    """|q - k| of broadcastable tokens."""
+    return abs(getattr(q, along) - getattr(k, along))
 
 
 class Tiles(NamedTuple):

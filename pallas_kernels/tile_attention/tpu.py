@@ -15,7 +15,7 @@ from pallas_kernels.tile_attention.blocks import Blocks, Sizes, choose_blocks, s
 from pallas_kernels.tile_attention.scores import Scores, in_base_2
 from pallas_kernels.tile_attention.tile_list import TileList, from_list, from_states, tile_states
 from pallas_kernels.tile_attention.tiling import cut, cut_tokens, uncut
-from pallas_kernels.tile_attention.tokens import Mask, Tokens
+from pallas_kernels.tile_attention.tokens import Bias, Mask, Tokens
 from pallas_kernels.tile_attention.tpu_sweep import parts_of, sweep
 
 HALF_LANES = 64
@@ -31,6 +31,7 @@ def forward(
     mask: Mask,
     scale: float,
     softcap: float | None = None,
+    bias: Bias | None = None,
     blocks: Blocks | None = None,
     tiles: TileList | None = None,
     interpret: Any = False,
@@ -39,14 +40,14 @@ def forward(
 
     tiles: the only ones to compute, of `blocks` of one size.
     """
-    shape = _shape(q, k, v, blocks, tiles)
+    shape = _shape(q, k, v, blocks, tiles, bias)
     if shape.T == 0 or shape.S == 0:
         return jnp.zeros((*q.shape[:3], shape.E)), jnp.full(q.shape[:3], -jnp.inf)
     bq, bk = _blocks(shape, q.dtype, blocks, tiles).forward
     size = _sizes(shape, bq, bk)
-    queries = _cut(q, bq, size.G), _cut_tokens(q_tokens, bq)
+    queries = _cut(q, bq, size.G), *_cut_rows(_slopes(bias), bq, size.G), _cut_tokens(q_tokens, bq)
     keys = _cut(k, bk, 1), _cut(v, bk, 1), _cut_tokens(k_tokens, bk)
-    kernel = tpu_kernels.forward(Scores(mask, scale, softcap), size, q.dtype)
+    kernel = tpu_kernels.forward(Scores(mask, scale, softcap, bias and bias.along), size, q.dtype)
     out, lse = sweep(kernel, queries, keys, *_listing(mask, queries, keys, tiles), interpret)
     return uncut(out, bq, shape.T)[..., : shape.E], uncut(lse[..., 0, :], bq, shape.T)
 
@@ -64,6 +65,7 @@ def backward(
     mask: Mask,
     scale: float,
     softcap: float | None = None,
+    bias: Bias | None = None,
     blocks: Blocks | None = None,
     tiles: TileList | None = None,
     interpret: Any = False,
@@ -73,16 +75,15 @@ def backward(
     lse: of the whole softmax, over more keys than these if they are a shard; -inf for rows that see nothing, whose gradients
     are zero. delta = sum(d_out out) - d_lse, the sum over a head's E.
     """
-    shape = _shape(q, k, v, blocks, tiles)
+    shape = _shape(q, k, v, blocks, tiles, bias)
     if shape.T == 0 or shape.S == 0:
         return tuple(jnp.zeros(x.shape) for x in (q, k, v))
     chosen = _blocks(shape, q.dtype, blocks, tiles)
-    scores, G = Scores(mask, scale, softcap), shape.G
-    lse, delta = in_base_2(lse, delta)
+    scores, G = Scores(mask, scale, softcap, bias and bias.along), shape.G
+    rows = *in_base_2(lse, delta), *_slopes(bias)
 
     def arrays(bq, bk):
-        rows = (cut(x, bq, 1, x.shape[2] // G)[..., None, :] for x in (lse, delta))
-        queries = _cut(q, bq, G), _cut(d_out.astype(v.dtype), bq, G), *rows, _cut_tokens(q_tokens, bq)
+        queries = _cut(q, bq, G), _cut(d_out.astype(v.dtype), bq, G), *_cut_rows(rows, bq, G), _cut_tokens(q_tokens, bq)
         return _sizes(shape, bq, bk), queries, (_cut(k, bk, 1), _cut(v, bk, 1), _cut_tokens(k_tokens, bk))
 
     size, queries, keys = arrays(*chosen.query_gradient)
@@ -97,8 +98,8 @@ def backward(
     return dq, dk[..., : shape.D], dv[..., : shape.E]
 
 
-def _shape(q, k, v, blocks, tiles):
-    shape = shape_of(q, k, v)
+def _shape(q, k, v, blocks, tiles, bias):
+    shape = shape_of(q, k, v)._replace(biased=bias is not None)
     if tiles is not None and tiles.rows.shape[1] not in (1, k.shape[2]):
         return shape._replace(G=1)  # a list for every query head
     return shape._replace(G=stacked_heads(shape, q.dtype, this_chip(), blocks if tiles is not None else None))
@@ -111,7 +112,7 @@ def _blocks(shape, dtype, blocks, tiles):
 
 
 def _sizes(shape, bq, bk):
-    return Sizes(shape.G, bq, bk, _padded(shape.D), _padded(shape.E))
+    return Sizes(shape.G, bq, bk, _padded(shape.D), _padded(shape.E), shape.biased)
 
 
 def _padded(width: int) -> int:
@@ -122,6 +123,15 @@ def _padded(width: int) -> int:
 def _cut(x: Float[Array, "B T heads D"], size: int, stacked: int) -> Float[Array, "B n 1 stacks rows width"]:
     x = jnp.pad(x, [(0, 0)] * 3 + [(0, _padded(x.shape[-1]) - x.shape[-1])])
     return cut(x, size, 1, x.shape[2] // stacked)
+
+
+def _slopes(bias: Bias | None) -> tuple[Array, ...]:
+    return () if bias is None else (bias.slopes,)
+
+
+def _cut_rows(rows: tuple[Array, ...], size: int, stacked: int) -> tuple[Array, ...]:
+    """[B, T, H] as [B, n, 1, stacks, 1, rows]."""
+    return tuple(cut(x, size, 1, x.shape[2] // stacked)[..., None, :] for x in rows)
 
 
 def _cut_tokens(tokens: Tokens, size: int) -> Int[Array, "B n 4 size"]:

@@ -6,13 +6,13 @@ in base 2, c = log2(e):
     backward: p = 2^(s - c lse),  ds = p (dout v^T - delta) scale softcap',  dq += ds k,  dk += ds^T q,  dv += p^T dout
 The kernel of dk and dv holds scores keys first, so that lse and delta are the rows that they come as; lse and delta
 [1, R] become columns once an output where queries stay. Products are taken in the dtype of the inputs, HIGHEST if that is
-float32, and summed in float32.
+float32, and summed in float32. With a bias, slope times the distance of the tokens is added to s; slopes come as lse does.
 """
 
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pallas_kernels.tile_attention.blocks import LANES, Sizes, forward_bytes, key_gradient_bytes, query_gradient_bytes
 from pallas_kernels.tile_attention.scores import LOG2E, LOW, Scores, dot
@@ -21,67 +21,76 @@ from pallas_kernels.tile_attention.tpu_sweep import Kernel
 
 
 def forward(scores: Scores, size: Sizes, dtype: Any) -> Kernel:
-    """Majors q, tokens; minors k, v, tokens; outputs out [R, E] and lse [1, R]."""
+    """Majors q, tokens; minors k, v, tokens; outputs out [R, E] and lse [1, R]. A bias's slopes [1, R] follow q."""
     R = size.G * size.bq
 
-    def start(q, q_tokens, k, v, k_tokens, out, lse, top, total, total_out):
-        top[...] = jnp.full_like(top, LOW)
-        total[...] = jnp.zeros_like(total)
-        total_out[...] = jnp.zeros_like(total_out)
+    def start(refs):
+        refs.top[...] = jnp.full_like(refs.top, LOW)
+        refs.total[...] = jnp.zeros_like(refs.total)
+        refs.total_out[...] = jnp.zeros_like(refs.total_out)
+        if size.biased:
+            refs.slope_column[...] = _turned(refs.slope, R)
 
-    def step(masked, q, q_tokens, k, v, k_tokens, out, lse, top, total, total_out):
-        s = scores.logits(dot(q[...], k[...], 1, 1))[0]
-        if masked:
-            s = _hide(s, scores.mask.visible(_columns(q_tokens[...]), _rows(k_tokens[...])), size.G, axis=0)
-        before = top[...]
+    def step(masked, refs):
+        s, _ = scores.logits(dot(refs.q[...], refs.k[...], 1, 1))
+        if masked or size.biased:
+            tokens = _columns(refs.q_tokens[...]), _rows(refs.k_tokens[...])
+            s = _finished(s, scores, size, masked, tokens, refs.slope_column[:, :1] if size.biased else None, axis=0)
+        before = refs.top[...]
         peak = jnp.maximum(before, s.max(axis=1, keepdims=True))
         p = jnp.exp2(s - peak[:, :1])
         decay = jnp.exp2(before - peak)
-        top[...] = peak
-        total[...] = total[...] * decay + p.sum(axis=1, keepdims=True)
-        total_out[...] = total_out[...] * decay[:, :1] + dot(p.astype(v.dtype), v[...], 1, 0)
+        refs.top[...] = peak
+        refs.total[...] = refs.total[...] * decay + p.sum(axis=1, keepdims=True)
+        refs.total_out[...] = refs.total_out[...] * decay[:, :1] + dot(p.astype(refs.v.dtype), refs.v[...], 1, 0)
 
-    def finish(q, q_tokens, k, v, k_tokens, out, lse, top, total, total_out):
-        out[...] = jnp.where(top[:, :1] > LOW / 2, total_out[...] / total[:, :1], 0)
-        lse[...] = jnp.where(top[...] > LOW / 2, (top[...] + jnp.log2(total[...])) / LOG2E, -jnp.inf).T[:1]
+    def finish(refs):
+        top, total = refs.top[...], refs.total[...]
+        refs.out[...] = jnp.where(top[:, :1] > LOW / 2, refs.total_out[...] / total[:, :1], 0)
+        refs.lse[...] = jnp.where(top > LOW / 2, (top + jnp.log2(total)) / LOG2E, -jnp.inf).T[:1]
 
     return Kernel(
+        ("q", *_if(size, "slope"), "q_tokens", *KEYS, "out", "lse", "top", "total", "total_out", *_if(size, "slope_column")),
         start,
         step,
         finish,
         ((R, size.E), (1, R)),
-        ((R, LANES), (R, LANES), (R, size.E)),
+        ((R, LANES), (R, LANES), (R, size.E), *_if(size, (R, LANES))),
         2 * (size.D + size.E),
         forward_bytes(size, dtype),
     )
 
 
 def query_gradient(scores: Scores, size: Sizes, dtype: Any) -> Kernel:
-    """Majors q, d_out, lse, delta, tokens; minors k, v, tokens; output dq [R, D]. lse in base 2."""
+    """Majors q, d_out, lse, delta, tokens; minors k, v, tokens; output dq [R, D]. lse in base 2. Slopes follow delta."""
     R = size.G * size.bq
 
-    def start(q, d_out, lse, delta, q_tokens, k, v, k_tokens, dq, lse_column, delta_column, total):
-        lse_column[...] = jnp.broadcast_to(lse[...], (LANES, R)).T
-        delta_column[...] = jnp.broadcast_to(delta[...], (LANES, R)).T
-        total[...] = jnp.zeros_like(total)
+    def start(refs):
+        refs.lse_column[...] = _turned(refs.lse, R)
+        refs.delta_column[...] = _turned(refs.delta, R)
+        refs.total[...] = jnp.zeros_like(refs.total)
+        if size.biased:
+            refs.slope_column[...] = _turned(refs.slope, R)
 
-    def step(masked, q, d_out, lse, delta, q_tokens, k, v, k_tokens, dq, lse_column, delta_column, total):
-        s, slope = scores.logits(dot(q[...], k[...], 1, 1))
-        if masked:
-            s = _hide(s, scores.mask.visible(_columns(q_tokens[...]), _rows(k_tokens[...])), size.G, axis=0)
-        p = jnp.exp2(s - lse_column[:, :1])
-        ds = p * (dot(d_out[...], v[...], 1, 1) - delta_column[:, :1]) * slope
-        total[...] += dot(ds.astype(k.dtype), k[...], 1, 0)
+    def step(masked, refs):
+        s, steepness = scores.logits(dot(refs.q[...], refs.k[...], 1, 1))
+        if masked or size.biased:
+            tokens = _columns(refs.q_tokens[...]), _rows(refs.k_tokens[...])
+            s = _finished(s, scores, size, masked, tokens, refs.slope_column[:, :1] if size.biased else None, axis=0)
+        p = jnp.exp2(s - refs.lse_column[:, :1])
+        ds = p * (dot(refs.d_out[...], refs.v[...], 1, 1) - refs.delta_column[:, :1]) * steepness
+        refs.total[...] += dot(ds.astype(refs.k.dtype), refs.k[...], 1, 0)
 
-    def finish(q, d_out, lse, delta, q_tokens, k, v, k_tokens, dq, lse_column, delta_column, total):
-        dq[...] = total[...] * scores.scale
+    def finish(refs):
+        refs.dq[...] = refs.total[...] * scores.scale
 
     return Kernel(
+        (*_queries(size), *KEYS, "dq", "lse_column", "delta_column", "total", *_if(size, "slope_column")),
         start,
         step,
         finish,
         ((R, size.D),),
-        ((R, LANES), (R, LANES), (R, size.D)),
+        ((R, LANES), (R, LANES), (R, size.D), *_if(size, (R, LANES))),
         2 * (2 * size.D + size.E),
         query_gradient_bytes(size, dtype),
     )
@@ -91,24 +100,51 @@ def key_gradient(scores: Scores, size: Sizes, dtype: Any) -> Kernel:
     """Majors k, v, tokens; minors q, d_out, lse, delta, tokens; outputs dk [bk, D] and dv [bk, E]. lse in base 2."""
     outputs = ((size.bk, size.D), (size.bk, size.E))
 
-    def start(k, v, k_tokens, q, d_out, lse, delta, q_tokens, dk, dv, total_dk, total_dv):
-        total_dk[...] = jnp.zeros_like(total_dk)
-        total_dv[...] = jnp.zeros_like(total_dv)
+    def start(refs):
+        refs.total_dk[...] = jnp.zeros_like(refs.total_dk)
+        refs.total_dv[...] = jnp.zeros_like(refs.total_dv)
 
-    def step(masked, k, v, k_tokens, q, d_out, lse, delta, q_tokens, dk, dv, total_dk, total_dv):
-        s, slope = scores.logits(dot(k[...], q[...], 1, 1))
-        if masked:
-            s = _hide(s, scores.mask.visible(_rows(q_tokens[...]), _columns(k_tokens[...])), size.G, axis=1)
-        p = jnp.exp2(s - lse[...])
-        ds = p * (dot(v[...], d_out[...], 1, 1) - delta[...]) * slope
-        total_dv[...] += dot(p.astype(d_out.dtype), d_out[...], 1, 0)
-        total_dk[...] += dot(ds.astype(q.dtype), q[...], 1, 0)
+    def step(masked, refs):
+        s, steepness = scores.logits(dot(refs.k[...], refs.q[...], 1, 1))
+        if masked or size.biased:
+            tokens = _rows(refs.q_tokens[...]), _columns(refs.k_tokens[...])
+            s = _finished(s, scores, size, masked, tokens, refs.slope[...] if size.biased else None, axis=1)
+        p = jnp.exp2(s - refs.lse[...])
+        ds = p * (dot(refs.v[...], refs.d_out[...], 1, 1) - refs.delta[...]) * steepness
+        refs.total_dv[...] += dot(p.astype(refs.d_out.dtype), refs.d_out[...], 1, 0)
+        refs.total_dk[...] += dot(ds.astype(refs.q.dtype), refs.q[...], 1, 0)
 
-    def finish(k, v, k_tokens, q, d_out, lse, delta, q_tokens, dk, dv, total_dk, total_dv):
-        dk[...] = total_dk[...] * scores.scale
-        dv[...] = total_dv[...]
+    def finish(refs):
+        refs.dk[...] = refs.total_dk[...] * scores.scale
+        refs.dv[...] = refs.total_dv[...]
 
-    return Kernel(start, step, finish, outputs, outputs, 4 * (size.D + size.E), key_gradient_bytes(size, dtype))
+    names = (*KEYS, *_queries(size), "dk", "dv", "total_dk", "total_dv")
+    return Kernel(names, start, step, finish, outputs, outputs, 4 * (size.D + size.E), key_gradient_bytes(size, dtype))
+
+
+KEYS = ("k", "v", "k_tokens")
+
+
+def _queries(size: Sizes) -> tuple[str, ...]:
+    return ("q", "d_out", "lse", "delta", *_if(size, "slope"), "q_tokens")
+
+
+def _if(size: Sizes, what: Any) -> tuple[Any, ...]:
+    return (what,) if size.biased else ()
+
+
+def _finished(
+    s: Float[Array, "n m"], scores: Scores, size: Sizes, masked: bool, tokens: tuple[Tokens, Tokens], slope: Any, axis: int
+) -> Float[Array, "n m"]:
+    """Scores with their bias, hidden where a tile is masked; queries of all heads along `axis`."""
+    if slope is not None:
+        s = s + _stacked(scores.bias(*tokens), size.G, axis) * slope
+    return _hide(s, scores.mask.visible(*tokens), size.G, axis) if masked else s
+
+
+def _turned(row, R: int) -> Float[Array, "R lanes"]:
+    """A row [1, R] as a column, in every lane."""
+    return jnp.broadcast_to(row[...], (LANES, R)).T
 
 
 def _rows(tokens: Int[Array, "4 n"]) -> Tokens:
@@ -122,5 +158,9 @@ def _columns(tokens: Int[Array, "4 n"]) -> Tokens:
 
 def _hide(s: Float[Array, "n m"], seen: Bool[Array, "..."], G: int, axis: int) -> Float[Array, "n m"]:
     """LOW where a pair is not seen, for all heads along `axis`."""
-    seen = jnp.concatenate([seen.astype(jnp.int32)] * G, axis=axis)
-    return jnp.where(seen != 0, s, LOW)
+    return jnp.where(_stacked(seen.astype(jnp.int32), G, axis) != 0, s, LOW)
+
+
+def _stacked(x: Shaped[Array, "n m"], G: int, axis: int) -> Shaped[Array, "rows columns"]:
+    """The same for all heads along `axis`."""
+    return jnp.concatenate([x] * G, axis=axis)

@@ -9,6 +9,7 @@ Query heads come in stacks of G; several stacks may share a key head, and then e
 import dataclasses
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -26,11 +27,12 @@ Arrays = tuple[Array, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """start(refs), step(refs, masked), finish(refs): at the first tile of an output, at each, at the last.
+    """start(refs), step(masked, refs), finish(refs): at the first tile of an output, at each, at the last.
 
-    refs: major arrays, minor arrays, outputs, scratch. A pair of scores costs `flops` and one exponential.
+    refs: by `names`, of the major arrays, minor arrays, outputs, scratch. A pair of scores costs `flops` and one exponential.
     """
 
+    names: tuple[str, ...]
     start: Callable
     step: Callable
     finish: Callable
@@ -40,11 +42,11 @@ class Kernel:
     vmem: int  # bytes
 
     def __call__(self, entry, *refs):
-        kind = entry & KIND
-        pl.when(entry & FIRST != 0)(lambda: self.start(*refs))
-        pl.when(kind == FULL)(lambda: self.step(False, *refs))
-        pl.when(kind == PARTIAL)(lambda: self.step(True, *refs))
-        pl.when(entry & LAST != 0)(lambda: self.finish(*refs))
+        kind, named = entry & KIND, SimpleNamespace(**dict(zip(self.names, refs, strict=True)))
+        pl.when(entry & FIRST != 0)(lambda: self.start(named))
+        pl.when(kind == FULL)(lambda: self.step(False, named))
+        pl.when(kind == PARTIAL)(lambda: self.step(True, named))
+        pl.when(entry & LAST != 0)(lambda: self.finish(named))
 
 
 def sweep(

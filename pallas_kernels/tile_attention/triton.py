@@ -11,11 +11,11 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.tile_attention import triton_kernels
 from pallas_kernels.tile_attention.blocks import shape_of
-from pallas_kernels.tile_attention.gpu_arrays import padded
+from pallas_kernels.tile_attention.gpu_arrays import padded, slopes_of
 from pallas_kernels.tile_attention.gpu_lists import of_keys, of_queries, split
 from pallas_kernels.tile_attention.scores import Scores, in_base_2
 from pallas_kernels.tile_attention.tile_list import TileList
-from pallas_kernels.tile_attention.tokens import Mask, Tokens
+from pallas_kernels.tile_attention.tokens import Bias, Mask, Tokens
 from pallas_kernels.tile_attention.triton_blocks import Blocks, choose_blocks, parts, sizes, this_gpu
 from pallas_kernels.tile_attention.triton_launch import launch, programs_of_keys, programs_of_queries
 
@@ -30,6 +30,7 @@ def forward(
     mask: Mask,
     scale: float,
     softcap: float | None = None,
+    bias: Bias | None = None,
     blocks: Blocks | None = None,
     tiles: TileList | None = None,
     tile: tuple[int, int] | None = None,
@@ -44,10 +45,10 @@ def forward(
         return jnp.zeros((*q.shape[:3], shape.E)), jnp.full(q.shape[:3], -jnp.inf)
     passing = choose_blocks(shape, q.dtype, this_gpu(), blocks, tile).forward
     size = sizes("forward", shape, passing)
-    given = padded(size, {"q": q, "q_tokens": q_tokens, "k": k, "v": v, "k_tokens": k_tokens})
+    given = padded(size, {"q": q, "q_tokens": q_tokens, "k": k, "v": v, "k_tokens": k_tokens} | slopes_of(bias))
     B, T, H, _ = given["q"].shape
     out, lse = launch(
-        functools.partial(triton_kernels.forward, Scores(mask, scale, softcap), size),
+        functools.partial(triton_kernels.forward, Scores(mask, scale, softcap, bias and bias.along), size),
         programs_of_queries(size, given["q"].shape, given["k"].shape),
         of_queries(mask, size, given, split(tiles, *parts(size, shape, tile))),
         given,
@@ -72,6 +73,7 @@ def backward(
     mask: Mask,
     scale: float,
     softcap: float | None = None,
+    bias: Bias | None = None,
     blocks: Blocks | None = None,
     tiles: TileList | None = None,
     tile: tuple[int, int] | None = None,
@@ -82,10 +84,10 @@ def backward(
     if shape.T == 0 or shape.S == 0:
         return tuple(jnp.zeros(x.shape) for x in (q, k, v))
     chosen = choose_blocks(shape, q.dtype, this_gpu(), blocks, tile)
-    scores = Scores(mask, scale, softcap)
+    scores = Scores(mask, scale, softcap, bias and bias.along)
     lse, delta = (x.swapaxes(1, 2) for x in in_base_2(lse, delta))
     arrays = {"q": q, "d_out": d_out.astype(v.dtype), "lse": lse, "delta": delta, "q_tokens": q_tokens}
-    arrays |= {"k": k, "v": v, "k_tokens": k_tokens}
+    arrays |= {"k": k, "v": v, "k_tokens": k_tokens} | slopes_of(bias)
 
     passing = chosen.query_gradient
     size = sizes("query_gradient", shape, passing)

@@ -22,71 +22,81 @@ from pallas_kernels.tile_attention.scores import LOG2E, LOW, Scores, dot
 from pallas_kernels.tile_attention.tokens import Tokens
 
 
-def forward(scores: Scores, size: Sizes, minors, ends, q, q_tokens, k, v, k_tokens, out, lse) -> None:
+def forward(scores: Scores, size: Sizes, minors, ends, refs) -> None:
     R = size.G * size.bq
-    rows, q_tokens = q[...].reshape(R, size.D), _stacked_tokens(q_tokens, size).rows()
+    rows, q_tokens = refs.q[...].reshape(R, size.D), _stacked_tokens(refs.q_tokens, size).rows()
+    slopes = None if scores.along is None else refs.slopes[...].T.reshape(R)[:, None]
 
     def step(masked, n, carry):
         total_out, top, total = carry
         keys = pl.ds(minors[ends[0] + n] * size.bk, size.bk)
-        s, _ = scores.logits(dot(rows, k[keys, :], 1, 1))
-        if masked:
-            s = jnp.where(scores.mask.visible(q_tokens, _tokens(k_tokens, keys).columns()), s, LOW)
+        s, _ = scores.logits(dot(rows, refs.k[keys, :], 1, 1))
+        s = _finished(s, scores, masked, slopes, q_tokens, lambda: _tokens(refs.k_tokens, keys).columns())
         peak = jnp.maximum(top, s.max(axis=1))
         p = jnp.exp2(s - peak[:, None])
         decay = jnp.exp2(top - peak)
-        total_out = total_out * decay[:, None] + dot(p.astype(v.dtype), v[keys, :], 1, 0)
+        total_out = total_out * decay[:, None] + dot(p.astype(refs.v.dtype), refs.v[keys, :], 1, 0)
         return total_out, peak, total * decay + p.sum(axis=1)
 
     start = jnp.zeros((R, size.E), jnp.float32), jnp.full((R,), LOW, jnp.float32), jnp.zeros((R,), jnp.float32)
     total_out, top, total = _over_list(ends, step, start)
     sees = top > LOW / 2
     total = jnp.where(sees, total, 1.0)
-    out[...] = jnp.where(sees[:, None], total_out / total[:, None], 0.0).reshape(size.bq, size.G, size.E)
-    lse[...] = jnp.where(sees, (top + jnp.log2(total)) / LOG2E, -jnp.inf).reshape(size.bq, size.G).T
+    refs.out[...] = jnp.where(sees[:, None], total_out / total[:, None], 0.0).reshape(size.bq, size.G, size.E)
+    refs.lse[...] = jnp.where(sees, (top + jnp.log2(total)) / LOG2E, -jnp.inf).reshape(size.bq, size.G).T
 
 
-def query_gradient(scores: Scores, size: Sizes, minors, ends, q, d_out, lse, delta, q_tokens, k, v, k_tokens, dq) -> None:
+def query_gradient(scores: Scores, size: Sizes, minors, ends, refs) -> None:
     """lse in base 2."""
     R = size.G * size.bq
-    rows, d_rows = q[...].reshape(R, size.D), d_out[...].reshape(R, size.E)
-    lse, delta = (x[...].T.reshape(R)[:, None] for x in (lse, delta))
-    q_tokens = _stacked_tokens(q_tokens, size).rows()
+    rows, d_rows = refs.q[...].reshape(R, size.D), refs.d_out[...].reshape(R, size.E)
+    row = lambda x: x[...].T.reshape(R)[:, None]
+    lse, delta = row(refs.lse), row(refs.delta)
+    slopes = None if scores.along is None else row(refs.slopes)
+    q_tokens = _stacked_tokens(refs.q_tokens, size).rows()
 
     def step(masked, n, total):
         keys = pl.ds(minors[ends[0] + n] * size.bk, size.bk)
-        k_tile = k[keys, :]
-        s, slope = scores.logits(dot(rows, k_tile, 1, 1))
-        if masked:
-            s = jnp.where(scores.mask.visible(q_tokens, _tokens(k_tokens, keys).columns()), s, LOW)
-        ds = jnp.exp2(s - lse) * (dot(d_rows, v[keys, :], 1, 1) - delta) * slope
-        return total + dot(ds.astype(k.dtype), k_tile, 1, 0)
+        k_tile = refs.k[keys, :]
+        s, steepness = scores.logits(dot(rows, k_tile, 1, 1))
+        s = _finished(s, scores, masked, slopes, q_tokens, lambda: _tokens(refs.k_tokens, keys).columns())
+        ds = jnp.exp2(s - lse) * (dot(d_rows, refs.v[keys, :], 1, 1) - delta) * steepness
+        return total + dot(ds.astype(k_tile.dtype), k_tile, 1, 0)
 
     total = _over_list(ends, step, jnp.zeros((R, size.D), jnp.float32))
-    dq[...] = (total * scores.scale).reshape(size.bq, size.G, size.D)
+    refs.dq[...] = (total * scores.scale).reshape(size.bq, size.G, size.D)
 
 
-def key_gradient(scores: Scores, size: Sizes, minors, ends, q, d_out, lse, delta, q_tokens, k, v, k_tokens, dk, dv) -> None:
+def key_gradient(scores: Scores, size: Sizes, minors, ends, refs) -> None:
     """lse in base 2."""
-    heads = q.shape[1]
-    k, v, k_tokens = k[...], v[...], _tokens(k_tokens, slice(None)).rows()
+    heads = refs.q.shape[1]
+    k, v, k_tokens = refs.k[...], refs.v[...], _tokens(refs.k_tokens, slice(None)).rows()
 
     def step(masked, n, carry):
         total_dk, total_dv = carry
         tile, head = jax.lax.div(n, jnp.int32(heads)), jax.lax.rem(n, jnp.int32(heads))
         queries = pl.ds(minors[ends[0] + tile] * size.bq, size.bq)
-        q_tile, d_tile = q[queries, head, :], d_out[queries, head, :]
-        s, slope = scores.logits(dot(k, q_tile, 1, 1))
-        if masked:
-            s = jnp.where(scores.mask.visible(_tokens(q_tokens, queries).columns(), k_tokens), s, LOW)
-        p = jnp.exp2(s - lse[head, queries][None, :])
-        ds = p * (dot(v, d_tile, 1, 1) - delta[head, queries][None, :]) * slope
+        q_tile, d_tile = refs.q[queries, head, :], refs.d_out[queries, head, :]
+        s, steepness = scores.logits(dot(k, q_tile, 1, 1))
+        slopes = None if scores.along is None else refs.slopes[head, queries][None, :]
+        s = _finished(s, scores, masked, slopes, k_tokens, lambda: _tokens(refs.q_tokens, queries).columns(), queries_last=True)
+        p = jnp.exp2(s - refs.lse[head, queries][None, :])
+        ds = p * (dot(v, d_tile, 1, 1) - refs.delta[head, queries][None, :]) * steepness
         total_dv += dot(p.astype(d_tile.dtype), d_tile, 1, 0)
         return total_dk + dot(ds.astype(q_tile.dtype), q_tile, 1, 0), total_dv
 
     start = jnp.zeros((size.bk, size.D), jnp.float32), jnp.zeros((size.bk, size.E), jnp.float32)
     total_dk, total_dv = _over_list(ends, step, start, heads)
-    dk[...], dv[...] = total_dk * scores.scale, total_dv
+    refs.dk[...], refs.dv[...] = total_dk * scores.scale, total_dv
+
+
+def _finished(s, scores: Scores, masked: bool, slopes, down: Tokens, across: Callable[[], Tokens], queries_last: bool = False):
+    """Scores with their bias, hidden where the tile is masked. Tokens: those of the rows, and of the columns when needed."""
+    if not masked and slopes is None:
+        return s
+    q, k = (across(), down) if queries_last else (down, across())
+    s = s if slopes is None else s + scores.bias(q, k) * slopes
+    return jnp.where(scores.mask.visible(q, k), s, LOW) if masked else s
 
 
 def _over_list(ends, step: Callable[[bool, Any, Any], Any], carry: Any, times: int = 1) -> Any:

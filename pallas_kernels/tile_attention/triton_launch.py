@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -76,7 +77,10 @@ def launch(
     tile: Tile,
     interpret: bool,
 ) -> tuple[Array, ...]:
-    """The outputs in float32, by name and shape; `flops` of one pair of a query and a key, of the work without a mask."""
+    """The outputs in float32, by name and shape; `flops` of one pair of a query and a key, of the work without a mask.
+
+    The kernel gets a program's list and, by name, its inputs and outputs.
+    """
     B, groups, majors, _ = lists.ends.shape
     group = lambda h: 0 if groups == 1 else jax.lax.div(h, jnp.int32(programs.heads // groups))
     minors = pl.BlockSpec((None, None, lists.minors.shape[2]), lambda i, h, b: (b, group(h), 0))
@@ -87,7 +91,7 @@ def launch(
     each = sum(x.dtype.itemsize * _size(spec) for x, spec in zip(inputs.values(), in_specs[2:], strict=True))
     each += 4 * sum(map(_size, (*in_specs[:2], *out_specs)))
     call = pl.pallas_call(
-        kernel,
+        lambda minors, ends, *refs: kernel(minors, ends, SimpleNamespace(**dict(zip((*inputs, *outputs), refs, strict=True)))),
         grid=(majors, programs.heads, B),
         in_specs=in_specs,
         out_specs=out_specs,

@@ -31,7 +31,7 @@ from pallas_kernels.tile_attention.tiling import (
     tile_size,
     uncut,
 )
-from pallas_kernels.tile_attention.tokens import Mask, Tokens
+from pallas_kernels.tile_attention.tokens import Along, Bias, Mask, Tokens, distance
 
 
 class Sizes(NamedTuple):
@@ -43,11 +43,12 @@ class Sizes(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is static: the mask, the logits and the sizes."""
+    """What is static: the mask, the logits, what a bias is linear in, and the sizes."""
 
     mask: Mask
     scale: float
     softcap: float | None
+    along: Along | None
     sizes: Sizes
 
 
@@ -61,6 +62,7 @@ def forward(
     mask: Mask,
     scale: float,
     softcap: float | None = None,
+    bias: Bias | None = None,
     sizes: Sizes | None = None,
     tiles: TileList | None = None,
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
@@ -68,15 +70,16 @@ def forward(
     if q.shape[1] == 0 or k.shape[1] == 0:
         return jnp.zeros((*q.shape[:-1], v.shape[-1])), jnp.full(q.shape[:-1], -jnp.inf)
     if tiles is not None and tiles.rows.shape[1] > 1:
-        given, tiles = _apart((q, k, v, q_tokens, k_tokens), tiles)
-        options = {"mask": mask, "scale": scale, "softcap": softcap, "sizes": sizes}
-        return tuple(_together(x, q.shape[0]) for x in forward(*given, tiles=tiles, **options))
-    plan = Plan(mask, scale, softcap, sizes or choose_sizes(q.shape, k.shape))
+        (*given, slopes), tiles = _apart((q, k, v, q_tokens, k_tokens, bias and bias.slopes), tiles)
+        options = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias and bias._replace(slopes=slopes)}
+        return tuple(_together(x, q.shape[0]) for x in forward(*given, tiles=tiles, sizes=sizes, **options))
+    plan = Plan(mask, scale, softcap, bias and bias.along, sizes or choose_sizes(q.shape, k.shape))
     T, K, (q_size, k_size, rows) = q.shape[1], k.shape[2], plan.sizes
     q = cut(_scaled(plan, q), q_size, rows, K)
     k, v = (cut(x, k_size, rows, K) for x in (k, v))
+    slopes = None if bias is None else cut(bias.slopes, q_size, rows, K)
     q_tokens, k_tokens = cut_tokens(q_tokens, q_size, rows), cut_tokens(k_tokens, k_size, rows)
-    out, lse = jax.lax.map(lambda group: _forward_group(plan, *group), (q, k, v, q_tokens, k_tokens, tiles))
+    out, lse = jax.lax.map(lambda group: _forward_group(plan, *group), (q, k, v, slopes, q_tokens, k_tokens, tiles))
     return uncut(out, q_size, T), uncut(lse, q_size, T)
 
 
@@ -97,14 +100,15 @@ def choose_sizes(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> Sizes:
     return Sizes(q_size, k_size, rows)
 
 
-def _forward_group(plan, q, k, v, q_tokens, k_tokens, tiles):
+def _forward_group(plan, q, k, v, slopes, q_tokens, k_tokens, tiles):
     def query_tile(tile):
-        q, q_tokens, state = tile
+        q, slopes, q_tokens, state = tile
 
         def step(j, masked, carry):
             out, top, total = carry
             k_j, v_j, k_tokens_j = pick((k, v, k_tokens), j)
             s = _logits(plan, _dot("rkid,rkjd->rkij", q, k_j), q.dtype)
+            s = _biased(plan, s, slopes, q_tokens.rows(), k_tokens_j.columns(), 2)
             if masked:
                 s = _hide(s, _seen(plan, state[j], q_tokens.rows(), k_tokens_j.columns()), 2)
             peak = jnp.maximum(top, s.max(axis=-1))
@@ -120,7 +124,7 @@ def _forward_group(plan, q, k, v, q_tokens, k_tokens, tiles):
         out = jnp.where(sees[..., None], out / total[..., None], 0)
         return out, jnp.where(sees, top + jnp.log(total), -jnp.inf)
 
-    return jax.lax.map(query_tile, (q, q_tokens, _states(plan, q_tokens, k_tokens, tiles)))
+    return jax.lax.map(query_tile, (q, slopes, q_tokens, _states(plan, q_tokens, k_tokens, tiles)))
 
 
 def backward(
@@ -136,6 +140,7 @@ def backward(
     mask: Mask,
     scale: float,
     softcap: float | None = None,
+    bias: Bias | None = None,
     sizes: Sizes | None = None,
     tiles: TileList | None = None,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B S K D"], Float[Array, "B S K E"]]:
@@ -143,15 +148,16 @@ def backward(
     if q.shape[1] == 0 or k.shape[1] == 0:
         return tuple(jnp.zeros(x.shape) for x in (q, k, v))
     if tiles is not None and tiles.rows.shape[1] > 1:
-        given, tiles = _apart((q, k, v, q_tokens, k_tokens, lse, delta, d_out), tiles)
-        options = {"mask": mask, "scale": scale, "softcap": softcap, "sizes": sizes}
-        dq, dk, dv = (_together(x, q.shape[0]) for x in backward(*given, tiles=tiles, **options))
+        (*given, slopes), tiles = _apart((q, k, v, q_tokens, k_tokens, lse, delta, d_out, bias and bias.slopes), tiles)
+        options = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias and bias._replace(slopes=slopes)}
+        dq, dk, dv = (_together(x, q.shape[0]) for x in backward(*given, tiles=tiles, sizes=sizes, **options))
         return dq, *(x.reshape(*x.shape[:2], k.shape[2], -1, x.shape[-1]).sum(axis=3) for x in (dk, dv))
-    plan = Plan(mask, scale, softcap, sizes or choose_sizes(q.shape, k.shape))
+    plan = Plan(mask, scale, softcap, bias and bias.along, sizes or choose_sizes(q.shape, k.shape))
     T, S, K, (q_size, k_size, rows) = q.shape[1], k.shape[1], k.shape[2], plan.sizes
     lse = jnp.where(lse == -jnp.inf, -LOW, lse)  # exp(s - lse) is 0 for rows that see nothing
     queries = tuple(cut(x, q_size, rows, K) for x in (_scaled(plan, q), d_out.astype(v.dtype), lse, delta))
-    queries = (*queries, cut_tokens(q_tokens, q_size, rows))
+    slopes = None if bias is None else cut(bias.slopes, q_size, rows, K)
+    queries = (*queries, slopes, cut_tokens(q_tokens, q_size, rows))
     k_cut, v_cut = (cut(x, k_size, rows, K) for x in (k, v))
     keys = (k_cut, jax.lax.optimization_barrier(k_cut.swapaxes(-1, -2)), v_cut, cut_tokens(k_tokens, k_size, rows))
     dq, dk, dv = jax.lax.map(lambda group: _backward_group(plan, *group), (queries, keys, tiles))
@@ -165,13 +171,14 @@ def _backward_group(plan, queries, keys, tiles):
 
         def step(i, masked, carry):
             dq, dk, dv = carry
-            q, d_out, lse, delta, q_tokens = pick(queries, i)
+            q, d_out, lse, delta, slopes, q_tokens = pick(queries, i)
             s = _logits(plan, _dot("rkjd,rkid->rkji", k, q), q.dtype)
-            slope = 1 if plan.softcap is None else 1 - jnp.square(s / plan.softcap)
+            steepness = 1 if plan.softcap is None else 1 - jnp.square(s / plan.softcap)
+            s = _biased(plan, s, slopes, q_tokens.columns(), k_tokens.rows(), 3)
             if masked:
                 s = _hide(s, _seen(plan, state[i], q_tokens.columns(), k_tokens.rows()), 3)
             p = jnp.exp(s - lse[..., None, :])
-            ds = p * (_dot("rkje,rkie->rkji", v, d_out) - delta[..., None, :]) * slope
+            ds = p * (_dot("rkje,rkie->rkji", v, d_out) - delta[..., None, :]) * steepness
             p, ds = p.astype(d_out.dtype), ds.astype(q.dtype)
             dq_i = pick(dq, i) + _dot("rkdj,rkji->rkdi", k_transposed, ds)
             dq = jax.lax.dynamic_update_index_in_dim(dq, dq_i, i, 0)
@@ -204,6 +211,8 @@ def _apart(arrays, tiles):
     B, groups, _ = tiles.rows.shape
 
     def one(x):
+        if x is None:
+            return None
         if isinstance(x, Tokens):
             return Tokens(*(jnp.repeat(field, groups, axis=0) for field in x))
         x = jnp.repeat(x, max(1, groups // x.shape[2]), axis=2)
@@ -226,6 +235,17 @@ def _scaled(plan, q):
 def _logits(plan, s, dtype):
     s = s if dtype == jnp.float32 else s * plan.scale
     return s if plan.softcap is None else plan.softcap * jnp.tanh(s / plan.softcap)
+
+
+def _biased(plan, s, slopes, q_tokens, k_tokens, heads):
+    """Scores with the bias of their distance; axes of s as in `_hide`, slopes [R, K, heads and queries]."""
+    if slopes is None:
+        return s
+    away = jnp.expand_dims(distance(q_tokens, k_tokens, plan.along).astype(jnp.float32), (1, heads))
+    split = (*s.shape[:heads], s.shape[heads] // away.shape[heads + 1], *away.shape[heads + 1 :])
+    slopes = slopes[..., None] if heads == 2 else slopes[..., None, :]
+    slopes = jnp.broadcast_to(slopes, s.shape).reshape(split)
+    return (s.reshape(split) - slopes * away).reshape(s.shape)
 
 
 def _seen(plan, state, q_tokens, k_tokens):

@@ -12,6 +12,8 @@ from lcx.attention.mask import Beyond, Causal, Chunk, Hide, Sink, Window, Within
 from lcx.attention.mass import mass
 from lcx.attention.merge import merge
 from lcx.batch import TokenInfo
+from lcx.positions.alibi import ALiBi
+from lcx.positions.flexrope import FlexRope
 
 B, T, S, H, K, D, E = 2, 11, 17, 4, 2, 8, 6
 MASK = Sink(size=2) | (Window(size=7) & Hide(query_role=1, key_role=0))
@@ -25,7 +27,7 @@ def case():
     return q, k, v, random_info(rng, B, T, "special"), random_info(rng, B, S, "special")
 
 
-def loops(q, k, v, q_info, k_info, mask, scale, softcap=None):
+def loops(q, k, v, q_info, k_info, mask, scale, softcap=None, bias=None):
     """(out, lse, probabilities) in float64, one query row and head at a time."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     seen = np.asarray(mask.visible(tokens_of(q_info).rows(), tokens_of(k_info).columns()))
@@ -38,6 +40,9 @@ def loops(q, k, v, q_info, k_info, mask, scale, softcap=None):
         head = h // (q.shape[2] // k.shape[2])
         s = k[b, keys, head] @ q[b, t, h] * scale
         s = s if softcap is None else softcap * np.tanh(s / softcap)
+        if bias is not None:
+            away = abs(np.asarray(getattr(q_info, bias.along))[b, t] - np.asarray(getattr(k_info, bias.along))[b, keys])
+            s = s - bias.slopes(q.shape[2])[h] * away
         lse[b, t, h] = s.max() + np.log(np.exp(s - s.max()).sum())
         probabilities[b, t, h, keys] = np.exp(s - lse[b, t, h])
         out[b, t, h] = probabilities[b, t, h, keys] @ v[b, keys, head]
@@ -51,6 +56,14 @@ def test_attend_equals_float64_loops(case, mask, softcap, backend):
     out, lse = attend(*case, mask=mask, scale=0.7, softcap=softcap, backend=backend)
     expected_out, expected_lse, _ = loops(*case, mask, 0.7, softcap)
     assert np.isneginf(expected_lse).any() and np.isfinite(expected_lse).any()
+    np.testing.assert_allclose(out, expected_out, atol=3e-6)
+    np.testing.assert_allclose(lse, expected_lse, atol=3e-6)
+
+
+@pytest.mark.parametrize("bias", [ALiBi(), FlexRope(slope=0.3)])
+def test_a_bias_equals_float64_loops(case, bias):
+    out, lse = attend(*case, mask=MASK, scale=0.7, bias=bias)
+    expected_out, expected_lse, _ = loops(*case, MASK, 0.7, bias=bias)
     np.testing.assert_allclose(out, expected_out, atol=3e-6)
     np.testing.assert_allclose(lse, expected_lse, atol=3e-6)
 
@@ -114,13 +127,13 @@ def test_key_order_changes_nothing(case):
         np.testing.assert_allclose(value, expected, atol=2e-6)
 
 
-@pytest.mark.parametrize("softcap", [None, 1.5])
-def test_mass_equals_the_dense_probabilities(case, softcap):
+@pytest.mark.parametrize("softcap, bias", [(None, None), (1.5, None), (None, ALiBi())])
+def test_mass_equals_the_dense_probabilities(case, softcap, bias):
     q, k, _, q_info, k_info = case
     rows = jnp.asarray([0, 3, 4, 10])
-    _, lse = attend(*case, mask=MASK, scale=0.7, softcap=softcap)
-    got = mass(q, k, lse, q_info, k_info, mask=MASK, scale=0.7, rows=rows, softcap=softcap)
-    dense = loops(*case, MASK, 0.7, softcap)[2][:, np.asarray(rows)]
+    _, lse = attend(*case, mask=MASK, scale=0.7, softcap=softcap, bias=bias)
+    got = mass(q, k, lse, q_info, k_info, mask=MASK, scale=0.7, rows=rows, softcap=softcap, bias=bias)
+    dense = loops(*case, MASK, 0.7, softcap, bias)[2][:, np.asarray(rows)]
     np.testing.assert_allclose(got, dense.reshape(B, 4, K, H // K, S).sum(axis=(1, 3)), atol=2e-6)
 
 
@@ -241,6 +254,8 @@ def test_auto_takes_the_kernel_of_the_platform(monkeypatch, target, form):
         (lambda q, k, v: {"mask": Causal}, r"mask = <class .*: expected a Mask"),
         (lambda q, k, v: {"scale": None}, "scale = None: expected a number"),
         (lambda q, k, v: {"softcap": 0.0}, r"softcap = 0\.0: expected a positive number or None"),
+        (lambda q, k, v: {"bias": 0.5}, r"bias = 0\.5: expected a LinearBias, such as ALiBi\(\), or None"),
+        (lambda q, k, v: {"bias": ALiBi(), "softcap": 2.0}, r"bias = ALiBi\(\) with softcap = 2\.0: expected one of them"),
     ],
 )
 def test_what_is_no_call_is_named(case, change, said, monkeypatch):

@@ -17,6 +17,8 @@ from lcx.attention.sharded import sharded_attend
 from lcx.attention.ulysses import RingUlysses, Ulysses
 from lcx.parallel.mesh import MeshSpec
 from lcx.parallel.rules import Rules
+from lcx.positions.alibi import ALiBi
+from lcx.positions.flexrope import FlexRope
 from pallas_kernels.tile_attention import reference
 
 CONTEXT = MeshSpec(context=8), Rules()
@@ -37,12 +39,12 @@ WAYS = {
 MASKS = {"causal": Causal(), "window": Window(size=5), "sink or window": Sink(size=2) | Window(size=6), "chunk": Chunk(size=8)}
 
 
-def compiled(way, mask, softcap=None):
+def compiled(way, mask, softcap=None, bias=None):
     communication, (mesh, rules) = way
 
     @jax.jit
     def run(q, k, v, info, d_out, d_lse):
-        options = {"rules": rules, "communication": communication, "mask": mask, "scale": 0.3, "softcap": softcap}
+        options = {"rules": rules, "communication": communication, "mask": mask, "scale": 0.3, "softcap": softcap, "bias": bias}
         (out, lse), pull = jax.vjp(lambda q, k, v: sharded_attend(q, k, v, info, info, **options), q, k, v)
         return out, lse, *pull((d_out, jnp.where(lse == -jnp.inf, 0, d_lse)))
 
@@ -53,10 +55,11 @@ def compiled(way, mask, softcap=None):
     return on_mesh
 
 
-def dense(mask, softcap=None):
+def dense(mask, softcap=None, bias=None):
     @jax.jit
     def run(q, k, v, info, d_out, d_lse):
-        form = functools.partial(reference.forward, mask=mask, scale=0.3, softcap=softcap)
+        slopes = None if bias is None else bias.decay(q.shape[2]).bias(q)
+        form = functools.partial(reference.forward, mask=mask, scale=0.3, softcap=softcap, bias=slopes)
         tokens = tokens_of(info)
         (out, lse), pull = jax.vjp(lambda q, k, v: form(q, k, v, tokens, tokens), q, k, v)
         return out, lse, *pull((d_out, jnp.where(lse == -jnp.inf, 0, d_lse)))
@@ -89,6 +92,18 @@ def cases():
 def test_every_way_equals_the_reference(way, mask):
     softcap = 3.0 if mask == "sink or window" else None
     run, expected = compiled(WAYS[way], MASKS[mask], softcap), dense(MASKS[mask], softcap)
+    for seed, kind in enumerate(("packed", "special", "mixed")):
+        inputs = given(seed, kind)
+        compare(run(*inputs), expected(*inputs))
+
+
+OWN_HEADS = ("ring of 4, heads apart", "all-to-all over 2 x 4", "ring of 2 of all-to-alls over 4")
+
+
+@pytest.mark.parametrize("way", [pytest.param(way, marks=() if way in OWN_HEADS else pytest.mark.slow) for way in WAYS])
+def test_every_device_has_the_slopes_of_its_heads(way):
+    bias = ALiBi() if way in OWN_HEADS else FlexRope(slope=0.1)
+    run, expected = compiled(WAYS[way], Causal(), bias=bias), dense(Causal(), bias=bias)
     for seed, kind in enumerate(("packed", "special", "mixed")):
         inputs = given(seed, kind)
         compare(run(*inputs), expected(*inputs))

@@ -18,6 +18,7 @@ from lcx.models.residual import DeepNorm, Parallel, PreNorm, Residual, Sandwich
 from lcx.norms import LayerNorm, RMSNorm
 from lcx.parts import parts
 from lcx.positions.linear import LinearInterpolation
+from lcx.positions.query_scale import LogN
 from lcx.spec import SpecError, edit
 
 
@@ -50,6 +51,29 @@ def hidden(spec, given=None, upto=None):
 def value_and_gradient(spec):
     loss = lambda model: jnp.square(model.logits(model(batch())[0])).sum()
     return jax.jit(jax.value_and_grad(loss))(built(spec))
+
+
+@pytest.mark.parametrize("skip", [1, 2, 3])
+def test_layers_are_counted_through_patterns_and_periods(skip):
+    """Two periods of two layers: skipping n layers is a pattern of four whose first n have no scale."""
+    plain = Layer(mixer=Attention(heads=2, kv_heads=1, head_dim=8), channel=GLU(hidden=24))
+    scaled = edit(plain, "mixer.query_scale", LogN(original_length=3))
+    skipping = edit(plain, "mixer.query_scale", LogN(original_length=3, skip_layers=skip))
+    counted, spelled = decoder(pattern=(skipping,) * 2), decoder(pattern=(plain,) * skip + (scaled,) * (4 - skip), periods=1)
+    model = built(counted)
+    twin = built(spelled)
+    taken = [jax.tree.map(lambda p, n=n: p[n // 2 : n // 2 + 1], model.slots[n % 2]) for n in range(4)]
+    parameters = lambda module: nnx.to_flat_state(nnx.state(module))
+    state = nnx.state(twin)
+    for n, slot in enumerate(taken):
+        for path, leaf in parameters(slot):
+            held = state["slots"][n]
+            for key in path[:-1]:
+                held = held[key]
+            held[path[-1]][...] = leaf[...]
+    nnx.update(twin, state)
+    twin.embedding[...] = model.embedding[...]
+    np.testing.assert_allclose(forward(model, batch(), None), forward(twin, batch(), None), atol=2e-6)
 
 
 def rms(x):

@@ -76,7 +76,14 @@ def unsharded():
     return outputs(decoder().build(rngs=nnx.Rngs(0)), batch())
 
 
-@pytest.mark.parametrize("spec", MESHES, ids=lambda spec: "-".join(a for a in AXES if getattr(spec, a) > 1))
+def some(cases, suite):
+    """The cases, those outside the suite marked slow: a training step is taken on every pair of axes in test_step."""
+    return [pytest.param(case, marks=() if case in suite else pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize(
+    "spec", some(MESHES, [*MEMORY][:2]), ids=lambda spec: "-".join(a for a in AXES if getattr(spec, a) > 1)
+)
 def test_sharded_equals_unsharded(spec, unsharded):
     with jax.set_mesh(spec.build()):
         close(outputs(edits(decoder(), MEMORY.get(spec, [])).build(rngs=nnx.Rngs(0)), batch()), unsharded)
@@ -108,7 +115,7 @@ def test_a_ring_of_eight_devices_under_every_policy(remat):
         close(outputs(ring(remat, channel_chunk=1).build(rngs=nnx.Rngs(0)), batch()), wanted)
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", some(RULES, ["keys on every device", "sequence over two axes"]))
 def test_other_rules(name):
     rules, spec = RULES[name]
     with jax.set_mesh(spec.build()):

@@ -23,7 +23,7 @@ from attention_cases import (
 from lcx.attention.mask import Causal
 from pallas_kernels.tile_attention import op, reference, triton
 from pallas_kernels.tile_attention.blocks import Shape
-from pallas_kernels.tile_attention.tokens import Tokens
+from pallas_kernels.tile_attention.tokens import Bias, Tokens
 from pallas_kernels.tile_attention.triton_blocks import ANY, SHARED, Blocks, Tile, choose_blocks, shared_bytes, sizes
 
 KINDS = ("packed", "special", "shuffled", "padding", "single")
@@ -151,9 +151,11 @@ def test_lowers_for_cuda(mask, T, H, D, dtype):
     tokens = Tokens(*(array(2, T, dtype=jnp.int32),) * 4)
     given = array(2, T, H, D), array(2, T, 2, D), array(2, T, 2, D), tokens, tokens
     rows = *(array(2, T, H, dtype=jnp.float32),) * 2, array(2, T, H, D, dtype=jnp.float32)
-    options = {"mask": mask, "scale": 0.1, "softcap": 30.0}
-    assert kernels_of(functools.partial(triton.forward, **options), *given) == 1
-    assert kernels_of(functools.partial(triton.backward, **options), *given, *rows) == 2
+    bias = Bias(jnp.full((2, T, H), 0.5), "index")
+    for modifier in ({"softcap": 30.0}, {"bias": bias})[: 2 if mask == MASKS[0] else 1]:
+        options = {"mask": mask, "scale": 0.1, **modifier}
+        assert kernels_of(functools.partial(triton.forward, **options), *given) == 1
+        assert kernels_of(functools.partial(triton.backward, **options), *given, *rows) == 2
 
 
 def test_what_does_not_fit_is_named():

@@ -163,6 +163,10 @@ def test_query_scales():
     scale = lambda rule, place: float(rule.scale(jnp.asarray([[place]]))[0, 0])
     assert scale(LogN(original_length=256), 1023) == pytest.approx(1.25)
     assert scale(LogN(original_length=256), 100) == 1
+    skipping, far = LogN(original_length=256, skip_layers=2), jnp.asarray([[1023]])
+    assert [float(skipping.scale(far, jnp.asarray(layer))[0, 0]) for layer in range(3)] == pytest.approx([1, 1, 1.25])
+    with pytest.raises(ValueError, match=r"LogN.skip_layers = 2: expected 0 outside the layers of a model"):
+        skipping.scale(far)
     for place, wanted in ((8190, 1.0), (8191, 1.0693147), (40_000, 1.1609438)):
         assert scale(Stepped(), place) == pytest.approx(wanted, rel=1e-6)
 

@@ -102,8 +102,8 @@ def check(children, tmp_path, rounds: int) -> None:
     assert [r["step"] for r in logs[1]] == list(range(1, steps + 1))
 
 
-def test_three_kills(children, tmp_path):
-    check(children, tmp_path, rounds=3)
+def test_two_kills(children, tmp_path):
+    check(children, tmp_path, rounds=2)
 
 
 @pytest.mark.slow
