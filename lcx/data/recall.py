@@ -151,7 +151,7 @@ class Needles(Recall):
         room = length - sum(map(len, needles)) - sum(len(q) + len(a) + len(stop) for q, a in asked)
         if room < 0:
             raise TaskDoesNotFit(self, length, length - room)
-        haystack = _cut(_haystack(self.haystack, tokenizer), offset, room)
+        haystack = cut(haystack_of(self.haystack, tokenizer), offset, room)
         places = np.minimum((depths * (room + 1)).astype(int), room)
         parts, answers, last = [], [], 0
         for n in np.argsort(places, kind="stable"):
@@ -223,14 +223,14 @@ def _distinct_keys(rng: np.random.Generator, count: int, letters: int) -> list[s
     return ["".join(string.ascii_lowercase[int(n) // 26**place % 26] for place in range(letters)) for n in numbers]
 
 
-def _cut(haystack: np.ndarray, offset: float, room: int) -> np.ndarray:
+def cut(haystack: np.ndarray, offset: float, room: int) -> np.ndarray:
     """`room` tokens of the endlessly repeated haystack, from a point given as a share of it."""
     start = int(offset * len(haystack))
     return np.take(haystack, np.arange(start, start + room), mode="wrap")
 
 
 @functools.lru_cache(maxsize=8)
-def _haystack(source: Source | None, tokenizer: Tokenizer) -> np.ndarray:
+def haystack_of(source: Source | None, tokenizer: Tokenizer) -> np.ndarray:
     if source is None:
         return tokenizer.encode(NOISE)
     documents = source.documents()

@@ -1,0 +1,186 @@
+"""Every position method on one byte model trained at 128 tokens, read at 2, 4, 8 and 16 times as far.
+
+    python -m experiments.ablate --config=config:ablations.positions.zero_shot
+    python -m experiments.ablate --config=config:ablations.positions.fine_tuned
+
+`zero_shot` trains the model once, and measures all methods without training; `fine_tuned` trains the same model and then each of
+the methods that need it, for a few steps at 512 tokens or, those with positions of their own, on rows of 128. Source code with
+random letters copied from afar, random strings in tiles, passkeys. Both can be stopped and go on; rows are written as they come.
+
+Expected, from a reference run of the same bench (one seed; text / copy at 512 tokens, zero-shot): none 3.20 / 3.85, interpolation
+3.01 / 3.36, NTK 2.70 / 4.26, YaRN 1.69 / 1.83, SelfExtend with log-n 1.50 / 0.39, ReRoPE with log-n 1.52 / 0.10. Fine-tuned at
+512: none 0.93 to copy, NTK 0.59, interpolation 0.33, YaRN 0.27, adjusted base 0.15. Measured: docs/results/positions.md.
+"""
+
+from configs.models import byte
+from lcx.attention.mask import Window
+from lcx.data.copying import Copies, Tiles
+from lcx.data.packing import PackedText
+from lcx.data.pipeline import Pipeline, Weighted
+from lcx.data.recall import Needles
+from lcx.data.sources import StandardLibrary
+from lcx.evaluation.ablation import Ablation, Arm, Variant
+from lcx.evaluation.panels import Panel
+from lcx.evaluation.tasks.perplexity import Perplexity
+from lcx.evaluation.tasks.retrieval import Retrieval
+from lcx.positions.base_multiplier import BaseMultiplier
+from lcx.positions.dimension_groups import DimensionGroups
+from lcx.positions.dprope import DPRoPE
+from lcx.positions.dual_chunk import DualChunk
+from lcx.positions.dynamic_ntk import DynamicNTK
+from lcx.positions.dynamic_yarn import DynamicYaRN
+from lcx.positions.flexrope import FlexRope
+from lcx.positions.linear import LinearInterpolation
+from lcx.positions.llama3 import Llama3
+from lcx.positions.longrope import LongRoPE
+from lcx.positions.ntk import NTK
+from lcx.positions.power_basis import PowerBasis
+from lcx.positions.query_scale import LogN
+from lcx.positions.rerope import ReRoPE
+from lcx.positions.rope import Rope
+from lcx.positions.self_extend import SelfExtend
+from lcx.positions.truncated_basis import TruncatedBasis
+from lcx.positions.yarn import YaRN
+from lcx.spec import edits
+from lcx.training.checkpoint import Checkpointing
+from lcx.training.experiment import Experiment
+from lcx.training.optimizer import AdamW
+from lcx.training.schedules import Constant, Cosine
+
+TRAINED, LAYERS, HEAD_DIM = 128, 3, 32
+SCALES = (1, 2, 4, 8, 16)
+MIXER = "model.pattern[0].mixer"
+LOG_N = (f"{MIXER}.query_scale", LogN(original_length=TRAINED))
+
+
+def base(steps: int = 2600) -> Experiment:
+    """A 0.39 M parameter byte decoder without a convolution, on rows of 128 tokens."""
+    return edits(
+        Experiment(
+            model=byte.toy(width=96, layers=LAYERS),
+            data=Pipeline(mixture=_mixture(longest=64, copies=12.0), length=TRAINED, batch_size=24),
+            optimizer=AdamW(learning_rate=Cosine(peak=4e-3, warmup=50, final=0.1), decay=0.05),
+            steps=steps,
+            checkpoint=Checkpointing(every=200),
+            log_every=100,
+        ),
+        [("model.embed_mixer", None)],
+    )
+
+
+def zero_shot(steps: int = 2600) -> Ablation:
+    """All methods, at each scale with the settings that its papers give for it."""
+    variants = []
+    for scale in SCALES:
+        for method, changes in _zero_shot(scale).items():
+            if scale > 1 or method in AT_HOME:
+                variants.append(Variant(method=method, scale=float(scale), lengths=(scale * TRAINED,), edits=changes))
+    return _ablation(steps, variants)
+
+
+def fine_tuned(steps: int = 2600) -> Ablation:
+    """Methods after a little training: at 512 tokens (17 and 150 steps), or on rows of 128 (600 steps)."""
+    variants = []
+    for steps_more, stage in ((17, "100 rows"), (150, "150 steps")):
+        for method, (changes, more) in _tuned().items():
+            tuning = (*_tuning(steps_more, 4 * TRAINED), *more)
+            variants.append(Variant(method=method, stage=stage, scale=4.0, lengths=FAR, edits=changes, finetune=tuning))
+    return _ablation(steps, variants)
+
+
+AT_HOME = ("none", "base 5e5", "power basis", "truncated basis", "ReRoPE", "SelfExtend", "FlexRoPE 0.01", "FlexRoPE 0.05")
+FAR = (4 * TRAINED, 8 * TRAINED)
+
+
+def _mixture(longest: int, copies: float) -> tuple[Weighted, ...]:
+    text = StandardLibrary(split="train")
+    return (
+        Weighted(rows=Copies(haystack=text, loss="all"), weight=copies),
+        Weighted(rows=Tiles(longest=longest, loss="all"), weight=9.0),
+        Weighted(rows=Needles(haystack=text, loss="all"), weight=3.0),
+    )
+
+
+def _zero_shot(scale: int) -> dict[str, tuple]:
+    """Edits by method. Groups as in the reference bench: 2 T / L, in windows of half the trained length."""
+    factor, group, window = float(scale), max(1, 2 * scale), TRAINED // 2
+    rope = lambda rule: (("model.rope", rule),)
+    plan = lambda distances: ((f"{MIXER}.distances", distances),)
+    pairs, harmonic = HEAD_DIM // 2, YaRN(factor=factor, original_length=TRAINED, ramp="harmonic")
+    rates = Rope().inverse_frequencies(HEAD_DIM, TRAINED) / harmonic.inverse_frequencies(HEAD_DIM, TRAINED)
+    return {
+        "none": (),
+        "sliding window": ((f"{MIXER}.mask", Window(size=TRAINED)),),
+        "interpolation": rope(LinearInterpolation(factor=factor)),
+        "NTK": rope(NTK(factor=factor)),
+        "NTK at twice": rope(NTK(factor=2 * factor)),
+        "dynamic NTK": rope(DynamicNTK(original_length=TRAINED)),
+        "by parts": rope(YaRN(factor=factor, original_length=TRAINED, temperature="none")),
+        "YaRN": rope(YaRN(factor=factor, original_length=TRAINED)),
+        "YaRN by rotations": rope(YaRN(factor=factor, original_length=TRAINED, ramp="rotations")),
+        "dynamic YaRN": rope(DynamicYaRN(original_length=TRAINED)),
+        "Llama 3": rope(Llama3(factor=factor, original_length=TRAINED, base=1e4)),
+        "Llama 3 with temperature": rope(YaRN(factor=factor, original_length=TRAINED, ramp="rotations", slow=1.0, fast=4.0)),
+        "LongRoPE, harmonic": rope(
+            LongRoPE(original_length=TRAINED, short=(1.0,) * pairs, long=tuple(map(float, rates)), factor=factor)
+        ),
+        "DPRoPE": rope(DPRoPE(factor=factor, original_length=TRAINED)),
+        "LongLLaDA": rope(BaseMultiplier(multiplier="auto", original_length=TRAINED, target_length=scale * TRAINED)),
+        "base 5e5": rope(Rope(base=5e5)),
+        "power basis": rope(PowerBasis()),
+        "truncated basis": rope(TruncatedBasis(original_length=TRAINED)),
+        "log-n": (LOG_N,),
+        "ReRoPE": plan(ReRoPE(window=window)),
+        "ReRoPE, log-n": (*plan(ReRoPE(window=window)), LOG_N),
+        "Leaky ReRoPE": plan(ReRoPE(window=window, leak=float(group))),
+        "SelfExtend": plan(SelfExtend(group=group, window=window)),
+        "SelfExtend, log-n": (*plan(SelfExtend(group=group, window=window)), LOG_N),
+        "DPE, equal groups": plan(DimensionGroups(groups=(group,) * 8, window=window)),
+        "DPE, fastest unscaled": plan(DimensionGroups(groups=(1,) + (group,) * 7, window=window)),
+        "dual chunk": plan(DualChunk(chunk=80, clip=96)),
+        "FlexRoPE 0.01": ((f"{MIXER}.distance_bias", FlexRope(slope=0.01)),),
+        "FlexRoPE 0.05": ((f"{MIXER}.distance_bias", FlexRope(slope=0.05)),),
+    }
+
+
+def _tuned() -> dict[str, tuple]:
+    """Edits by method, and more edits of its fine-tuning."""
+    zero_shot, skipping = _zero_shot(4), LogN(original_length=TRAINED, skip_layers=2)
+    same = ("none", "interpolation", "NTK", "by parts", "YaRN", "DPRoPE", "base 5e5", "power basis", "truncated basis")
+    found = {method: (zero_shot[method], ()) for method in same}
+    found["Entropy-ABF"] = ((*zero_shot["base 5e5"], (f"{MIXER}.query_scale", skipping)), ())
+    found["Entropy-ABF, every layer"] = ((*zero_shot["base 5e5"], LOG_N), ())
+    return found
+
+
+def _tuning(steps: int, length: int) -> tuple:
+    return (
+        ("optimizer.learning_rate", Constant(peak=5e-4, warmup=min(10, steps // 2))),
+        ("optimizer.decay", 0.0),
+        ("steps", steps),
+        ("data.length", length),
+        ("data.batch_size", 24 * TRAINED // length),
+        ("data.mixture", _mixture(longest=256, copies=12.0)),
+        ("data.seed", 1),
+    )
+
+
+def _ablation(steps: int, variants: list[Variant]) -> Ablation:
+    text = StandardLibrary(split="heldout")
+    return Ablation(
+        base=base(steps),
+        arms=(Arm(name="base"),),
+        variants=tuple(variants),
+        tasks=(
+            Perplexity(source=text, windows=16),
+            Retrieval(name="copy", generator=Copies(haystack=text, far=TRAINED), examples_each=24),
+            Retrieval(name="passkey", generator=Needles(haystack=text), examples_each=24),
+        ),
+        panels=(
+            Panel(
+                title="source code, nats a byte in the last half", task="text", metric="nll", where=(("bucket", "last half"),)
+            ),
+            Panel(title="copied from afar, nats a byte", task="copy", metric="nll"),
+            Panel(title="passkey, exact match", task="passkey", metric="exact"),
+        ),
+    )
