@@ -3,19 +3,21 @@
     python -m experiments.ablate --config=config:ablations.positions.zero_shot
     python -m experiments.ablate --config=config:ablations.positions.fine_tuned
 
-`zero_shot` trains the model once, and measures all methods without training; `fine_tuned` trains the same model and then each of
-the methods that need it, for a few steps at 512 tokens or, those with positions of their own, on rows of 128. Source code with
-random letters copied from afar, random strings in tiles, passkeys. Both can be stopped and go on; rows are written as they come.
+`zero_shot` trains the model once, and measures all methods without training; `fine_tuned` trains the same model and then each
+of the methods that need it, for a few steps at 512 tokens or, those with positions of their own, on rows of 128. Source code
+with random letters copied from afar, random strings in tiles, passkeys. Both can be stopped and go on; rows are written as
+they come.
 
-Expected, from a reference run of the same bench (one seed; text / copy at 512 tokens, zero-shot): none 3.20 / 3.85, interpolation
-3.01 / 3.36, NTK 2.70 / 4.26, YaRN 1.69 / 1.83, SelfExtend with log-n 1.50 / 0.39, ReRoPE with log-n 1.52 / 0.10. Fine-tuned at
-512: none 0.93 to copy, NTK 0.59, interpolation 0.33, YaRN 0.27, adjusted base 0.15. Measured: docs/results/positions.md.
+Expected, from a reference run of the same bench (one seed; text / copy at 512 tokens, zero-shot): none 3.20 / 3.85,
+interpolation 3.01 / 3.36, NTK 2.70 / 4.26, YaRN 1.69 / 1.83, SelfExtend with log-n 1.50 / 0.39, ReRoPE with log-n 1.52 / 0.10.
+Fine-tuned at 512: none 0.93 to copy, NTK 0.59, interpolation 0.33, YaRN 0.27, adjusted base 0.15. Measured:
+docs/results/positions.md.
 """
 
 from configs.models import byte
 from lcx.attention.mask import Window
+from lcx.cache.dense import DenseCache
 from lcx.data.copying import Copies, Tiles
-from lcx.data.packing import PackedText
 from lcx.data.pipeline import Pipeline, Weighted
 from lcx.data.recall import Needles
 from lcx.data.sources import StandardLibrary
@@ -105,6 +107,7 @@ def _zero_shot(scale: int) -> dict[str, tuple]:
     """Edits by method. Groups as in the reference bench: 2 T / L, in windows of half the trained length."""
     factor, group, window = float(scale), max(1, 2 * scale), TRAINED // 2
     rope = lambda rule: (("model.rope", rule),)
+    by_length = lambda rule: (*rope(rule), (f"{MIXER}.cache", DenseCache(keys="raw")))
     plan = lambda distances: ((f"{MIXER}.distances", distances),)
     pairs, harmonic = HEAD_DIM // 2, YaRN(factor=factor, original_length=TRAINED, ramp="harmonic")
     rates = Rope().inverse_frequencies(HEAD_DIM, TRAINED) / harmonic.inverse_frequencies(HEAD_DIM, TRAINED)
@@ -114,14 +117,14 @@ def _zero_shot(scale: int) -> dict[str, tuple]:
         "interpolation": rope(LinearInterpolation(factor=factor)),
         "NTK": rope(NTK(factor=factor)),
         "NTK at twice": rope(NTK(factor=2 * factor)),
-        "dynamic NTK": rope(DynamicNTK(original_length=TRAINED)),
+        "dynamic NTK": by_length(DynamicNTK(original_length=TRAINED)),
         "by parts": rope(YaRN(factor=factor, original_length=TRAINED, temperature="none")),
         "YaRN": rope(YaRN(factor=factor, original_length=TRAINED)),
         "YaRN by rotations": rope(YaRN(factor=factor, original_length=TRAINED, ramp="rotations")),
-        "dynamic YaRN": rope(DynamicYaRN(original_length=TRAINED)),
+        "dynamic YaRN": by_length(DynamicYaRN(original_length=TRAINED)),
         "Llama 3": rope(Llama3(factor=factor, original_length=TRAINED, base=1e4)),
         "Llama 3 with temperature": rope(YaRN(factor=factor, original_length=TRAINED, ramp="rotations", slow=1.0, fast=4.0)),
-        "LongRoPE, harmonic": rope(
+        "LongRoPE, harmonic": by_length(
             LongRoPE(original_length=TRAINED, short=(1.0,) * pairs, long=tuple(map(float, rates)), factor=factor)
         ),
         "DPRoPE": rope(DPRoPE(factor=factor, original_length=TRAINED)),

@@ -1,7 +1,7 @@
 """Synthetic copying: what small models learn to look back by, and what shows how far back they can look.
 
-`Copies`: random letters written at two places of a text; the second time they can only be copied. `Tiles`: a random string again
-and again, which teaches copying much sooner than text does (induction, Olsson et al. 2022). Examples as in `recall`.
+`Copies`: random letters written at two places of a text; the second time they can only be copied. `Tiles`: a random string
+again and again, which teaches copying much sooner than text does (induction, Olsson et al. 2022). Examples as in `recall`.
 """
 
 import dataclasses
