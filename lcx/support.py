@@ -7,6 +7,7 @@ A rule yields one sentence for each place where a config breaks it: the field by
 import math
 from collections.abc import Callable, Iterator, Mapping
 
+import numpy as np
 from jax.sharding import AbstractMesh
 
 from lcx.attention.attend import KERNELS
@@ -17,6 +18,8 @@ from lcx.data.sources import Source, SourceError
 from lcx.mixers.attention import Attention
 from lcx.models.decoder import Decoder
 from lcx.parallel.mesh import AXES, MeshSpec
+from lcx.positions.clex import CLEX
+from lcx.positions.clex_positions import CLEXPositions
 from lcx.positions.frequencies import FrequencyRule
 from lcx.positions.length_rule import LengthRule, length_policy
 from lcx.positions.rope import Rope
@@ -175,6 +178,20 @@ def _positions_are_exact(experiment: Experiment) -> Iterator[str]:
         yield f"data.positions = {data.positions}: expected a target of at least data.length = {data.length}"
 
 
+def _fractions_are_held(experiment: Experiment) -> Iterator[str]:
+    data, rule = experiment.data, experiment.data.positions
+    step = None if rule is None else rule.step(data.length)
+    if step is None:
+        return
+    largest = max(rule.reach or 0, data.length)
+    spacing = float(np.spacing(np.float32(largest - 1)))
+    if spacing > step:
+        yield (
+            f"data.positions = {rule}: steps of {step:.3g} at positions as large as {largest}, where those of float32 are "
+            f"{spacing:.3g}: expected a smaller reach or larger steps"
+        )
+
+
 def _heads_rotate(experiment: Experiment) -> Iterator[str]:
     for path, mixer in _attentions(experiment):
         rule = experiment.model.rope if mixer.rope == "model" else mixer.rope
@@ -201,6 +218,16 @@ def _regions_turn_by_a_static_rope(experiment: Experiment) -> Iterator[str]:
             yield f"data.positions = {experiment.data.positions}: expected None, as {path}.distances turns pairs by their index"
         if isinstance(rule, LengthRule) or (isinstance(rule, FrequencyRule) and rule.sections):
             yield f"{path}.distances turns pairs by {type(rule).__name__}: expected a rope of one axis that no length changes"
+
+
+def _positions_are_the_ropes(experiment: Experiment) -> Iterator[str]:
+    given, rope = experiment.data.positions, experiment.model.rope
+    if not isinstance(given, CLEXPositions):
+        return
+    fits = isinstance(rope, CLEX) and (rope.original_length, rope.largest) == (given.original_length, given.largest)
+    if not fits:
+        settings = f"original_length {given.original_length} and largest {given.largest}"
+        yield f"model.rope = {type(rope).__name__}: expected CLEX of {settings}, whose positions data.positions gives"
 
 
 def _one_length_policy(experiment: Experiment) -> Iterator[str]:
@@ -242,10 +269,12 @@ RULES: Mapping[str, Rule] = {
     "the vocabulary holds every id of the tokenizer": _vocabulary_holds_tokens,
     "the vocabulary divides into the parts that the head is applied in": _vocabulary_divides,
     "positions are integers that float32 holds": _positions_are_exact,
+    "fractions of a position are not lost in float32": _fractions_are_held,
     "every head has channels that its rope can rotate": _heads_rotate,
     "the model's rope is read by some layer": _rope_is_read,
     "a rope that depends on the length finds raw keys in the cache": _keys_are_turned_anew,
     "a distance plan turns by a rope of one axis that no length changes": _regions_turn_by_a_static_rope,
+    "positions of a learned rope meet that rope": _positions_are_the_ropes,
     "ropes that depend on the length agree whether it is frozen or growing": _one_length_policy,
     "a row is long enough for the recall sequences that fill it": _rows_fit,
     "a mask hides only roles that tokens have": _roles_exist,

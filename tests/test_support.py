@@ -20,6 +20,7 @@ from lcx.parallel.layout import Contiguous, Zigzag
 from lcx.parallel.mesh import MeshSpec
 from lcx.parallel.rules import Rules
 from lcx.parts import parts
+from lcx.positions.clex_positions import CLEXPositions
 from lcx.positions.dynamic_ntk import DynamicNTK
 from lcx.positions.frequencies import FrequencyRule
 from lcx.positions.position_rule import PoSE
@@ -117,6 +118,14 @@ GROWING = DynamicNTK(original_length=64, length_policy="growing")
         (
             [(f"{LAYER}.mixer.distances", ReRoPE(window=8)), ("data.positions", PoSE(target=1024))],
             "expected None, as model.pattern[0].mixer.distances turns pairs by their index",
+        ),
+        (
+            [("data.positions", CLEXPositions(original_length=64))],
+            "model.rope = Rope: expected CLEX of original_length 64 and largest 16",
+        ),
+        (
+            [("data.positions", CLEXPositions(original_length=1 << 20, largest=8)), ("data.length", 1 << 23)],
+            "steps of 0.125 at positions as large as 16777216, where those of float32 are 1: expected a smaller reach",
         ),
         ([("data.positions", PoSE(target=8))], "expected a target of at least data.length"),
         ([(f"{LAYER}.mixer.head_dim", 5)], "model.pattern[0].mixer.head_dim = 5 does not fit its rope: Rope.rotary"),

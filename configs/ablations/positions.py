@@ -26,6 +26,8 @@ from lcx.evaluation.panels import Panel
 from lcx.evaluation.tasks.perplexity import Perplexity
 from lcx.evaluation.tasks.retrieval import Retrieval
 from lcx.positions.base_multiplier import BaseMultiplier
+from lcx.positions.clex import CLEX
+from lcx.positions.clex_positions import CLEXPositions
 from lcx.positions.dimension_groups import DimensionGroups
 from lcx.positions.dprope import DPRoPE
 from lcx.positions.dual_chunk import DualChunk
@@ -36,6 +38,7 @@ from lcx.positions.linear import LinearInterpolation
 from lcx.positions.llama3 import Llama3
 from lcx.positions.longrope import LongRoPE
 from lcx.positions.ntk import NTK
+from lcx.positions.position_rule import ChunkSlots, DenseAndMoved, PoSE, RandomPositions
 from lcx.positions.power_basis import PowerBasis
 from lcx.positions.query_scale import LogN
 from lcx.positions.rerope import ReRoPE
@@ -87,6 +90,12 @@ def fine_tuned(steps: int = 2600) -> Ablation:
         for method, (changes, more) in _tuned().items():
             tuning = (*_tuning(steps_more, 4 * TRAINED), *more)
             variants.append(Variant(method=method, stage=stage, scale=4.0, lengths=FAR, edits=changes, finetune=tuning))
+    for method, (changes, more, scale) in _trained_short().items():
+        tuning = (*_tuning(600, TRAINED), ("optimizer.learning_rate", Cosine(peak=5e-4, warmup=10)), *more)
+        lengths = (TRAINED, *FAR) if scale == 8 else (4 * TRAINED,)
+        variants.append(
+            Variant(method=method, stage="short rows", scale=float(scale), lengths=lengths, edits=changes, finetune=tuning)
+        )
     return _ablation(steps, variants)
 
 
@@ -156,6 +165,27 @@ def _tuned() -> dict[str, tuple]:
     return found
 
 
+def _trained_short() -> dict[str, tuple]:
+    """Methods trained on rows of 128 tokens: edits to measure with, and more of the training, by scale where they differ."""
+    clex = CLEX(original_length=TRAINED, largest=8)
+    raw = (f"{MIXER}.cache", DenseCache(keys="raw"))
+    by_scale = lambda scale: (("model.rope", LinearInterpolation(factor=float(scale))),)
+    pose = ("data.positions", PoSE(target=8 * TRAINED))
+    yarn = YaRN(factor=8.0, original_length=TRAINED)
+    dense = ("data.positions", DenseAndMoved(densest=8, original_length=TRAINED, shared="batch"))
+    spread = ("data.positions", CLEXPositions(original_length=TRAINED, largest=8, shared="batch"))
+    return {
+        "interpolation, plain rows": (by_scale(8), (), 8),
+        "PoSE, interpolation": (by_scale(8), (pose,), 8),
+        "PoSE, YaRN": ((("model.rope", yarn),), (pose,), 8),
+        "random positions, YaRN": ((("model.rope", yarn),), (("data.positions", RandomPositions(target=8 * TRAINED)),), 8),
+        "LOGO's slots, interpolation": (by_scale(8), (("data.positions", ChunkSlots(target=8 * TRAINED)),), 8),
+        "E2-LLM": (by_scale(4), (("model.rope", Rope()), dense), 4),
+        "E2-LLM at 8": (by_scale(8), (("model.rope", Rope()), dense), 8),
+        "CLEX": ((("model.rope", clex), raw), (spread,), 8),
+    }
+
+
 def _tuning(steps: int, length: int) -> tuple:
     return (
         ("optimizer.learning_rate", Constant(peak=5e-4, warmup=min(10, steps // 2))),
@@ -163,7 +193,7 @@ def _tuning(steps: int, length: int) -> tuple:
         ("steps", steps),
         ("data.length", length),
         ("data.batch_size", 24 * TRAINED // length),
-        ("data.mixture", _mixture(longest=256, copies=12.0)),
+        ("data.mixture", _mixture(longest=length // 2, copies=12.0)),
         ("data.seed", 1),
     )
 

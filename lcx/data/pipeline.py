@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import grain
 from grain import MapDataset, ReadOptions
 
-from lcx.data.rows import Rows, RowSet, collate, positioned
+from lcx.data.rows import Rows, RowSet, collate, positioned, positioned_alike
 from lcx.data.tokenizers import ByteTokenizer, Tokenizer
 from lcx.positions.position_rule import PositionRule
 from lcx.spec import Spec
@@ -65,9 +65,13 @@ class Pipeline(Spec):
             raise ValueError(f"pipeline: host {host} of {hosts} cannot take its share of batch_size = {self.batch_size}")
         sets = self.row_sets() if sets is None else sets
         kinds = [MapDataset.source(rows).seed(self.seed + n).shuffle().repeat() for n, rows in enumerate(sets)]
-        if self.positions is not None:
-            kinds = [kind.random_map(functools.partial(positioned, rule=self.positions)) for kind in kinds]
+        rule = self.positions
+        if rule is not None and rule.shared == "document":
+            kinds = [kind.random_map(functools.partial(positioned, rule=rule)) for kind in kinds]
         mixed = kinds[0] if len(kinds) == 1 else MapDataset.mix(kinds, [kind.weight for kind in self.mixture])
+        if rule is not None and rule.shared == "batch":
+            alike = functools.partial(positioned_alike, rule=rule, batch_size=self.batch_size, seed=self.seed)
+            mixed = mixed.map_with_index(alike)
         share = self.batch_size // hosts
         dealt = MapDataset.source(_HostRows(mixed, self.batch_size, share, host * share))
         return dealt.batch(share, batch_fn=collate).to_iter_dataset(ReadOptions(num_threads=1, prefetch_buffer_size=4))

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,8 @@ from lcx.spec import Spec
 class Row(NamedTuple):
     """One row of T tokens. targets[t] is the token to predict at t; weights[t] is 0 where nothing is to be predicted.
 
-    positions: what the rotation reads; None is the index.
+    positions: what the rotation reads; None is the index. lengths: what a length-dependent rope takes each token's document
+    for; None is its own.
     """
 
     tokens: Int[np.ndarray, "T"]
@@ -26,6 +27,7 @@ class Row(NamedTuple):
     weights: Float[np.ndarray, "T"]
     segments: Int[np.ndarray, "T"]
     positions: Float[np.ndarray, "T"] | None = None
+    lengths: Int[np.ndarray, "T"] | None = None
 
 
 class RowSet(abc.ABC):
@@ -101,11 +103,21 @@ class JoinedRows(RowSet):
 
 def positioned(row: Row, rng: np.random.Generator, *, rule: PositionRule) -> Row:
     """The row with positions of each of its documents by the rule; padding stays at 0."""
-    positions = np.zeros(row.segments.shape, np.float32)
+    return _positioned(row, rule, lambda: rng)
+
+
+def positioned_alike(index: int, row: Row, *, rule: PositionRule, batch_size: int, seed: int) -> Row:
+    """The same for row `index` of all, whose documents draw the numbers that all of its batch draw."""
+    return _positioned(row, rule, lambda: np.random.default_rng((seed, index // batch_size)))
+
+
+def _positioned(row: Row, rule: PositionRule, generator: Callable[[], np.random.Generator]) -> Row:
+    positions, lengths = np.zeros(row.segments.shape, np.float32), np.zeros(row.segments.shape, np.int32)
     for segment in dict.fromkeys(row.segments[row.segments > 0].tolist()):
         places = np.flatnonzero(row.segments == segment)
-        positions[places] = rule.positions(len(places), rng)
-    return row._replace(positions=positions)
+        positions[places], length = rule.placed(len(places), generator())
+        lengths[places] = length or 0
+    return row._replace(positions=positions, lengths=lengths if lengths.any() else None)
 
 
 def collate(rows: Sequence[Row]) -> Batch:
@@ -114,5 +126,13 @@ def collate(rows: Sequence[Row]) -> Batch:
     index = document_index(segments)
     given = [own if row.positions is None else row.positions for row, own in zip(rows, index, strict=True)]
     positions = np.stack(given).astype(np.float32)[..., None]
-    info = TokenInfo(index=index, order=index, positions=positions, segments=segments)
+    told = [row.lengths for row in rows]
+    lengths = np.stack([np.zeros_like(own) if row is None else row for row, own in zip(told, index, strict=True)])
+    info = TokenInfo(
+        index=index,
+        order=index,
+        positions=positions,
+        segments=segments,
+        lengths=None if all(row is None for row in told) else lengths,
+    )
     return Batch(tokens=tokens, info=info, targets=targets, loss_weights=weights)

@@ -32,7 +32,7 @@ from lcx.evaluation.report import append_rows, read_rows
 from lcx.evaluation.stopwatch import Stopwatch
 from lcx.evaluation.tasks.task import Row, Task
 from lcx.inference.language_model import LocalModel
-from lcx.models.decoder import Decoder
+from lcx.models.decoder import LEARNED_ROPE, Decoder
 from lcx.spec import Spec, SpecError, fingerprint
 from lcx.training.checkpoint import latest, load_model
 from lcx.training.experiment import Experiment
@@ -200,7 +200,8 @@ class _Run:
             if variant.finetune:
                 check_not_shipped(self._folder(arm, variant))
             mine, theirs = _parameters(trained.model), _parameters(used.model)
-            if differing := sorted(str(path) for path, _ in mine.items() ^ theirs.items()):
+            new = lambda path, variant=variant: variant.finetune and path[0] == LEARNED_ROPE  # begins as it is built
+            if differing := sorted(str(path) for path, _ in mine.items() ^ theirs.items() if not new(path)):
                 raise SpecError(f"ablation, {arm.name}, {variant.name}: other parameters than the arm's: {differing[0]}")
         for arm in self.ablation.arms:
             self._check_named(arm)

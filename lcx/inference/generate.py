@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from lcx.batch import PADDING, Batch, causal_info
 from lcx.inference.sampling import Sampling
 from lcx.inference.shapes import bucket, right_padded
-from lcx.models.decoder import DecoderModel
+from lcx.models.decoder import DecoderModel, settled
 from lcx.positions.length_rule import length_policy
 from lcx.record import record
 from lcx.spec import SpecError
@@ -82,6 +82,7 @@ def generate(
     if not len(seeds) == len(until) == len(prompts):
         raise ValueError(f"generate: {len(seeds)} seeds and {len(until)} conditions for {len(prompts)} prompts")
     rows, new = 1 << (len(prompts) - 1).bit_length(), bucket(max_new)
+    model = settled(model)
     read = prefill(model, prompts, rows, max_new, chunk)
     keys = jax.vmap(jax.random.key)(np.asarray([*map(checked_seed, seeds), *[0] * (rows - len(prompts))], np.uint32))
     stops = np.asarray(sorted(set(stop)), np.int32)

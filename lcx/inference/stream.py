@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Key
 from lcx.data.tokenizers import Tokenizer
 from lcx.inference.generate import checked_seed, feed, prefill
 from lcx.inference.sampling import Sampling
-from lcx.models.decoder import DecoderModel
+from lcx.models.decoder import DecoderModel, settled
 
 
 def stream(
@@ -27,6 +27,7 @@ def stream(
     """Up to `max_new` tokens after the prompt, ended by any id of `stop`; the arguments are those of `generate`."""
     if max_new < 1 or len(prompt) == 0:
         raise ValueError(f"stream: max_new = {max_new}, prompt of {len(prompt)} tokens: expected at least one token of each")
+    model = settled(model)
     read = prefill(model, [prompt], 1, max_new, chunk)
     key = jax.random.key(checked_seed(seed))
     for n in range(max_new):

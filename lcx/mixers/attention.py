@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from lcx.attention.attend import Backend
 from lcx.attention.mask import Causal, Mask
@@ -16,7 +16,7 @@ from lcx.batch import Batch, lengths_of
 from lcx.cache.cache import Cache
 from lcx.cache.dense import DenseCache
 from lcx.linear import linear
-from lcx.mixers.mixer import Inherited, Mixer, MixerModule, residual_gain, weight
+from lcx.mixers.mixer import Inherited, Mixer, MixerModule, Place, residual_gain, weight
 from lcx.norms import RMSNorm
 from lcx.parallel.rules import shard
 from lcx.positions.distance_plan import DistancePlan, Distances
@@ -59,6 +59,8 @@ class Attention(Mixer):
         self.check(self.heads % self.kv_heads == 0, "heads", f"a multiple of kv_heads = {self.kv_heads}")
         self.check(self.softcap is None or self.softcap > 0, "softcap", "a positive number or None")
         self.check(self.scale is None or self.scale > 0, "scale", "a positive number or None")
+        own = isinstance(self.rope, FrequencyRule) and self.rope.learned
+        self.check(not own, "rope", "'model' where it is learned: one for all layers")
         self.check(self.distances is None or self.rope != "none", "distances", "None where rope is 'none': nothing turns")
         undefined = self.softcap is not None or self.distances is not None
         expected = "None beside a softcap or a distance plan: no method combines them"
@@ -113,15 +115,17 @@ class AttentionModule(MixerModule):
     def _rope(self):
         return self.inherited.rope if self.spec.rope == "model" else self.spec.rope
 
-    def __call__(self, x: Float[Array, "B T M"], batch: Batch, state: Any = None, *, layer: Int[Array, ""] | None = None):
+    def __call__(self, x: Float[Array, "B T M"], batch: Batch, state: Any = None, *, place: Place = Place()):
         spec, rules, info = self.spec, self.inherited.rules, batch.info
         q = self._project(x, self.query, self.query_bias, self.query_norm, "heads")
         k = self._project(x, self.key, self.key_bias, self.key_norm, "kv_heads")
         v = self._project(x, self.value, self.value_bias, None, "kv_heads")
         if spec.query_scale is not None:
-            q = q * spec.query_scale.scale(info.index, layer)[..., None, None]  # rounded once, after the rotation
+            q = q * spec.query_scale.scale(info.index, place.layer)[..., None, None]  # rounded once, after the rotation
         length = x.shape[1] if state is None else spec.cache.length(state)
         frequencies, distances = self.frequencies(length), None
+        if frequencies is not None and self._rope.learned:
+            frequencies = place.frequencies
         if spec.distances is not None:
             distances, frequencies = Distances(spec.distances, self._rope, spec.head_dim, length), None
         if frequencies is not None:

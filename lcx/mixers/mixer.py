@@ -1,4 +1,4 @@
-"""The contract of a token mixer: `mixer(x[B,T,M], batch, state=None, *, layer=None) -> (y, state, aux)`.
+"""The contract of a token mixer: `mixer(x[B,T,M], batch, state=None, *, place=Place()) -> (y, state, aux)`.
 
 Parallel form = chunked form = step form; packed equals separate; padding changes nothing; perturbing token t leaves every
 output before t unchanged. With a state, `batch` is the next chunk and padding tokens consume nothing of it.
@@ -18,7 +18,7 @@ from lcx.attention.all_gather import AllGather
 from lcx.attention.communication import Communication
 from lcx.batch import Batch
 from lcx.parallel.rules import Rules
-from lcx.positions.frequencies import FrequencyRule
+from lcx.positions.frequencies import Frequencies, FrequencyRule
 from lcx.spec import Spec
 
 Compute = Literal["float32", "bfloat16"]
@@ -42,6 +42,15 @@ class Inherited:
     channel_chunk: int | None = None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Place:
+    """Where in a model a mixer is called. layer: which of the layers it is in, from 0; None outside of them. frequencies: of
+    the model's rope, if that is learned."""
+
+    layer: Int[Array, ""] | None = None
+    frequencies: Frequencies | None = None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mixer(Spec, abc.ABC):
     """Base of every token mixer. `sequential`: reads array neighbours, so the layout must keep their order."""
@@ -54,10 +63,10 @@ class Mixer(Spec, abc.ABC):
 
 
 class MixerModule(nnx.Module):
-    """Base of every mixer with its parameters. layer: which of the model's layers it is in, from 0; None outside of them."""
+    """Base of every mixer with its parameters."""
 
     def __call__(
-        self, x: Float[Array, "B T M"], batch: Batch, state: Any = None, *, layer: Int[Array, ""] | None = None
+        self, x: Float[Array, "B T M"], batch: Batch, state: Any = None, *, place: Place = Place()
     ) -> tuple[Array, Any, Aux]:
         raise NotImplementedError(f"{type(self).__name__} must define __call__")
 

@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from lcx.batch import PADDING, Batch
-from lcx.mixers.mixer import Inherited, Mixer, MixerModule
+from lcx.mixers.mixer import Inherited, Mixer, MixerModule, Place
 from lcx.record import record
 
 
@@ -54,7 +54,7 @@ class ShortConvolutionModule(MixerModule):
         shape = (spec.taps, inherited.width)
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), shape) / jnp.sqrt(spec.taps), axes=(None, "width"))
 
-    def __call__(self, x: Float[Array, "B T M"], batch: Batch, state: ConvolutionState | None = None, *, layer: Any = None):
+    def __call__(self, x: Float[Array, "B T M"], batch: Batch, state: Any = None, *, place: Place = Place()):
         index, segments = batch.info.index, batch.info.segments
         if state is None:
             return jnp.where(_torn(index, segments)[..., None], jnp.nan, self._convolve(x, index, segments)), None, {}

@@ -18,7 +18,7 @@ from lcx.attention.all_gather import AllGather
 from lcx.attention.communication import Communication
 from lcx.batch import Batch, lengths_of
 from lcx.linear import wide_product
-from lcx.mixers.mixer import Aux, Compute, Inherited, Mixer, weight
+from lcx.mixers.mixer import Aux, Compute, Inherited, Mixer, Place, weight
 from lcx.models.embedding import lookup
 from lcx.models.layer import Layer, join_aux
 from lcx.norms import Norm, RMSNorm
@@ -26,9 +26,10 @@ from lcx.parallel.rules import Rules, shard
 from lcx.positions.frequencies import FrequencyRule
 from lcx.positions.length_rule import length_policy
 from lcx.positions.rope import Rope
-from lcx.spec import Spec, SpecError
+from lcx.spec import Spec, SpecError, below
 from pallas_kernels.tile_attention.op import SAVED
 
+LEARNED_ROPE = "rope"  # the name of its parameters
 STREAM = "stream"  # the checkpoint name of what enters a period of layers
 
 _policies = jax.checkpoint_policies
@@ -106,6 +107,7 @@ class DecoderModel(nnx.Module):
             communication=spec.communication,
             channel_chunk=spec.channel_chunk,
         )
+        self.rope = _learned_rope(spec, rngs)
         self.embedding = weight(rngs, (spec.vocab, spec.width), ("vocab", "width"), fan_in=spec.width)
         self.embed_mixer = spec.embed_mixer.build(inherited, rngs=rngs) if spec.embed_mixer else None
         self.slots = nnx.List([_stack(layer, inherited, spec.periods, rngs) for layer in spec.pattern])
@@ -122,10 +124,11 @@ class DecoderModel(nnx.Module):
         periods, batch = self._periods(upto, state), jax.tree.map(jnp.asarray, batch)
         if state is None and length_policy(self.spec) is not None:  # once for all layers
             batch = dataclasses.replace(batch, info=dataclasses.replace(batch.info, lengths=lengths_of(batch.info)))
+        rope = None if self.rope is None else self.rope()
         x = self._embed(batch)
         embed_state = None
         if self.embed_mixer is not None:
-            y, embed_state, _ = self.embed_mixer(x, batch, None if state is None else state["embed"])
+            y, embed_state, _ = self.embed_mixer(x, batch, state and state["embed"], place=Place(frequencies=rope))
             x = x + y
         slots = tuple(self.slots) if periods == self.spec.periods else jax.tree.map(lambda p: p[:periods], tuple(self.slots))
 
@@ -135,7 +138,7 @@ class DecoderModel(nnx.Module):
             new, aux = [], []
             x = checkpoint_name(x, STREAM)
             for slot, (block, block_state) in enumerate(zip(blocks, given, strict=True)):
-                x, block_state, block_aux = block(x, batch, block_state, layer=first + slot)
+                x, block_state, block_aux = block(x, batch, block_state, place=Place(layer=first + slot, frequencies=rope))
                 new.append(block_state)
                 aux.append(block_aux)
             return x, (None if states is None else tuple(new), join_aux(*aux))
@@ -186,6 +189,25 @@ class DecoderModel(nnx.Module):
         if upto % pattern or not 0 <= upto <= self.spec.depth:
             raise ValueError(f"decoder: upto = {upto}: expected a multiple of {pattern} from 0 to {self.spec.depth}")
         return upto // pattern
+
+
+def _learned_rope(spec: Decoder, rngs: nnx.Rngs) -> nnx.Module | None:
+    """The model's rope with its parameters, if it has any. Raises SpecError unless its readers have one head size."""
+    if spec.rope is None or not spec.rope.learned:
+        return None
+    readers = [part for _, part in below(spec) if getattr(part, "rope", None) == "model"]
+    sizes = sorted({part.head_dim for part in readers})
+    spec.check(len(sizes) == 1, "rope", f"heads of one size, not {sizes}, to learn frequencies for")
+    return spec.rope.build(sizes[0], rngs=rngs)
+
+
+def settled(model: DecoderModel) -> DecoderModel:
+    """The same model for use: a learned rope is solved once, not in every pass."""
+    if not hasattr(model.rope, "settled"):
+        return model
+    model = nnx.merge(*nnx.split(model))
+    model.rope = jax.jit(lambda rope: rope.settled())(model.rope)
+    return model
 
 
 def rebuild(model: DecoderModel, spec: Decoder) -> DecoderModel:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from lcx.batch import Batch
 from lcx.channels.channel import Channel
-from lcx.mixers.mixer import Aux, Inherited, Mixer
+from lcx.mixers.mixer import Aux, Inherited, Mixer, Place
 from lcx.models.residual import PreNorm, Residual
 from lcx.norms import Norm, RMSNorm
 from lcx.parallel.tokenwise import tokenwise, weights_of
@@ -40,13 +40,12 @@ class LayerModule(nnx.Module):
             _check_chunks(self.channel, inherited)
 
     def __call__(
-        self, x: Float[Array, "B T M"], batch: Batch, state: Any = None, *, layer: Int[Array, ""] | None = None
+        self, x: Float[Array, "B T M"], batch: Batch, state: Any = None, *, place: Place = Place()
     ) -> tuple[Array, Any, Aux]:
-        """`layer`: which of the model's layers this is, from 0."""
         kept: dict[str, Any] = {}
 
         def mix(h):
-            y, kept["state"], kept["mixer"] = self.mixer(h, batch, state, layer=layer)
+            y, kept["state"], kept["mixer"] = self.mixer(h, batch, state, place=place)
             return y
 
         def channel(h):

@@ -2,11 +2,12 @@
 
 import abc
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from lcx.batch import AnyArray
 from lcx.spec import Spec
 
 Pairing = Literal["half", "interleaved"]
@@ -17,15 +18,15 @@ SectionOrder = Literal["contiguous", "interleaved", "alternating"]
 class Frequencies:
     """What `rotate` needs. Channels beyond the 2C rotated ones pass through; `inv_freq` 0 leaves a rotated pair in place.
 
-    inv_freq: radians a position, float64. axis: the position axis that drives each pair. factor: multiplies cosine and sine,
-    on queries and on keys alike (Hugging Face's attention factor, so logits grow by its square). pairing: `half` pairs channel
-    c with c + C, `interleaved` pairs 2c with 2c + 1.
+    inv_freq: radians a position, float64; of a learned rope traced, float32. axis: the position axis that drives each pair.
+    factor: multiplies cosine and sine, on queries and on keys alike (Hugging Face's attention factor, so logits grow by its
+    square). pairing: `half` pairs channel c with c + C, `interleaved` pairs 2c with 2c + 1.
 
     Where they depend on the length n of a token's document, inv_freq and factor have a row for each of N lengths: the first up
     to `first`, the next for `step` tokens more, and so on.
     """
 
-    inv_freq: Float[np.ndarray, "*N C"]
+    inv_freq: Float[AnyArray, "*N C"]
     axis: Int[np.ndarray, "C"]
     factor: float | Float[np.ndarray, "N"] = 1.0
     pairing: Pairing = "half"
@@ -66,6 +67,8 @@ class FrequencyRule(Spec, abc.ABC):
     pairing: Pairing = "half"
     sections: tuple[int, ...] = ()
     section_order: SectionOrder = "contiguous"
+
+    learned: ClassVar[bool] = False  # has parameters, which the model builds
 
     def validate(self):
         self.check(self.base > 1, "base", "greater than 1")

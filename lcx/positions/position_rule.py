@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import math
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -12,16 +13,27 @@ from lcx.spec import Spec
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PositionRule(Spec, abc.ABC):
-    """Base of every rule: pure functions of the document's length and a generator."""
+    """Base of every rule: pure functions of the document's length and a generator. shared: whether every document draws its
+    own numbers, or all documents of a batch draw the same."""
+
+    shared: Literal["document", "batch"] = "document"
 
     @abc.abstractmethod
     def positions(self, length: int, rng: np.random.Generator) -> Float[np.ndarray, "T"]:
         """Of a document of `length` tokens, float32, never falling."""
 
+    def placed(self, length: int, rng: np.random.Generator) -> tuple[Float[np.ndarray, "T"], int | None]:
+        """Positions, and the length that a length-dependent rope is to take the document for; None is its own."""
+        return self.positions(length, rng), None
+
     @property
     @abc.abstractmethod
     def reach(self) -> int | None:
         """No position is as large; None if that depends on the document."""
+
+    def step(self, length: int) -> float | None:
+        """What the positions of a document of so many tokens are multiples of; None if they are any numbers."""
+        return 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,6 +103,9 @@ class RandomSteps(PositionRule):
     def reach(self):
         return None
 
+    def step(self, length):
+        return None
+
     def positions(self, length, rng):
         places = np.cumsum(rng.uniform(0, 2, length))
         return np.float32(places * min(1.0, length / places[-1]))
@@ -104,7 +119,7 @@ class RandomSteps(PositionRule):
 class DenseAndMoved(PositionRule):
     """E2-LLM (Liu et al. 2024): (p + o) / g with g drawn from 1 to `densest`, and o, 0 for the first `sinks` tokens, up to
     g * original_length - the document's length. One training serves every window up to densest * original_length, read with
-    `LinearInterpolation`."""
+    `LinearInterpolation`. As published the draw is the batch's."""
 
     densest: int
     original_length: int
@@ -118,6 +133,9 @@ class DenseAndMoved(PositionRule):
     @property
     def reach(self):
         return None
+
+    def step(self, length):
+        return 1 / self.densest
 
     def positions(self, length, rng):
         density = int(rng.integers(1, self.densest, endpoint=True))

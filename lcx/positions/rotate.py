@@ -3,7 +3,7 @@
 A position times a frequency loses its fraction of a turn long before float32 runs out of integers. So the frequency, in turns
 a position, is split on the host into parts of 12 bits, the position into two of 12 bits; each product is then exact (or
 tiny) and is reduced modulo one turn before anything is added. Measured: under 1e-5 turns at 4,000,000 and at 2**24; positions
-with a fraction, whose products are rounded, under 1e-4.
+with a fraction, whose products are rounded, under 1e-4. A learned frequency is split likewise, exactly, in float32.
 """
 
 import jax
@@ -23,9 +23,10 @@ def turns(
     """Angle of each pair in turns, in [-0.5, 0.5]; positions up to 2**24 in magnitude, fractions allowed."""
     chosen = _chosen(frequencies, lengths)
     per_position = frequencies.inv_freq / (2 * np.pi)
-    first = np.round(per_position * BITS) / BITS
-    second = np.round((per_position - first) * BITS**2) / BITS**2
-    third = per_position - first - second
+    round_ = np.round if isinstance(per_position, np.ndarray) else jnp.round
+    first = round_(per_position * BITS) / BITS
+    second = round_((per_position - first) * BITS**2) / BITS**2
+    third = per_position - first - second  # which alone has a gradient, times the position
     driven = _driving(positions.astype(jnp.float32), frequencies)
     high = jnp.floor(driven / BITS)
     low = driven - high * BITS
@@ -102,7 +103,7 @@ def _driving(positions: Float[Array, "B T P"], frequencies: Frequencies) -> Floa
 def _chosen(frequencies: Frequencies, lengths):
     """What a token reads of a host array [C], or of one [N, C] with a row for each length, in float32."""
     if not frequencies.by_length:
-        return lambda part: part.astype(np.float32)
+        return lambda part: part.astype(jnp.float32)
     if lengths is None:
         raise ValueError("info.lengths: None, but this rope depends on the length of a document: expected one for every token")
     row = frequencies.row(lengths)

@@ -23,13 +23,14 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from lcx.data.sources import contents
+from lcx.models.decoder import LEARNED_ROPE
 from lcx.spec import SpecError
 from lcx.training.checkpoint import Checkpoints, restore_params
 from lcx.training.experiment import Experiment
 from lcx.training.flops import counter
 from lcx.training.metrics import Meter, Pending
 from lcx.training.placement import host_rows, place_batch
-from lcx.training.run_folder import check_config, claim, record_start
+from lcx.training.run_folder import check_config, claim, read_config, record_start
 from lcx.training.shipped import run_folder
 from lcx.training.step import TrainState, TrainStep
 from lcx.training.writers import JsonLines, Record, TensorBoard, Writer, read_records, terminal
@@ -195,8 +196,17 @@ def _begin(
         batches.set_state(data)
         return state
     if experiment.init_from is not None:
-        return step.start(restore_params(run_folder(experiment.init_from), step.abstract_state().params))
+        return step.start(_initial(experiment, step))
     return step.init()
+
+
+def _initial(experiment: Experiment, step: TrainStep) -> Any:
+    """The parameters of `init_from`; a learned rope that the model had none of begins as it is built, which is NTK."""
+    run_dir, target = run_folder(experiment.init_from), step.abstract_state().params
+    if LEARNED_ROPE not in target or read_config(run_dir).model.rope == experiment.model.rope:
+        return restore_params(run_dir, target)
+    others = {name: leaf for name, leaf in target.items() if name != LEARNED_ROPE}
+    return restore_params(run_dir, others) | {LEARNED_ROPE: step.init().params[LEARNED_ROPE]}
 
 
 def _check_data(path: Path, counts: dict[str, int]) -> None:

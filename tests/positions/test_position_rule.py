@@ -1,12 +1,17 @@
 """Position rules: what they promise for documents of any length, and the published constructions."""
 
+import itertools
+
 import numpy as np
 import pytest
 
+from lcx.data.copying import Tiles
 from lcx.data.packing import PackedText
 from lcx.data.pipeline import Pipeline, Weighted
+from lcx.data.rows import Joined
 from lcx.data.sources import StandardLibrary
 from lcx.parts import parts
+from lcx.positions.clex_positions import CLEXPositions
 from lcx.positions.position_rule import ChunkSlots, DenseAndMoved, PoSE, PositionRule, RandomPositions, RandomSteps
 from lcx.spec import SpecError
 
@@ -75,8 +80,47 @@ def test_what_does_not_fit_is_refused():
         ChunkSlots(target=13, chunks=7).positions(13, np.random.default_rng(0))
 
 
+def test_clex_spreads_a_document_over_windows():
+    """The length says for how many; one window is the index, k windows of text are drawn together by k."""
+    rule, told = CLEXPositions(original_length=16, largest=4), set()
+    for seed in range(60):
+        found, length = rule.placed(16, np.random.default_rng(seed))
+        told.add(length)
+        assert (found[0], found[-1]) == (0, length - 1) and (np.diff(found) >= 1).all() and (found % 1 == 0).all()
+        if length == 16:
+            np.testing.assert_array_equal(found, np.arange(16))
+        long, length = rule.placed(32, np.random.default_rng(seed))
+        assert (long * 2 % 1 == 0).all() and long[-1] == length - 1 and (np.diff(long) >= 0).all()
+    assert told == {16, 32, 48, 64}
+    assert rule.placed(1, np.random.default_rng(0))[0].tolist() == [0]
+
+
+def test_a_batch_may_draw_the_same():
+    """Rows of one batch in the same way, of the next in another; hosts agree without a word."""
+    rows = Joined(rows_of=Tiles(shortest=2, longest=4), parts=2)
+    make = lambda **at: iter(
+        Pipeline(
+            mixture=(Weighted(rows=rows),),
+            length=64,
+            batch_size=4,
+            positions=CLEXPositions(original_length=32, largest=8, shared="batch"),
+        ).dataset(**at)
+    )
+    batches, draws = make(), []
+    for batch, *halves in zip(itertools.islice(batches, 5), make(host=0, hosts=2), make(host=1, hosts=2), strict=False):
+        assert len(np.unique(batch.info.lengths)) == 1
+        first = batch.info.positions[0, :32]
+        for row in batch.info.positions:
+            np.testing.assert_array_equal(row[:32], first)
+            np.testing.assert_array_equal(row[32:], first)
+        whole = np.concatenate([half.info.positions for half in halves])
+        np.testing.assert_array_equal(whole, batch.info.positions)
+        draws.append(int(batch.info.lengths[0, 0]))
+    assert len(set(draws)) > 1
+
+
 def pipeline(**options) -> Pipeline:
-    rows = PackedText(source=StandardLibrary(split="train"))
+    rows = PackedText(source=StandardLibrary(split="heldout"))
     return Pipeline(mixture=(Weighted(rows=rows),), length=64, batch_size=4, **options)
 
 
