@@ -179,7 +179,7 @@ def _trained_short() -> dict[str, tuple]:
         "PoSE, interpolation": (by_scale(8), (pose,), 8),
         "PoSE, YaRN": ((("model.rope", yarn),), (pose,), 8),
         "random positions, YaRN": ((("model.rope", yarn),), (("data.positions", RandomPositions(target=8 * TRAINED)),), 8),
-        "LOGO's slots, interpolation": (by_scale(8), (("data.positions", ChunkSlots(target=8 * TRAINED)),), 8),
+        "LOGO slots, interpolation": (by_scale(8), (("data.positions", ChunkSlots(target=8 * TRAINED)),), 8),
         "E2-LLM": (by_scale(4), (("model.rope", Rope()), dense), 4),
         "E2-LLM at 8": (by_scale(8), (("model.rope", Rope()), dense), 8),
         "CLEX": ((("model.rope", clex), raw), (spread,), 8),

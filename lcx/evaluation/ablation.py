@@ -62,7 +62,8 @@ class Variant(Spec):
     """A way to use an arm's parameters. stage and scale only tell variants of one method apart in tables and plots.
 
     edits: of the arm's model or `data.tokenizer`. lengths: to measure at. finetune: edits that turn the arm's experiment into a
-    fine-tuning from its parameters (steps, length, learning rate); empty: zero-shot.
+    fine-tuning from its parameters (steps, length, learning rate); empty: zero-shot. What it edits of the model holds for the
+    training: measured is what `edits` say.
     """
 
     method: str
@@ -130,6 +131,10 @@ class Ablation(Spec):
             return edited(used(trained, variant.edits, "Variant.edits"), variant.finetune)
         except SpecError as error:
             raise SpecError(f"ablation, {name}: {error}") from None
+
+    def measured(self, arm: Arm, variant: Variant) -> Experiment:
+        """What a variant of an arm is measured under, however it was fine-tuned."""
+        return self.experiment(arm, dataclasses.replace(variant, finetune=()))
 
     def identity(self) -> dict[str, str]:
         """What decides the rows. Panels only show them, so they may change between starts."""
@@ -273,7 +278,7 @@ class _Run:
             experiment = dataclasses.replace(experiment, init_from=arm.model or str(folder))
             folder = self._folder(arm, variant)
             self._train(experiment, folder, arm, "fine-tune")
-        return load_model(folder, experiment.model)
+        return load_model(folder, self.ablation.measured(arm, variant).model)
 
     def _folder(self, arm: Arm, variant: Variant) -> Path:
         """Where the parameters of a variant are."""

@@ -19,6 +19,7 @@ from lcx.inference.sampling import Sampling
 from lcx.inference.shapes import bucket, right_padded
 from lcx.models.decoder import DecoderModel, settled
 from lcx.positions.length_rule import length_policy
+from lcx.positions.visual import Placed
 from lcx.record import record
 from lcx.spec import SpecError
 
@@ -38,12 +39,13 @@ class Generated(NamedTuple):
 @record
 class Consumed:
     """What the rows have read. last: the hidden state at each row's newest token. seen: tokens consumed. most: tokens that a
-    row may consume in all, which a length-dependent rope reads."""
+    row may consume in all, which a length-dependent rope reads. shift: from a new token's index to its position."""
 
     last: Float[Array, "B M"]
     state: Any
     seen: Int[Array, "B"]
     most: Int[Array, "B"]
+    shift: Float[Array, "B"]
 
 
 @record
@@ -68,12 +70,14 @@ def generate(
     stop: Sequence[int] = (),
     until: Sequence[Until | None] | None = None,
     chunk: int = 512,
+    placed: Sequence[Placed] | None = None,
 ) -> list[Generated]:
     """Up to `max_new` tokens after each prompt of token ids, ended by any id of `stop`.
 
     seeds: one a row, default its place. until: one a row; asked now and then with the row's new ids, True ends the row, which
-    may by then be longer than the asker needs. chunk: tokens a prefill step. Raises ValueError on an empty prompt, an id that
-    the model does not have, a seed outside 32 bits, or max_new < 1.
+    may by then be longer than the asker needs. chunk: tokens a prefill step. placed: the positions of each prompt, from a rule
+    for visual documents; new tokens go on behind them. Raises ValueError on an empty prompt, an id that the model does not
+    have, a seed outside 32 bits, max_new < 1, or positions that are not those of the prompts.
     """
     if max_new < 1 or not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise ValueError(f"generate: max_new = {max_new} and {len(prompts)} prompts: expected at least one token of each")
@@ -83,7 +87,7 @@ def generate(
         raise ValueError(f"generate: {len(seeds)} seeds and {len(until)} conditions for {len(prompts)} prompts")
     rows, new = 1 << (len(prompts) - 1).bit_length(), bucket(max_new)
     model = settled(model)
-    read = prefill(model, prompts, rows, max_new, chunk)
+    read = prefill(model, prompts, rows, max_new, chunk, placed)
     keys = jax.vmap(jax.random.key)(np.asarray([*map(checked_seed, seeds), *[0] * (rows - len(prompts))], np.uint32))
     stops = np.asarray(sorted(set(stop)), np.int32)
     decoding = Decoding(
@@ -107,16 +111,39 @@ def generate(
     return _rows(decoding)[: len(prompts)]
 
 
-def prefill(model: DecoderModel, prompts: Sequence[Sequence[int]], rows: int, max_new: int, chunk: int) -> Consumed:
+def prefill(
+    model: DecoderModel,
+    prompts: Sequence[Sequence[int]],
+    rows: int,
+    max_new: int,
+    chunk: int,
+    placed: Sequence[Placed] | None = None,
+) -> Consumed:
     """`rows` rows that have read the prompts, `chunk` tokens a step, with room for `max_new` tokens more."""
     longest = bucket(max(map(len, prompts)))
     tokens, segments = right_padded(prompts, longest, rows, model.spec.vocab)
     most = np.asarray([*map(len, prompts), *[0] * (rows - len(prompts))], np.int32) + max_new
-    read = _nothing_read(model, rows, longest + bucket(max_new), most)
+    positions, shift = _placed(prompts, placed, longest, rows)
+    read = _nothing_read(model, rows, longest + bucket(max_new), most, shift)
     for start in range(0, longest, chunk):
         part = slice(start, start + chunk)
-        read = feed(model, tokens[:, part], segments[:, part], read)
+        read = feed(model, tokens[:, part], segments[:, part], read, None if positions is None else positions[:, part])
     return read
+
+
+def _placed(prompts: Sequence[Sequence[int]], placed: Sequence[Placed] | None, longest: int, rows: int):
+    """Positions [rows, longest, P] of right-padded prompts, None if they are the index, and what follows less the index."""
+    if placed is None:
+        return None, np.zeros(rows, np.float32)
+    sizes = [len(prompt) for prompt in prompts]
+    if [len(row.positions) for row in placed] != sizes or len({row.positions.shape[1] for row in placed}) > 1:
+        found = [row.positions.shape for row in placed]
+        raise ValueError(f"generate: placed of {found}: expected a position for each of {sizes} tokens, with as many axes")
+    positions = np.zeros((rows, longest, placed[0].positions.shape[1]), np.float32)
+    for n, row in enumerate(placed):
+        positions[n, : sizes[n]] = row.positions
+    shift = [row.following - size for row, size in zip(placed, sizes, strict=True)]
+    return positions, np.asarray([*shift, *[0] * (rows - len(prompts))], np.float32)
 
 
 def checked_seed(seed: int) -> int:
@@ -126,25 +153,36 @@ def checked_seed(seed: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "length"))
-def _nothing_read(model: DecoderModel, rows: int, length: int, most: Int[Array, "B"]) -> Consumed:
-    last = jnp.zeros((rows, model.spec.width), model.spec.compute)
-    return Consumed(last=last, state=model.init_state(rows, length), seen=jnp.zeros(rows, jnp.int32), most=most)
+def _nothing_read(model: DecoderModel, rows: int, length: int, most: Int[Array, "B"], shift: Float[Array, "B"]) -> Consumed:
+    last, seen = jnp.zeros((rows, model.spec.width), model.spec.compute), jnp.zeros(rows, jnp.int32)
+    return Consumed(last=last, state=model.init_state(rows, length), seen=seen, most=most, shift=shift)
 
 
 @functools.partial(jax.jit, donate_argnames="read")
-def feed(model: DecoderModel, tokens: Int[Array, "B T"], segments: Int[Array, "B T"], read: Consumed) -> Consumed:
-    """The rows after one more chunk; padding, which may stand anywhere in it, is not read. The old `read` is consumed."""
+def feed(
+    model: DecoderModel,
+    tokens: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+    read: Consumed,
+    positions: Float[Array, "B T P"] | None = None,
+) -> Consumed:
+    """The rows after one more chunk; padding, which may stand anywhere in it, is not read. The old `read` is consumed.
+
+    positions: of the chunk; by default they go on behind what was read.
+    """
     real = segments != PADDING
     seen = read.seen + real.sum(axis=1, dtype=jnp.int32)
     lengths = {None: None, "frozen": read.most, "growing": seen}[length_policy(model.spec)]
     if lengths is not None:
         lengths = jnp.broadcast_to(lengths[:, None], segments.shape)
     info = causal_info(segments, start=read.seen, lengths=lengths)
+    behind = info.positions + read.shift[:, None, None]
+    info = dataclasses.replace(info, positions=behind if positions is None else positions)
     hidden, state, _ = model(Batch(tokens=tokens, info=info), read.state)
     newest = tokens.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)
     last = jnp.take_along_axis(hidden, newest[:, None, None], axis=1)[:, 0]
     last = jnp.where(real.any(axis=1, keepdims=True), last, read.last)
-    return Consumed(last=last, state=state, seen=seen, most=read.most)
+    return Consumed(last=last, state=state, seen=seen, most=read.most, shift=read.shift)
 
 
 @functools.partial(jax.jit, static_argnames="sampling", donate_argnames="decoding")

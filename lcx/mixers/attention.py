@@ -158,7 +158,8 @@ class AttentionModule(MixerModule):
     def init_state(self, batch_size, length):
         spec = self.spec
         dtype = jnp.dtype(self.inherited.compute)
-        return spec.cache.init(batch_size, length, spec.kv_heads, spec.head_dim, spec.head_dim, dtype)
+        axes = max(1, len(self._rope.sections)) if isinstance(self._rope, FrequencyRule) else 1
+        return spec.cache.init(batch_size, length, spec.kv_heads, spec.head_dim, spec.head_dim, dtype, axes)
 
     def _project(self, x, matrix, bias, norm, heads):
         y = linear(x, matrix, self.inherited.rules)

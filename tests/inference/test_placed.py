@@ -1,0 +1,57 @@
+"""Generation after prompts with positions of their own: steps equal one pass in which new text stands behind them."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from lcx.batch import Batch, causal_info
+from lcx.cache.dense import DenseCache
+from lcx.channels.glu import GLU
+from lcx.inference.generate import generate
+from lcx.mixers.attention import Attention
+from lcx.models.decoder import Decoder
+from lcx.models.layer import Layer
+from lcx.positions.hope import HoPE
+from lcx.positions.rope import Rope
+from lcx.positions.visual import DiagonalPositions, Grid, MRopePositions, Text, V2PEPositions
+
+PARTS = [[Text(2), Grid(2, 2, 2), Text(1)], [Text(3)]]
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [8, 9, 7]]
+RULES = {
+    "m-rope": (Rope(sections=(2, 1, 1)), MRopePositions(), "rotated"),
+    "hope": (HoPE(sections=(2, 1, 1)), DiagonalPositions(gammas=(0.75,)), "raw"),
+    "v2pe": (Rope(), V2PEPositions(strides=(64,)), "rotated"),
+}
+
+
+def decoder(rope, keys) -> Decoder:
+    mixer = Attention(heads=2, kv_heads=1, head_dim=8, cache=DenseCache(keys=keys))
+    return Decoder(vocab=32, width=16, pattern=(Layer(mixer=mixer, channel=GLU(hidden=16)),), periods=1, rope=rope)
+
+
+@jax.jit
+def logits_of(model, batch):
+    return model.logits(model(batch)[0])
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_steps_equal_one_pass(name):
+    rope, rule, keys = RULES[name]
+    model = decoder(rope, keys).build(rngs=nnx.Rngs(0))
+    placed = [rule.place(parts) for parts in PARTS]
+    for prompt, own, row in zip(PROMPTS, placed, generate(model, PROMPTS, max_new=3, chunk=4, placed=placed), strict=True):
+        whole = np.asarray([[*prompt, *row.ids]], np.int32)
+        info = causal_info(np.ones_like(whole))
+        positions = np.concatenate([own.positions, own.extended(3)])[None].astype(np.float32)
+        batch = Batch(tokens=whole, info=dataclasses.replace(info, positions=positions))
+        best = logits_of(model, batch)[0].argmax(axis=-1)
+        assert row.ids == best[len(prompt) - 1 : -1].tolist()
+
+
+def test_positions_of_other_prompts_are_refused():
+    model = decoder(Rope(), "rotated").build(rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"placed of \[\(2, 1\)\]: expected a position for each of \[3\] tokens"):
+        generate(model, [[1, 2, 3]], max_new=1, placed=[V2PEPositions().place([Text(2)])])
