@@ -4,8 +4,10 @@ Scripts that use it are told a folder of checkouts, `CHECKOUTS/<repository>`, no
 """
 
 import ast
+import contextlib
 import types
 from pathlib import Path
+from unittest import mock
 
 
 def definitions(file: Path, *names: str, **given) -> types.SimpleNamespace:
@@ -29,3 +31,13 @@ def _definition(body: list, path: list[str]) -> ast.AST:
 def in_float64(torch) -> types.SimpleNamespace:
     """torch whose names of narrower types mean float64, so that code that rounds says what it computes."""
     return types.SimpleNamespace(**vars(torch) | dict.fromkeys(("float32", "bfloat16", "float16"), torch.float64))
+
+
+@contextlib.contextmanager
+def told_float64(torch):
+    """Within it `x.float()` and new tensors are float64 as well."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+        yield
+    torch.set_default_dtype(before)
