@@ -30,7 +30,7 @@ def _definition(body: list, path: list[str]) -> ast.AST:
 
 def in_float64(torch) -> types.SimpleNamespace:
     """torch whose names of narrower types mean float64, so that code that rounds says what it computes."""
-    return types.SimpleNamespace(**vars(torch) | dict.fromkeys(("float32", "bfloat16", "float16"), torch.float64))
+    return types.SimpleNamespace(**vars(torch) | dict.fromkeys(("float32", "bfloat16"), torch.float64))
 
 
 @contextlib.contextmanager

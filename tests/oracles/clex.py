@@ -73,14 +73,12 @@ def positions(checkouts: Path, torch) -> dict[str, np.ndarray]:
     found = []
     for window in (24, 12, 7, 40):
         module = rotary(checkouts, torch, window)
-        caught = []
         module.get_continuous_freq = lambda grid, ids, device, window=window: (
-            caught.append((ids.numpy(), float(grid[1]), window)) or torch.zeros(LENGTH, ROTARY)
+            found.append((ids.numpy(), float(grid[1]), window)) or torch.zeros(LENGTH, ROTARY)
         )
         for seed in range(12):
             torch.manual_seed(seed)
             module(torch.zeros(1), LENGTH, do_train=True)
-        found += caught
     ids, t, window = (np.stack(column) for column in zip(*found, strict=True))
     return {"positions": ids, "t": np.int32(t), "trained": np.int32(window)}
 
