@@ -5,20 +5,30 @@ Scripts that use it are told a folder of checkouts, `CHECKOUTS/<repository>`, no
 
 import ast
 import contextlib
+import json
 import types
 from pathlib import Path
 from unittest import mock
 
 
 def definitions(file: Path, *names: str, **given) -> types.SimpleNamespace:
-    """Functions, classes and methods (`Class.method`) of a file by their last name; `given` is what they read as globals."""
-    body = ast.parse(file.read_text()).body
+    """Functions, classes and methods (`Class.method`) of a file by their last name; `given` is what they read as globals.
+
+    Of two that are named alike, as notebooks have them, it is the first."""
+    body = ast.parse(_source(file)).body
     chosen = [_definition(body, name.split(".")) for name in names]
     scope = dict(given)
     future = ast.ImportFrom(module="__future__", names=[ast.alias(name="annotations")], level=0)
     exec(compile(ast.fix_missing_locations(ast.Module([future, *chosen], [])), str(file), "exec"), scope)
     found = types.SimpleNamespace(**{name.split(".")[-1]: scope[name.split(".")[-1]] for name in names})
     return found
+
+
+def _source(file: Path) -> str:
+    text = file.read_text()
+    if file.suffix != ".ipynb":
+        return text
+    return "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "code")
 
 
 def _definition(body: list, path: list[str]) -> ast.AST:
