@@ -1,4 +1,4 @@
-"""Writes golden attention of four authors' distance plans, whose pass over all tokens and steps token by token agree.
+"""Writes golden attention of authors' distance plans, whose pass over all tokens and steps token by token agree.
 
     python tests/oracles/distance_plans.py CHECKOUTS    # needs the `oracles` extra; writes golden/distance_plans.npz
 
@@ -9,9 +9,11 @@ RoPE, and a stand-in for flash-attn; where the code rounds to float32 or bfloat1
     rerope      bojone/rerope acfe78840357a94d0bb504cb8865eeaa752df1a6, rerope_patch.py, leaky_rerope_patch.py
     ChunkLlama  HKUNLP/ChunkLlama 2add4d7c99d24dcc1ab03414cc602abb2e28cf2c, chunkllama_attn_replace.py
     DPE         LuLuLuyi/DPE 46b85decdedcb6e86b9c75f1082968d54fc92efc, dpe_for_llama.py
+    LongEmbed   dwzhu-pku/LongEmbed 033dc4a18e2da7b87d0e388c5b975cabe19c2fdc, src/self_extend_patch.py (both ways, one pass)
 
 Settings are such that what the codes do besides is out of play: windows are multiples of groups (SelfExtend and DPE divide by
-them once as integers and once not), ChunkLlama's table is longer than the row (no temperature), DPE scales all dimensions.
+them once as integers and once not), ChunkLlama's table is longer than the row (no temperature), DPE scales all dimensions,
+LongEmbed's row has 512 tokens (fewer are not extended, more raise the logits).
 Written with torch 2.13.0.
 """
 
@@ -28,6 +30,7 @@ WINDOW, GROUP = 8, 4  # SelfExtend; the window is ReRoPE's and DPE's too
 LEAK, TRAINED = 4, 16  # Leaky ReRoPE; queries of both grow beyond the trained window
 CHUNK, CLIP = 8, 12
 GROUPS = (2, 8, 1, 4)
+BOTH_LENGTH, BOTH_DIM, BOTH_WINDOW = 512, 4, 64
 
 
 def flash(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), return_attn_probs=False):
@@ -61,10 +64,10 @@ class Held:
         return self.k, self.v
 
 
-def angles(positions, scale=1.0):
+def angles(positions, scale=1.0, dim=DIM):
     import torch
 
-    theta = BASE ** -(torch.arange(0, DIM, 2, dtype=torch.float64) / DIM)
+    theta = BASE ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     angle = positions.double()[..., None] / scale * theta
     return torch.cat([angle.cos(), angle.cos()], -1), torch.cat([angle.sin(), angle.sin()], -1)
 
@@ -129,6 +132,32 @@ def plans(checkouts: Path) -> dict:
     return found
 
 
+def both_ways(checkouts: Path) -> dict[str, np.ndarray]:
+    """Of an encoder's attention with one head."""
+    import torch
+
+    names = ("apply_rotary_pos_emb", "apply_grouped_rotary_pos_emb", "apply_grouped_rotary_pos_emb_upper", "rotate_half")
+    given = {"torch": in_float64(torch), "nn": torch.nn, "math": math}
+    file = checkouts / "LongEmbed/src/self_extend_patch.py"
+    forward = definitions(file, *names, "e5rope_self_extend_forward", **given).e5rope_self_extend_forward
+    drawn = np.random.default_rng(1).normal(size=(3, 1, BOTH_LENGTH, 1, BOTH_DIM)).astype(np.float32)
+    parts = {name: lambda x, n=n: x[n] for n, name in enumerate(("query", "key", "value"))}
+    layer = types.SimpleNamespace(
+        **parts,
+        transpose_for_scores=lambda x: x.transpose(1, 2),
+        rotary_emb=lambda values, seq_len: tuple(x[None, None] for x in angles(torch.arange(seq_len), dim=BOTH_DIM)),
+        num_attention_heads=1,
+        attention_head_size=BOTH_DIM,
+        all_head_size=BOTH_DIM,
+        is_decoder=False,
+    )
+    mask = torch.zeros(1, 1, 1, BOTH_LENGTH, dtype=torch.float64)
+    options = {"position_ids": torch.arange(BOTH_LENGTH)[None], "group_size_1": GROUP, "group_size_2": BOTH_WINDOW}
+    (out,) = forward(layer, torch.from_numpy(drawn).double(), mask, **options)
+    named = {f"both_ways/{name}": x for name, x in zip("qkv", drawn, strict=True)}
+    return named | {"both_ways": out[:, :, None].float().numpy()}
+
+
 def arrays(checkouts: Path) -> dict[str, np.ndarray]:
     import torch
 
@@ -137,7 +166,7 @@ def arrays(checkouts: Path) -> dict[str, np.ndarray]:
     hidden = torch.cat([torch.from_numpy(x).double().flatten(2) for x in (q, k, v)], dim=-1)
     causal = torch.full((LENGTH, LENGTH), -math.inf, dtype=torch.float64).triu(1)[None, None]
     places = torch.arange(LENGTH)[None]
-    found = {"q": q, "k": k, "v": v}
+    found = {"q": q, "k": k, "v": v} | both_ways(checkouts)
     for name, (forward, cache) in plans(checkouts).items():
         out, *_ = forward(hidden, causal, places, None, False)
         past, steps = cache and cache(), []

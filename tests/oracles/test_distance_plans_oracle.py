@@ -1,4 +1,4 @@
-"""`attend` under a distance plan gives the attention of the authors' code: SelfExtend, ReRoPE, ChunkLlama, DPE.
+"""`attend` under a distance plan gives the attention of authors' code: SelfExtend one way and both, ReRoPE, ChunkLlama, DPE.
 
 Measured, the largest difference is 5e-7.
 """
@@ -8,12 +8,13 @@ from pathlib import Path
 
 import distance_plans as authors
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lcx.attention.attend import attend
 from lcx.attention.mask import Causal
-from lcx.batch import causal_info
+from lcx.batch import TokenInfo, causal_info
 from lcx.positions.dimension_groups import DimensionGroups
 from lcx.positions.distance_plan import Distances
 from lcx.positions.dual_chunk import DualChunk
@@ -32,14 +33,30 @@ PLANS = {
 }
 
 
+@pytest.fixture(scope="module")
+def held():
+    with np.load(Path(__file__).parent / "golden" / "distance_plans.npz") as found:
+        return dict(found)
+
+
+def attention(plan, q, k, v, info):
+    (_, length, _, dim) = q.shape
+    given = {"mask": Causal(), "scale": dim**-0.5, "distances": Distances(plan, Rope(base=authors.BASE), dim, length)}
+    return jax.jit(functools.partial(attend, **given))(q, k, v, info, info)[0]
+
+
 @pytest.mark.parametrize("name", PLANS)
-def test_golden_attention(name):
+def test_golden_attention(held, name):
     plan, growth = PLANS[name]
-    with np.load(Path(__file__).parent / "golden" / "distance_plans.npz") as held:
-        q, k, v, expected = (held[key] for key in ("q", "k", "v", name))
+    q, k, v = (held[key] for key in "qkv")
     info = causal_info(np.ones(q.shape[:2], np.int32))
     scaled = q if growth is None else q * growth.scale(info.index)[..., None, None]
-    distances = Distances(plan, Rope(base=authors.BASE), authors.DIM, authors.LENGTH)
-    given = {"mask": Causal(), "scale": authors.DIM**-0.5, "distances": distances}
-    out, _ = jax.jit(functools.partial(attend, **given))(scaled, k, v, info, info)
-    np.testing.assert_allclose(out, expected, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(attention(plan, scaled, k, v, info), held[name], rtol=0, atol=2e-6)
+
+
+def test_golden_attention_both_ways(held):
+    q, k, v = (held[f"both_ways/{key}"] for key in "qkv")
+    info = causal_info(np.ones(q.shape[:2], np.int32))
+    info = TokenInfo(index=info.index, order=jnp.zeros_like(info.order), positions=info.positions, segments=info.segments)
+    plan = SelfExtend(group=authors.GROUP, window=authors.BOTH_WINDOW, bidirectional=True)
+    np.testing.assert_allclose(attention(plan, q, k, v, info), held["both_ways"], rtol=0, atol=2e-6)
