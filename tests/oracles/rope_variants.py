@@ -8,13 +8,16 @@
     HoPE           hrlics/HoPE 85b76c03abcf9624b6efd27d1af1bc11ce9899c4, modeling_hope.py (and VideoRoPE's channels, Qwen2-VL's)
     Entropy-ABF    GAIR-NLP/Entropy-ABF a5e91077f90cb2da678371354ef1dd9dc88a3489, patch/EABF.py
     LongLLaDA      OpenMOSS/LongLLaDA cb4278fc2920d2b1cdf668f7cee59e89434f2d5f, eval/*.py
+    yarn           jquesnelle/yarn 995db5b575e75230b3384d658f8b944c9662f775, scaled_rope/Llama{NTK,DynamicYaRN}Scaled*.py
+    PoSE           dwzhu-pku/PoSE a3d4ba8bd38e6615ba778d9a1061e380c8e69647, src/my_modeling_llama.py (YaRN of wavelengths)
 
-Qwen3-VL's channels are transformers'. Where frequencies are multiplied or compared in float32 the code is told float64, except
-Giraffe's and M-RoPE++'s, which are as released. DPRoPE's code counts angles in Python and takes the divergence of the old
+Qwen3-VL's channels are transformers', FLUX's, which are FAR's, diffusers'. Codes are told float64, except Giraffe's and
+M-RoPE++'s, which are as released. DPRoPE's code counts angles in Python and takes the divergence of the old
 histogram from the new one, of the candidates the least, without a threshold; a count begins at the least float16.
-Written with transformers 5.24 and torch 2.13.0.
+Written with transformers 5.24, diffusers 0.42.1 (installed without what it needs) and torch 2.13.0.
 """
 
+import importlib.util
 import logging
 import math
 import re
@@ -23,7 +26,7 @@ import types
 from pathlib import Path
 
 import numpy as np
-from authors import definitions, told_float64
+from authors import definitions, in_float64, told_float64
 
 GIRAFFE = [  # head_dim, scale, power, truncation
     *((dim, 1.0, power, 0) for dim in (16, 128) for power in (0.1, 0.5, 1.0)),
@@ -33,6 +36,8 @@ GIRAFFE = [  # head_dim, scale, power, truncation
 DPROPE = [(16, 256, 4), (32, 128, 2), (64, 512, 2), (64, 512, 4), (128, 1024, 4)]  # head_dim, window, factor
 MROPE_PLUS_PLUS = [(128, 16_384, 65_536, (16, 24, 24)), (32, 256, 1024, (4, 6, 6))]  # head_dim, window, target, sections
 DIM, SECTIONS, INTERLEAVED = 32, (4, 6, 6), (6, 5, 5)
+YARN = [(16, 256), (128, 4096)]  # head_dim, window; each of its rules at FACTORS, dynamic YaRN at as many windows of tokens
+FACTORS = (1.0, 1.5, 4.0, 32.0)
 PLACES = (0, 1, 100, 4094, 4095, 4096, 8191, 16_383, 65_535, 1_000_000)
 
 
@@ -96,7 +101,45 @@ def sections(checkouts: Path, torch) -> dict[str, np.ndarray]:
     tables = (Qwen3VLTextRotaryEmbedding.recomposition_frequencies(config, t.clone()) for t in (angle.cos(), angle.sin()))
     cosine, sine = (table[:, None] for table in tables)
     turned = given * cosine + code["rotate_half"](given) * sine
-    return found | {"sections/interleaved": turned.transpose(1, 2).float().numpy()}
+    turned = {"interleaved": turned.float(), "axial": axial(torch, given, torch.from_numpy(positions[0]))}
+    return found | {f"sections/{name}": x.transpose(1, 2).numpy() for name, x in turned.items()}
+
+
+def axial(torch, x, positions):
+    """diffusers' FluxPosEmbed with a ladder for each section."""
+    folder = Path(importlib.util.find_spec("diffusers").submodule_search_locations[0]) / "models"
+    parts = definitions(folder / "embeddings.py", "get_1d_rotary_pos_embed", "apply_rotary_emb", torch=torch, np=np)
+    given = {"torch": torch, "nn": torch.nn, "maybe_adjust_dtype_for_device": lambda dtype, device: dtype}
+    flux = folder / "transformers/transformer_flux.py"
+    embed = definitions(flux, "FluxPosEmbed", get_1d_rotary_pos_embed=parts.get_1d_rotary_pos_embed, **given).FluxPosEmbed
+    with told_float64(torch):
+        turned = parts.apply_rotary_emb(x, embed(10_000, [2 * pairs for pairs in SECTIONS])(positions))
+    return turned.to(torch.float32)
+
+
+def yarn(checkouts: Path, torch) -> dict[str, np.ndarray]:
+    """Of each rule inv_freq, of YaRN's what cosine and sine are multiplied by."""
+    given = {"torch": in_float64(torch), "math": math, "np": np}
+    names = ("find_correction_dim", "find_correction_range", "linear_ramp_mask", "get_mscale")
+    folder, name = checkouts / "yarn/scaled_rope", "LlamaDynamicYaRNScaledRotaryEmbedding"
+    dynamic = vars(definitions(folder / f"{name}.py", name, *names, **given))[name]
+    name = "LlamaNTKScaledRotaryEmbedding"
+    ntk = vars(definitions(folder / f"{name}.py", name, **given))[name]
+    name = "LlamaYaRNScaledRotaryEmbedding"
+    names = [f"_yarn_{part}" for part in names]
+    harmonic = vars(definitions(checkouts / "PoSE/src/my_modeling_llama.py", name, *names, **given))[name]
+    found = {}
+    with told_float64(torch):
+        for n, (dim, window) in enumerate(YARN):
+            window_of = {"original_max_position_embeddings": window, "max_position_embeddings": window}
+            for factor in FACTORS:
+                growing = dynamic(dim, **window_of)
+                growing(torch.zeros(1), seq_len=int(factor * window))
+                scaled = harmonic(dim, **(window_of | {"max_position_embeddings": 1}), scale=factor)
+                made = {"ntk": ntk(dim, max_position_embeddings=1, alpha=factor), "dynamic_yarn": growing, "harmonic": scaled}
+                found |= {f"yarn/{n}/{factor}/{name}": module.inv_freq.numpy() for name, module in made.items()}
+                found[f"yarn/{n}/{factor}/temperature"] = np.float64([growing.mscale, scaled.mscale])
+    return found
 
 
 def entropy_abf(checkouts: Path, torch) -> dict[str, np.ndarray]:
@@ -123,7 +166,7 @@ def arrays(checkouts: Path) -> dict[str, np.ndarray]:
     import torch
 
     found = longllada(checkouts)
-    for part in (giraffe, dprope, mrope_plus_plus, sections, entropy_abf):
+    for part in (giraffe, dprope, mrope_plus_plus, sections, yarn, entropy_abf):
         found |= part(checkouts, torch)
     return found
 

@@ -7,17 +7,21 @@ import numpy as np
 import pytest
 import rope_variants as authors
 
+from lcx.positions.axial import AxialRope
 from lcx.positions.base_multiplier import BaseMultiplier
 from lcx.positions.dprope import DPRoPE, disturbance
+from lcx.positions.dynamic_yarn import DynamicYaRN
 from lcx.positions.frequencies import geometric
 from lcx.positions.hope import HoPE
 from lcx.positions.linear import LinearInterpolation
 from lcx.positions.mrope_plus_plus import MRopePlusPlus
+from lcx.positions.ntk import NTK
 from lcx.positions.power_basis import PowerBasis
 from lcx.positions.query_scale import LogN
 from lcx.positions.rope import Rope
 from lcx.positions.rotate import rotate
 from lcx.positions.truncated_basis import TruncatedBasis
+from lcx.positions.yarn import YaRN
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +51,22 @@ def test_dprope(held):
         np.testing.assert_allclose(found, held[f"dprope/{n}/scores"], rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("factor", authors.FACTORS)
+def test_ntk_dynamic_yarn_and_wavelengths(held, factor):
+    for n, (dim, window) in enumerate(authors.YARN):
+        rules = {
+            "ntk": NTK(factor=factor),
+            "dynamic_yarn": DynamicYaRN(original_length=window, step=window // 2),
+            "harmonic": YaRN(factor=factor, original_length=window, ramp="harmonic"),
+        }
+        length = int(factor * window)
+        found = {name: rule.frequencies(dim, length).at(length) for name, rule in rules.items()}
+        for name, given in found.items():
+            np.testing.assert_allclose(given.inv_freq, held[f"yarn/{n}/{factor}/{name}"], rtol=1e-12)
+        temperatures = [found["dynamic_yarn"].factor, found["harmonic"].factor]
+        np.testing.assert_allclose(temperatures, held[f"yarn/{n}/{factor}/temperature"], rtol=1e-12)
+
+
 def test_mrope_plus_plus(held):
     for n, (dim, window, target, sections) in enumerate(authors.MROPE_PLUS_PLUS):
         rule = MRopePlusPlus(factor=target / window, original_length=window, sections=sections, form="code")
@@ -60,10 +80,11 @@ def test_mrope_plus_plus(held):
         ("video", Rope(sections=authors.SECTIONS, section_order="alternating")),
         ("hybrid", HoPE(sections=authors.SECTIONS)),
         ("interleaved", Rope(sections=authors.INTERLEAVED, section_order="interleaved")),
+        ("axial", AxialRope(sections=authors.SECTIONS)),
     ],
 )
 def test_sections(held, name, rule):
-    """Of Qwen2-VL, VideoRoPE, HoPE, Qwen3-VL, at positions on three axes, fractions and negative ones among them."""
+    """Of Qwen2-VL, VideoRoPE, HoPE, Qwen3-VL, FLUX, at positions on three axes, fractions and negative ones among them."""
     found = rotate(jnp.asarray(held["sections/x"]), jnp.asarray(held["sections/positions"]), rule.frequencies(authors.DIM, 0))
     np.testing.assert_allclose(found, held[f"sections/{name}"], rtol=0, atol=3e-6)
 
