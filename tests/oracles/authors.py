@@ -20,8 +20,7 @@ def definitions(file: Path, *names: str, **given) -> types.SimpleNamespace:
     scope = dict(given)
     future = ast.ImportFrom(module="__future__", names=[ast.alias(name="annotations")], level=0)
     exec(compile(ast.fix_missing_locations(ast.Module([future, *chosen], [])), str(file), "exec"), scope)
-    found = types.SimpleNamespace(**{name.split(".")[-1]: scope[name.split(".")[-1]] for name in names})
-    return found
+    return types.SimpleNamespace(**{name.split(".")[-1]: scope[name.split(".")[-1]] for name in names})
 
 
 def _source(file: Path) -> str:
@@ -48,6 +47,8 @@ def told_float64(torch):
     """Within it `x.float()` and new tensors are float64 as well."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
-        yield
-    torch.set_default_dtype(before)
+    try:
+        with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+            yield
+    finally:
+        torch.set_default_dtype(before)
