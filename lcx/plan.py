@@ -26,6 +26,7 @@ from lcx.models.decoder import Decoder
 from lcx.parallel.hlo import collectives
 from lcx.parallel.mesh import AXES
 from lcx.parallel.topology import CHIP_MEMORY
+from lcx.positions.analysis import reach
 from lcx.positions.frequencies import FrequencyRule
 from lcx.spec import SpecError, below, edits, fingerprint
 from lcx.support import sequence_axes, sizes
@@ -119,7 +120,7 @@ def compared(runs: dict[str, Experiment]) -> str:
 
 
 def wavelengths(model: Decoder, length: int) -> dict[str, str]:
-    """Of every rotating layer of the pattern: its wavelengths in tokens, and how many pairs turn once within a row."""
+    """Of every rotating layer of the pattern: its wavelengths in tokens, and how far it reaches (`positions.analysis`)."""
     found = {}
     for i, layer in enumerate(model.pattern):
         rule = getattr(layer.mixer, "rope", None)
@@ -129,9 +130,12 @@ def wavelengths(model: Decoder, length: int) -> dict[str, str]:
         frequencies = rule.frequencies(layer.mixer.head_dim, length).at(length)
         turning = frequencies.inv_freq[frequencies.inv_freq > 0]
         waves = 2 * math.pi / turning
+        far, query = reach(rule, layer.mixer.head_dim, length), layer.mixer.query_scale
+        most = 1.0 if query is None else float(query.scale(np.asarray([[length - 1]], np.int32), np.int32(1 << 30))[0, 0])
         found[f"rope of pattern[{i}], {type(rule).__name__}"] = (
             f"{len(turning)} pairs, wavelengths {waves.min():.4g} to {waves.max():.4g} tokens, "
-            f"{int(np.sum(waves <= length))} turn within {length}, attention factor {frequencies.factor:.4g}"
+            f"{int(np.sum(waves <= length))} turn within {length}; trained window {far.trained}: critical dimension "
+            f"{far.critical_dimension}, effective window {far.effective or 'any'}; logits x {far.scale * most:.4g} at the end"
         )
     return found
 

@@ -14,7 +14,9 @@ from experiments import plan
 from experiments.program import run
 from lcx.parallel.mesh import MeshSpec
 from lcx.plan import activation_bytes, compared, compiled, figures, largest_allocations, memory_figures, model_figures
+from lcx.positions.query_scale import LogN
 from lcx.positions.rope import Rope
+from lcx.positions.yarn import YaRN
 from lcx.spec import edit, edits
 from lcx.support_table import base
 
@@ -67,7 +69,12 @@ def test_runs_of_one_cost_share_a_block():
 
 def test_wavelengths_by_hand():
     text = figures(edit(base(), "model.rope", Rope(base=10_000.0)))["rope of pattern[0], Rope"]
-    assert text == "4 pairs, wavelengths 6.283 to 6283 tokens, 2 turn within 64, attention factor 1"
+    turning = "4 pairs, wavelengths 6.283 to 6283 tokens, 2 turn within 64"
+    assert text == f"{turning}; trained window 64: critical dimension 4, effective window 64; logits x 1 at the end"
+    yarn = edit(base(), "model.rope", YaRN(factor=4.0, original_length=16))
+    scaled = edit(yarn, "model.pattern[0].mixer.query_scale", LogN(original_length=16))
+    (text,) = [value for name, value in figures(scaled).items() if "YaRN" in name]
+    assert text.endswith("trained window 16: critical dimension 2, effective window 64; logits x 1.945 at the end")
 
 
 def test_activations_grow_with_rows_and_shrink_with_rematerialisation_and_accumulation():

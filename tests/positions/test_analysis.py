@@ -1,0 +1,47 @@
+"""Reach of frequency rules by hand, the disturbance that DPRoPE publishes, and a picture of both."""
+
+import numpy as np
+import pytest
+
+from lcx.positions.analysis import disturbances, plot, reach
+from lcx.positions.dprope import DPRoPE
+from lcx.positions.linear import LinearInterpolation
+from lcx.positions.llama3 import Llama3
+from lcx.positions.ntk import NTK
+from lcx.positions.proportional import Proportional
+from lcx.positions.rope import Rope
+from lcx.positions.yarn import YaRN
+
+
+def test_reach_by_hand():
+    """Eight pairs of wavelengths 6.28 to 19,869; four of them turn within 256 tokens."""
+    plain = reach(Rope(), 16, 256)
+    assert (plain.trained, plain.turning, plain.critical_dimension, plain.effective, plain.scale) == (256, 4, 8, 256, 1)
+    yarn = reach(YaRN(factor=4.0, original_length=256), 16, 1024)
+    assert yarn.effective == 1024 and yarn.scale == pytest.approx(1.13862944**2)
+    assert reach(LinearInterpolation(factor=4.0), 16, 256).effective == 1024
+    assert reach(Llama3(factor=8.0, original_length=256, base=1e4), 16, 2048).effective == 2048
+
+
+def test_ntk_reaches_less_than_its_factor():
+    """Its slowest pair is slowed by the factor, the first that does not turn by less: 4 ** (2 * 4 / 14)."""
+    assert reach(NTK(factor=4.0), 16, 256).effective == int(256 * 4 ** (8 / 14))
+
+
+def test_pairs_that_stand_still_reach_everywhere():
+    assert reach(Proportional(ratio=0.5), 16, 256).effective is None
+
+
+def test_disturbances_are_the_published_ones():
+    """Mean over pairs at Llama 2's size: DPRoPE below interpolation below extrapolation (8k: 0.033, 0.191, 1.586)."""
+    means = [
+        disturbances(rule, 128, 4096, 8192).mean()
+        for rule in (DPRoPE(factor=2.0, original_length=4096), LinearInterpolation(factor=2.0), Rope())
+    ]
+    np.testing.assert_allclose(means, [0.033, 0.191, 1.586], atol=6e-4)
+
+
+def test_a_picture(tmp_path):
+    rules = {"none": Rope(), "YaRN": YaRN(factor=4.0, original_length=256), "still": Proportional(ratio=0.5)}
+    plot(rules, 16, 256, 1024, tmp_path / "positions.png")
+    assert (tmp_path / "positions.png").read_bytes().startswith(b"\x89PNG")
