@@ -212,8 +212,10 @@ def _keys_are_turned_anew(experiment: Experiment) -> Iterator[str]:
 def _regions_turn_by_a_static_rope(experiment: Experiment) -> Iterator[str]:
     for path, mixer in _attentions(experiment):
         rule = experiment.model.rope if mixer.rope == "model" else mixer.rope
-        if mixer.distances is None or rule is None:
+        if mixer.distances is None:
             continue
+        if rule is None:
+            yield f"{path}.distances: expected None where model.rope is None: nothing turns"
         if experiment.data.positions is not None:
             yield f"data.positions = {experiment.data.positions}: expected None, as {path}.distances turns pairs by their index"
         if isinstance(rule, LengthRule) or (isinstance(rule, FrequencyRule) and rule.sections):

@@ -26,8 +26,10 @@ from lcx.parallel.layout import Layout
 from lcx.parallel.mesh import AXES, MeshSpec
 from lcx.parallel.rules import Rules
 from lcx.parts import parts
+from lcx.positions.distance_plan import DistancePlan
 from lcx.positions.frequencies import FrequencyRule
-from lcx.spec import Spec, edits
+from lcx.positions.linear_bias import LinearBias
+from lcx.spec import Spec, SpecError, edits
 from lcx.support import broken
 from lcx.training.experiment import Experiment
 from lcx.training.optimizer import AdamW
@@ -70,6 +72,8 @@ def kinds() -> Mapping[str, Kind]:
         "mixer": Kind(attention, _examples(Mixer) | {"Attention": base().model.pattern[0].mixer}),
         "mask": Kind(f"{attention}.mask", _examples(Mask)),
         "rope": Kind("model.rope", _examples(FrequencyRule) | {"none": None}),
+        "distances": Kind(f"{attention}.distances", {"plain": None} | _examples(DistancePlan)),
+        "bias": Kind(f"{attention}.distance_bias", {"no bias": None} | _examples(LinearBias)),
         "sinks": Kind(f"{attention}.sinks", {name: name for name in ("none", "learned")}),
         "cache": Kind(f"{attention}.cache", {f"{cache.keys} keys": cache for cache in DenseCache.examples()}),
         "backend": Kind(f"{attention}.backend", {name: name for name in get_args(Backend)}),
@@ -130,7 +134,10 @@ def refusal(*choices: tuple[str, str]) -> str | None:
         kind = kinds()[name]
         if kind.field not in dict(fields(experiment)):
             raise LookupError(f"{name}: there is no {kind.field} here")
-        experiment = edits(experiment, [*kind.setting, (kind.field, kind.variants[variant])])
+        try:
+            experiment = edits(experiment, [*kind.setting, (kind.field, kind.variants[variant])])
+        except SpecError as error:
+            return str(error)
     return next(broken(experiment), None)
 
 
