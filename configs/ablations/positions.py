@@ -1,5 +1,6 @@
 """Every position method on one byte model trained at 128 tokens, read at 2, 4, 8 and 16 times as far.
 
+    python -m experiments.ablate --config=config:ablations.positions.everything
     python -m experiments.ablate --config=config:ablations.positions.zero_shot
     python -m experiments.ablate --config=config:ablations.positions.fine_tuned
 
@@ -75,16 +76,33 @@ def base(steps: int = 2600) -> Experiment:
 
 def zero_shot(steps: int = 2600) -> Ablation:
     """All methods, at each scale with the settings that its papers give for it."""
+    return _ablation(steps, _untrained())
+
+
+def fine_tuned(steps: int = 2600) -> Ablation:
+    """Methods after a little training: at 512 tokens (17 and 150 steps), or on rows of 128 (600 steps)."""
+    return _ablation(steps, _trained())
+
+
+def everything(steps: int = 2600) -> Ablation:
+    """Both, on one model."""
+    return _ablation(steps, _untrained() + _trained())
+
+
+AT_HOME = ("none", "base 5e5", "power basis", "truncated basis", "ReRoPE", "SelfExtend", "FlexRoPE 0.01", "FlexRoPE 0.05")
+FAR = (4 * TRAINED, 8 * TRAINED)
+
+
+def _untrained() -> list[Variant]:
     variants = []
     for scale in SCALES:
         for method, changes in _zero_shot(scale).items():
             if scale > 1 or method in AT_HOME:
                 variants.append(Variant(method=method, scale=float(scale), lengths=(scale * TRAINED,), edits=changes))
-    return _ablation(steps, variants)
+    return variants
 
 
-def fine_tuned(steps: int = 2600) -> Ablation:
-    """Methods after a little training: at 512 tokens (17 and 150 steps), or on rows of 128 (600 steps)."""
+def _trained() -> list[Variant]:
     variants = []
     for steps_more, stage in ((17, "100 rows"), (150, "150 steps")):
         for method, (changes, more) in _tuned().items():
@@ -96,19 +114,15 @@ def fine_tuned(steps: int = 2600) -> Ablation:
         variants.append(
             Variant(method=method, stage="short rows", scale=float(scale), lengths=lengths, edits=changes, finetune=tuning)
         )
-    return _ablation(steps, variants)
-
-
-AT_HOME = ("none", "base 5e5", "power basis", "truncated basis", "ReRoPE", "SelfExtend", "FlexRoPE 0.01", "FlexRoPE 0.05")
-FAR = (4 * TRAINED, 8 * TRAINED)
+    return variants
 
 
 def _mixture(longest: int, copies: float) -> tuple[Weighted, ...]:
     text = StandardLibrary(split="train")
     return (
         Weighted(rows=Copies(haystack=text, loss="all"), weight=copies),
-        Weighted(rows=Tiles(longest=longest, loss="all"), weight=9.0),
-        Weighted(rows=Needles(haystack=text, loss="all"), weight=3.0),
+        Weighted(rows=Tiles(longest=longest, loss="all"), weight=8.0),
+        Weighted(rows=Needles(haystack=text, loss="all", answer_weight=10.0), weight=4.0),
     )
 
 
@@ -215,5 +229,6 @@ def _ablation(steps: int, variants: list[Variant]) -> Ablation:
             ),
             Panel(title="copied from afar, nats a byte", task="copy", metric="nll"),
             Panel(title="passkey, exact match", task="passkey", metric="exact"),
+            Panel(title="passkey, nats a byte", task="passkey", metric="nll"),
         ),
     )
