@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh
 from lcx.attention.attend import KERNELS
 from lcx.attention.mask import Hide
 from lcx.config_text import fields
+from lcx.data.continuous import Continuous
 from lcx.data.recall import TaskDoesNotFit
 from lcx.data.sources import Source, SourceError
 from lcx.mixers.attention import Attention
@@ -192,6 +193,18 @@ def _fractions_are_held(experiment: Experiment) -> Iterator[str]:
         )
 
 
+def _table_holds_rows(experiment: Experiment) -> Iterator[str]:
+    table, length = experiment.model.position_table, experiment.data.length
+    if table is not None and table.reach is not None and table.reach < length:
+        yield f"data.length = {length}: expected at most the {table.reach} places that model.position_table reads"
+
+
+def _positions_are_given_once(experiment: Experiment) -> Iterator[str]:
+    for path, part in below(experiment.data, "data"):
+        if isinstance(part, Continuous) and experiment.data.positions is not None:
+            yield f"data.positions = {experiment.data.positions}: expected None, as {path} counts documents through"
+
+
 def _heads_rotate(experiment: Experiment) -> Iterator[str]:
     for path, mixer in _attentions(experiment):
         rule = experiment.model.rope if mixer.rope == "model" else mixer.rope
@@ -272,6 +285,8 @@ RULES: Mapping[str, Rule] = {
     "the vocabulary divides into the parts that the head is applied in": _vocabulary_divides,
     "positions are integers that float32 holds": _positions_are_exact,
     "fractions of a position are not lost in float32": _fractions_are_held,
+    "a table of positions has a row for every place": _table_holds_rows,
+    "positions come from the rows or from a rule": _positions_are_given_once,
     "every head has channels that its rope can rotate": _heads_rotate,
     "the model's rope is read by some layer": _rope_is_read,
     "a rope that depends on the length finds raw keys in the cache": _keys_are_turned_anew,

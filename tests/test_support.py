@@ -13,9 +13,11 @@ from flax import nnx
 from lcx.attention.all_gather import AllGather
 from lcx.attention.ulysses import RingUlysses, Ulysses
 from lcx.batch import Batch, causal_info
+from lcx.data.continuous import Continuous
 from lcx.data.recall import Needles
 from lcx.data.sources import TextFolder
 from lcx.mixers.short_convolution import ShortConvolution
+from lcx.models.position_table import PositionTable
 from lcx.parallel.layout import Contiguous, Zigzag
 from lcx.parallel.mesh import MeshSpec
 from lcx.parallel.rules import Rules
@@ -167,7 +169,20 @@ def test_each_rule_is_broken_by_something_and_the_base_breaks_none():
     turned = edits(lengths, [(f"{LAYER}.mixer.distances", ReRoPE(window=8))])
     spread = edit(base(), "data.positions", CLEXPositions(original_length=64))
     fractions = edits(base(), [("data.positions", CLEXPositions(original_length=1 << 20)), ("data.length", 1 << 23)])
-    configs = (wrong, short, apart, unread, order, lengths, turned, spread, fractions)
+    twice = edits(spread, [("data.mixture[0].rows", Continuous(rows_of=base().data.mixture[0].rows))])
+    configs = (
+        wrong,
+        short,
+        apart,
+        unread,
+        order,
+        lengths,
+        turned,
+        spread,
+        fractions,
+        twice,
+        edit(base(), "model.position_table", PositionTable(rows=8)),
+    )
     broken_by = lambda rule: [sentence for config in configs for sentence in rule(config)]
     assert [name for name, rule in RULES.items() if not broken_by(rule)] == []
     assert list(broken(base())) == []

@@ -6,6 +6,7 @@ before they are.
 
 import dataclasses
 import functools
+from typing import Literal
 
 import jax
 
@@ -27,15 +28,15 @@ class Regions(op.Fold):
     def forward(self, q, k, v, q_tokens, k_tokens):
         parts = []
         for region, fold in self._folds():
-            turned = self._turn(q, region.query, region, q_tokens), self._turn(k, region.key, region, k_tokens)
+            turned = self._turn(q, "query", region, q_tokens), self._turn(k, "key", region, k_tokens)
             parts.append(fold.forward(*turned, v, q_tokens, k_tokens))
         return functools.reduce(merge, parts)
 
     def backward(self, q, k, v, q_tokens, k_tokens, lse, delta, d_out):
         sums = None
         for region, fold in self._folds():
-            turn_q = functools.partial(self._turn, place=region.query, region=region, tokens=q_tokens)
-            turn_k = functools.partial(self._turn, place=region.key, region=region, tokens=k_tokens)
+            turn_q = functools.partial(self._turn, side="query", region=region, tokens=q_tokens)
+            turn_k = functools.partial(self._turn, side="key", region=region, tokens=k_tokens)
             (turned_q, back_q), (turned_k, back_k) = jax.vjp(turn_q, q), jax.vjp(turn_k, k)
             dq, dk, dv = fold.backward(turned_q, turned_k, v, q_tokens, k_tokens, lse, delta, d_out)
             found = back_q(dq.astype(q.dtype))[0], back_k(dk.astype(k.dtype))[0], dv
@@ -46,8 +47,9 @@ class Regions(op.Fold):
         for region in self.distances.regions:
             yield region, op.Tiled(self.form, self.mask & region.mask, self.scale, self.softcap)
 
-    def _turn(self, x, place, region, tokens):
+    def _turn(self, x, side: Literal["query", "key"], region, tokens):
         frequencies = self.distances.frequencies
         if region.axes is not None:
             frequencies = dataclasses.replace(frequencies, axis=region.axes)
-        return rotate(x, place(tokens.index), frequencies).astype(x.dtype)
+        places = getattr(region, side)(tokens.index)
+        return rotate(x, places, frequencies, side=side).astype(x.dtype)

@@ -69,7 +69,7 @@ class DenseCache(Cache):
                 raise ValueError(
                     "cache.keys = 'rotated': expected 'raw', as this rope turns a key anew when its document grows"
                 )
-            k = rotate(k, info.positions, frequencies)
+            k = rotate(k, info.positions, frequencies, side="key")
         absent = {name: jnp.zeros_like(info.index) for name in ("roles", "lengths") if getattr(info, name) is None}
         info = dataclasses.replace(info, **absent)
         real = info.segments != PADDING
@@ -93,7 +93,7 @@ class DenseCache(Cache):
     def read(self, state, frequencies):
         k = state.k
         if self.keys == "raw" and frequencies is not None:
-            k = rotate(k, state.info.positions, frequencies, state.info.lengths).astype(k.dtype)
+            k = rotate(k, state.info.positions, frequencies, state.info.lengths, side="key").astype(k.dtype)
         return k, state.v, state.info
 
     def attend(self, state, q, q_info, *, frequencies, **options):

@@ -142,7 +142,7 @@ class AttentionModule(MixerModule):
         }
         if state is None:
             if frequencies is not None:
-                k = rotate(k, info.positions, frequencies, lengths).astype(x.dtype)
+                k = rotate(k, info.positions, frequencies, lengths, side="key").astype(x.dtype)
             mesh = {"rules": rules, "communication": self.inherited.communication}
             out, lse = sharded_attend(q, k, v, info, info, **mesh, **options)
         else:

@@ -21,6 +21,7 @@ from lcx.linear import wide_product
 from lcx.mixers.mixer import Aux, Compute, Inherited, Mixer, Place, weight
 from lcx.models.embedding import lookup
 from lcx.models.layer import Layer, join_aux
+from lcx.models.position_table import PositionTable
 from lcx.norms import Norm, RMSNorm
 from lcx.parallel.rules import Rules, shard
 from lcx.positions.frequencies import FrequencyRule
@@ -51,7 +52,8 @@ REMAT = {
 class Decoder(Spec):
     """vocab: rows of the embedding, at least the tokenizer's size. pattern: one period of layers; depth is periods times it.
 
-    rope: the rule of every attention layer that says `rope="model"`; None is NoPE. embed_mixer: added to the embeddings.
+    rope: the rule of every attention layer that says `rope="model"`; None is NoPE. position_table and embed_mixer: added to the
+    embeddings.
     head: `tied` to the embedding or `untied`. logit_softcap: cap * tanh(logits / cap). remat: what the backward pass keeps of
     each period: all (`none`), nothing but its input (`full`), its input and matrix products (`dots`), or its input and what
     attention gave, so that no ring runs again (`attention`; `offload` keeps the same two on the host). channel_chunk:
@@ -65,6 +67,7 @@ class Decoder(Spec):
     pattern: tuple[Layer, ...]
     periods: int
     rope: FrequencyRule | None = Rope()
+    position_table: PositionTable | None = None
     embed_mixer: Mixer | None = None
     embed_scale: float = 1.0
     final_norm: Norm = RMSNorm()
@@ -109,6 +112,7 @@ class DecoderModel(nnx.Module):
         )
         self.rope = _learned_rope(spec, rngs)
         self.embedding = weight(rngs, (spec.vocab, spec.width), ("vocab", "width"), fan_in=spec.width)
+        self.position_table = spec.position_table.build(spec.width, rngs=rngs) if spec.position_table else None
         self.embed_mixer = spec.embed_mixer.build(inherited, rngs=rngs) if spec.embed_mixer else None
         self.slots = nnx.List([_stack(layer, inherited, spec.periods, rngs) for layer in spec.pattern])
         self.final_norm = spec.final_norm.build(spec.width)
@@ -173,6 +177,8 @@ class DecoderModel(nnx.Module):
         x = lookup(self.embedding[...], batch.tokens, scale=spec.embed_scale, rules=spec.rules, compute=spec.compute)
         if batch.embeds is not None:
             x = jnp.where((batch.tokens < 0)[..., None], batch.embeds.astype(x.dtype), x)
+        if self.position_table is not None:
+            x = x + self.position_table(batch.info).astype(x.dtype)
         return shard(x, spec.rules, "batch", "sequence", None)
 
     def _unroll(self, periods: int) -> int:

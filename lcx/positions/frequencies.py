@@ -22,6 +22,8 @@ class Frequencies:
     factor: multiplies cosine and sine, on queries and on keys alike (Hugging Face's attention factor, so logits grow by its
     square). pairing: `half` pairs channel c with c + C, `interleaved` pairs 2c with 2c + 1.
 
+    growth: what the logarithm of a query's pair grows by each position, and a key's shrinks by (xPos); None leaves them alone.
+
     Where they depend on the length n of a token's document, inv_freq and factor have a row for each of N lengths: the first up
     to `first`, the next for `step` tokens more, and so on.
     """
@@ -32,6 +34,7 @@ class Frequencies:
     pairing: Pairing = "half"
     first: int = 0
     step: int = 1
+    growth: Float[np.ndarray, "C"] | None = None
 
     @property
     def by_length(self) -> bool:

@@ -60,8 +60,9 @@ class LengthRule(FrequencyRule):
 
 
 def length_policy(spec: Spec) -> Policy | None:
-    """That of the length-dependent rules below a spec, None if there are none. Raises SpecError if they differ."""
-    found = {part.length_policy for _, part in below(spec) if isinstance(part, LengthRule)}
+    """That of the parts below a spec that read lengths, None if there are none. Raises SpecError if they differ."""
+    reads = lambda part: isinstance(part, LengthRule) or getattr(part, "reads_lengths", False)
+    found = {part.length_policy for _, part in below(spec) if reads(part)}
     if len(found) > 1:
         raise SpecError("length_policy = frozen and growing in one model: expected the same for every length-dependent rope")
     return found.pop() if found else None

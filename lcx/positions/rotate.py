@@ -6,6 +6,8 @@ tiny) and is reduced modulo one turn before anything is added. Measured: under 1
 with a fraction, whose products are rounded, under 1e-4. A learned frequency is split likewise, exactly, in float32.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,13 +72,19 @@ def rotate(
     positions: Float[Array, "B T P"],
     frequencies: Frequencies,
     lengths: Int[Array, "B T"] | None = None,
+    side: Literal["query", "key"] = "query",
 ) -> Float[Array, "B T H D"]:
     """Rotates the first 2C channels of each head by its position; the result is float32.
 
-    lengths: of the tokens' documents. Raises ValueError without them if the frequencies depend on them.
+    side: which of the two are rotated, where they differ (`growth`). lengths: of the tokens' documents. Raises ValueError
+    without them if the frequencies depend on them.
     """
     x = x.astype(jnp.float32)
     cosine, sine = (table[:, :, None] for table in tables(positions, frequencies, lengths))
+    if frequencies.growth is not None:
+        sign = 1 if side == "query" else -1
+        grown = jnp.exp(sign * frequencies.growth.astype(np.float32) * _driving(positions.astype(jnp.float32), frequencies))
+        cosine, sine = cosine * grown[:, :, None], sine * grown[:, :, None]
     pairs = frequencies.inv_freq.shape[-1]
     if frequencies.pairing == "half":
         first, second = x[..., :pairs], x[..., pairs : 2 * pairs]

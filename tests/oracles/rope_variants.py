@@ -2,7 +2,7 @@
 
     python tests/oracles/rope_variants.py CHECKOUTS    # needs the `oracles` extra; writes golden/rope_variants.npz; 30 seconds
 
-    Long-Context   abacusai/Long-Context c2a90d1fd0e905d6e8ef8c7e6f5a9441c78616b1, python/models/interpolate.py (Giraffe)
+    Long-Context   abacusai/Long-Context c2a90d1fd0e905d6e8ef8c7e6f5a9441c78616b1, python/models/{interpolate,xpos}.py (Giraffe)
     DPRoPE         1180301012/DPRoPE b9db7b5000d1827f3f261588116956b3a4f25365, DPRoPE/DPRope.py
     GIRAFFE        kiaia/GIRAFFE 0d30a229328256865610378bcdf9aadaa35caa93, models/mrope_plus_mokey_patch.py (M-RoPE++)
     HoPE           hrlics/HoPE 85b76c03abcf9624b6efd27d1af1bc11ce9899c4, modeling_hope.py (and VideoRoPE's channels, Qwen2-VL's)
@@ -35,6 +35,7 @@ GIRAFFE = [  # head_dim, scale, power, truncation
 ]
 DPROPE = [(16, 256, 4), (32, 128, 2), (64, 512, 2), (64, 512, 4), (128, 1024, 4)]  # head_dim, window, factor
 MROPE_PLUS_PLUS = [(128, 16_384, 65_536, (16, 24, 24)), (32, 256, 1024, (4, 6, 6))]  # head_dim, window, target, sections
+XPOS_LENGTH = 40
 DIM, SECTIONS, INTERLEAVED = 32, (4, 6, 6), (6, 5, 5)
 YARN = [(16, 256), (128, 4096)]  # head_dim, window; each of its rules at FACTORS, dynamic YaRN at as many windows of tokens
 FACTORS = (1.0, 1.5, 4.0, 32.0)
@@ -142,6 +143,18 @@ def yarn(checkouts: Path, torch) -> dict[str, np.ndarray]:
     return found
 
 
+def xpos(checkouts: Path, torch) -> dict[str, np.ndarray]:
+    """Products of random queries and keys of one head, [T, T], as turned by Giraffe's copy of xPos."""
+    given = {"torch": torch, "nn": torch.nn, "math": math}
+    names = ("fixed_pos_embedding", "rotate_every_two", "duplicate_interleave", "apply_rotary_pos_emb", "XPOS")
+    made = definitions(checkouts / "Long-Context/python/models/xpos.py", *names, **given).XPOS
+    q, k = (np.random.default_rng(n).normal(size=(1, 1, XPOS_LENGTH, DIM)).astype(np.float32) for n in range(2))
+    turn = made(DIM, XPOS_LENGTH)
+    turned = turn(torch.from_numpy(q), 0), turn(torch.from_numpy(k), 0, downscale=True)
+    products = turned[0].double() @ turned[1].double().transpose(2, 3)
+    return {"xpos/q": q[0, 0], "xpos/k": k[0, 0], "xpos": products[0, 0].float().numpy()}
+
+
 def entropy_abf(checkouts: Path, torch) -> dict[str, np.ndarray]:
     """The factor on queries at PLACES: queries of one that nothing turns."""
     given = {"torch": torch, "math": math}
@@ -166,7 +179,7 @@ def arrays(checkouts: Path) -> dict[str, np.ndarray]:
     import torch
 
     found = longllada(checkouts)
-    for part in (giraffe, dprope, mrope_plus_plus, sections, yarn, entropy_abf):
+    for part in (giraffe, xpos, dprope, mrope_plus_plus, sections, yarn, entropy_abf):
         found |= part(checkouts, torch)
     return found
 

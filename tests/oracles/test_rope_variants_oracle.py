@@ -21,6 +21,7 @@ from lcx.positions.query_scale import LogN
 from lcx.positions.rope import Rope
 from lcx.positions.rotate import rotate
 from lcx.positions.truncated_basis import TruncatedBasis
+from lcx.positions.xpos import XPos
 from lcx.positions.yarn import YaRN
 
 
@@ -37,6 +38,15 @@ def test_giraffe(held):
         if power or length:
             rule = PowerBasis(power=power) if power else TruncatedBasis(original_length=length)
         np.testing.assert_allclose(rule.frequencies(dim, 0).inv_freq, held[f"giraffe/{n}"], rtol=1e-6)
+
+
+def test_xpos(held):
+    """Products of turned queries and keys, in any order of tokens; the code counts from the middle of the row."""
+    frequencies = XPos(pairing="interleaved").frequencies(authors.DIM, authors.XPOS_LENGTH)
+    places = jnp.arange(authors.XPOS_LENGTH, dtype=jnp.float32)[None, :, None]
+    turn = lambda x, side: rotate(jnp.asarray(x)[None, :, None], places, frequencies, side=side)[0, :, 0]
+    products = turn(held["xpos/q"], "query") @ turn(held["xpos/k"], "key").T
+    np.testing.assert_allclose(products, held["xpos"], atol=2e-6 * np.abs(held["xpos"]).max())
 
 
 def test_dprope(held):

@@ -5,6 +5,7 @@
     PoSE            dwzhu-pku/PoSE a3d4ba8bd38e6615ba778d9a1061e380c8e69647, src/train_pose.py
     Long-Context    abacusai/Long-Context c2a90d1fd0e905d6e8ef8c7e6f5a9441c78616b1, python/models/interpolate.py (Giraffe)
     LCM_Stack       ZetangForward/LCM_Stack 7e4460485a0e63cc7b801649c659bb6415207ea6, data/positional_indices_synthesis.ipynb
+    LongEmbed       dwzhu-pku/LongEmbed 033dc4a18e2da7b87d0e388c5b975cabe19c2fdc, src/encoder_model.py
 
 Draws are shares in [0, 1) that stand for the random numbers of a call: an integer of low .. high is low + floor(share * count).
 
@@ -15,6 +16,7 @@ Draws are shares in [0, 1) that stand for the random numbers of a call: an integ
     slots [N,4,T]           LOGO's `CHUNKS` chunks of `CHUNK` tokens below `SLOTS`, the last `TAIL` of which are kept for
                             question and answer, as it combines them; the separators that it adds at the end of every slot,
                             where a chunk may end too, are in slots/separators
+    tables/MODE/T [T]       rows of a table of `ROWS` that LongEmbed reads for a document of T tokens
 
 LOGO's code runs only where its slots leave some positions over.
 Written with torch 2.13.0.
@@ -31,6 +33,7 @@ from authors import definitions
 
 TARGET, LENGTHS = 96, (1, 2, 7, 16)
 SLOTS, TAIL, CHUNKS, CHUNK = 1003, 5, 4, 60
+ROWS, FACTOR, DOCUMENTS = 16, 4, (5, 16, 17, 40, 64)
 
 
 def pose(checkouts: Path, torch) -> dict[str, np.ndarray]:
@@ -81,10 +84,22 @@ def slots(checkouts: Path, torch) -> dict[str, np.ndarray]:
     return {"slots": found[..., :-1], "slots/separators": found[0, :, -1]}
 
 
+def tables(checkouts: Path, torch) -> dict[str, np.ndarray]:
+    """Rows of a table that documents of `DOCUMENTS` tokens read, by mode; an interpolated one is FACTOR times as long."""
+    given = {"torch": torch, "Tensor": torch.Tensor, "math": math}
+    ids = definitions(checkouts / "LongEmbed/src/encoder_model.py", "get_position_ids", **given).get_position_ids
+    found = {}
+    for mode in ("recurrent", "group", "interpolate"):
+        for tokens in DOCUMENTS:
+            options = {"mode": mode, "max_original_positions": ROWS, "encode_max_length": ROWS * FACTOR}
+            found[f"tables/{mode}/{tokens}"] = ids(torch.zeros(1, tokens), **options)[0].int().numpy()
+    return found
+
+
 def arrays(checkouts: Path) -> dict[str, np.ndarray]:
     import torch
 
-    return pose(checkouts, torch) | steps(checkouts, torch) | slots(checkouts, torch)
+    return pose(checkouts, torch) | steps(checkouts, torch) | slots(checkouts, torch) | tables(checkouts, torch)
 
 
 if __name__ == "__main__":

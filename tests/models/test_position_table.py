@@ -1,0 +1,73 @@
+"""Learned positions: what is added, what is read beyond the table, and that documents and steps do not change it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lcx.batch import Batch, causal_info
+from lcx.channels.glu import GLU
+from lcx.inference.generate import generate
+from lcx.mixers.attention import Attention
+from lcx.models.decoder import Decoder, rebuild
+from lcx.models.layer import Layer
+from lcx.models.position_table import PositionTable
+from lcx.spec import SpecError, edit
+
+
+def decoder(table) -> Decoder:
+    layer = Layer(mixer=Attention(heads=2, kv_heads=1, head_dim=8, rope="none"), channel=GLU(hidden=16))
+    return Decoder(vocab=32, width=16, pattern=(layer,), periods=1, rope=None, position_table=table)
+
+
+@jax.jit
+def hidden(model, batch):
+    return model(batch)[0]
+
+
+def batch(segments, seed=0):
+    segments = np.asarray(segments)
+    tokens = np.random.default_rng(seed).integers(0, 32, segments.shape).astype(np.int32)
+    return Batch(tokens=tokens, info=causal_info(segments))
+
+
+def test_rows_between_two_old_ones_are_interpolated():
+    module = PositionTable(rows=4, reading="interpolated", factor=2).build(3, rngs=nnx.Rngs(0))
+    table = module.table[...]
+    short, long = (module(causal_info(np.ones((1, n), np.int32)))[0] for n in (4, 8))
+    np.testing.assert_array_equal(short, table)
+    np.testing.assert_allclose(long[::2], table, rtol=1e-6)
+    np.testing.assert_allclose(long[1], (table[0] + table[1]) / 2, rtol=1e-6)
+    np.testing.assert_array_equal(long[7], table[3])
+
+
+@pytest.mark.parametrize("reading", ["grouped", "recurrent", "interpolated"])
+def test_a_document_reads_as_it_does_alone_and_a_trained_table_serves(reading):
+    """Packed beside another one; documents that fit read as before."""
+    plain = decoder(PositionTable(rows=6)).build(rngs=nnx.Rngs(0))
+    factor = {"interpolated": 3}.get(reading, 1)
+    model = rebuild(plain, decoder(PositionTable(rows=6, reading=reading, factor=factor)))
+    packed = batch([[1] * 5 + [2] * 12])
+    found = hidden(model, packed)[0]
+    for cut in (slice(0, 5), slice(5, 17)):
+        alone = Batch(tokens=packed.tokens[:, cut], info=causal_info(np.ones((1, cut.stop - cut.start), np.int32)))
+        np.testing.assert_allclose(found[cut], hidden(model, alone)[0], atol=2e-6)
+        if len(alone.tokens[0]) <= 6:
+            np.testing.assert_allclose(found[cut], hidden(plain, alone)[0], atol=1e-6)
+    assert np.isfinite(found).all() and not np.isfinite(hidden(plain, packed)[0, 11:]).any()
+
+
+@pytest.mark.parametrize("reading", ["grouped", "interpolated"])
+def test_generation_equals_one_pass(reading):
+    factor = {"interpolated": 3}.get(reading, 1)
+    model = decoder(PositionTable(rows=6, reading=reading, factor=factor)).build(rngs=nnx.Rngs(0))
+    (row,) = generate(model, [[3, 1, 4, 1, 5]], max_new=4, chunk=5)
+    whole = np.asarray([[3, 1, 4, 1, 5, *row.ids]], np.int32)
+    best = model.logits(hidden(model, Batch(tokens=whole, info=causal_info(np.ones_like(whole)))))[0].argmax(axis=-1)
+    assert row.ids == best[4:-1].tolist() and jnp.isfinite(jnp.asarray(row.logprobs)).all()
+
+
+def test_a_factor_without_interpolation_is_refused():
+    with pytest.raises(SpecError, match="factor = 2: expected 1 where reading is not 'interpolated'"):
+        edit(decoder(PositionTable(rows=6)), "position_table.factor", 2)
