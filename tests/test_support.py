@@ -169,6 +169,7 @@ def test_each_rule_is_broken_by_something_and_the_base_breaks_none():
     turned = edits(lengths, [(f"{LAYER}.mixer.distances", ReRoPE(window=8))])
     spread = edit(base(), "data.positions", CLEXPositions(original_length=64))
     fractions = edits(base(), [("data.positions", CLEXPositions(original_length=1 << 20)), ("data.length", 1 << 23)])
+    small = edit(base(), "model.position_table", PositionTable(rows=8))
     twice = edits(spread, [("data.mixture[0].rows", Continuous(rows_of=base().data.mixture[0].rows))])
     configs = (
         wrong,
@@ -181,7 +182,7 @@ def test_each_rule_is_broken_by_something_and_the_base_breaks_none():
         spread,
         fractions,
         twice,
-        edit(base(), "model.position_table", PositionTable(rows=8)),
+        small,
     )
     broken_by = lambda rule: [sentence for config in configs for sentence in rule(config)]
     assert [name for name, rule in RULES.items() if not broken_by(rule)] == []
