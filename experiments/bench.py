@@ -12,6 +12,7 @@ BENCHES = {
     "Training step beside Hugging Face Llama on torch, CPU, float32": "lcx.training.bench",
     "Memory of the chunked head": "lcx.objectives.bench",
     "Tile attention": "pallas_kernels.tile_attention.bench",
+    "Distance plans beside plain attention": "lcx.positions.bench",
     "Ring attention beside the ringattention package, eight forced devices": "lcx.attention.bench",
 }
 
