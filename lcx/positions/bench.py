@@ -2,9 +2,9 @@
 
     python -m lcx.positions.bench
 
-Forms take turns in one process; the figures are the shortest of the rounds, ratios are to the first row. The rotation is part of
-every form. A distance plan is a fold of the tile form a region: what it costs beyond plain attention are the tiles on the borders
-of regions, which are computed in both, and the rotations of its regions.
+Forms take turns in one process; the figures are the shortest of the rounds, ratios are to the first row. The rotation is part
+of every form. A distance plan is a fold of the tile form a region: what it costs beyond plain attention are the tiles on the
+borders of regions, which are computed in both, and the rotations of its regions.
 """
 
 import functools
@@ -25,7 +25,7 @@ from lcx.positions.rope import Rope
 from lcx.positions.rotate import rotate
 from lcx.positions.self_extend import SelfExtend
 
-LENGTH, HEADS, KV_HEADS, HEAD_DIM, ROUNDS = 16_384, 8, 4, 64, 3
+LENGTH, HEADS, KV_HEADS, HEAD_DIM, ROUNDS = 16_384, 4, 2, 64, 2
 PLANS: dict[str, DistancePlan | None] = {
     "RoPE": None,
     "SelfExtend": SelfExtend(group=8, window=1024),
