@@ -78,8 +78,11 @@ def causal_info(
 
     `start [B]` is the index of each row's first non-padding token, whose segment then continues a prompt; default 0.
     Padding (segment 0) may stand anywhere; its index is 0 and it is never visible. Works on NumPy and JAX arrays.
+    Raises ValueError for segments that are not rows of tokens.
     """
     segments = jnp.asarray(segments, jnp.int32)
+    if segments.ndim != 2:
+        raise ValueError(f"causal_info: segments {segments.shape}: expected [rows, tokens]")
     index = document_index(segments)
     if start is not None:
         real = segments != PADDING

@@ -1,6 +1,8 @@
 """causal_info against indices counted by hand."""
 
+import jaxtyping
 import numpy as np
+import pytest
 
 from lcx.batch import causal_info, document_index
 
@@ -25,3 +27,9 @@ def test_a_document_goes_on_behind_padding_and_other_segments():
     assert document_index(segments).tolist() == counted
     started = causal_info(segments, start=np.asarray([5, 9])).index.tolist()
     assert started == [[5, 6, 0, 7, 0, 8, 0, 1], [0, 9, 10, 0, 0, 11, 0, 0]]
+
+
+def test_a_single_row_is_refused(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=r"causal_info: segments \(4,\): expected \[rows, tokens\]"):
+        causal_info(np.ones(4, np.int32))

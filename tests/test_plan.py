@@ -18,7 +18,7 @@ from lcx.positions.query_scale import LogN
 from lcx.positions.rope import Rope
 from lcx.positions.yarn import YaRN
 from lcx.spec import edit, edits
-from lcx.support_table import base
+from lcx.support_table import base, kinds
 
 ROOT = Path(__file__).parents[1]
 
@@ -135,12 +135,15 @@ def test_the_largest_allocations_stay_in_the_message():
     assert largest_allocations("RESOURCE_EXHAUSTED: temporaries (160.00G)") == "RESOURCE_EXHAUSTED: temporaries (160.00G)"
 
 
-def test_what_combines_is_printed_and_stands_in_the_readme(capsys):
-    """If it fails: what `plan --support` prints below the table goes into README, "What combines"."""
-    assert run(plan.main, ["--support"]) == 0
-    table, *summary = capsys.readouterr().out.partition("\n| kind |")
-    assert "| mask: Window " in table
+def test_what_combines_is_printed_and_stands_in_the_readme():
+    """If it fails: what `plan --support` prints below the table goes into README, "What combines". In a process of its own,
+    where no types are checked: thousands of configs are made."""
+    command = [sys.executable, "-m", "experiments.plan", "--support"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    table, *summary = printed.partition("\n| kind |")
     assert "".join(summary).strip() in (Path(__file__).parents[1] / "README.md").read_text()
+    assert all(f"| {name}: {variant} " in table for name, kind in kinds().items() for variant in kind.variants)
+    assert "not Hide (1)" in table and "(1) model.pattern[0].mixer.mask = Hide" in table
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the tpu extra is installed")
@@ -155,7 +158,7 @@ def test_without_the_compiler_the_message_names_the_extra(capsys):
 @pytest.mark.parametrize(
     ("extra", "status", "messages"),
     [
-        (
+        pytest.param(
             [
                 "--config=set:model.pattern[0].mixer.backend=tpu",
                 "--config=set:mesh.context=4",
@@ -164,18 +167,25 @@ def test_without_the_compiler_the_message_names_the_extra(capsys):
             ],
             0,
             ("advised: ", "communication of pattern[0] over context 4"),
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             ["--config=set:model.pattern[0].mixer.backend=gpu", "--topology=v5e:1x1"],
             2,
             ("plan: model.pattern[0].mixer.backend = 'gpu': expected 'auto', 'xla' or 'reference' on tpu",),
+            marks=pytest.mark.slow,
         ),
         (
             ["--config=set:mesh.context=4", "--config=set:model.periods=1", "--topology=v5e:2x2"],
             0,
             ("4 x TPU v5 lite", "GiB of 15.75", "reduce bytes sent a"),
         ),
-        (["--topology=v5e:2x2"], 2, ("mesh = 1 devices: expected the 4 of --topology=v5e:2x2",)),
+        pytest.param(
+            ["--topology=v5e:2x2"],
+            2,
+            ("mesh = 1 devices: expected the 4 of --topology=v5e:2x2",),
+            marks=pytest.mark.slow,
+        ),
         (["--topology=v5e:banana"], 2, ("expected one such as v5e:16x16",)),
     ],
 )

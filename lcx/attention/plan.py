@@ -47,7 +47,12 @@ class BlockPlan:
 def dense_plan(
     mask: Mask, q_info: TokenInfo, k_info: TokenInfo, *, block: tuple[int, int], most: int | None = None
 ) -> BlockPlan:
-    """Every tile that the mask does not make empty, in places for `most` tiles (None: for all); the last ones overflow."""
+    """Every tile that the mask does not make empty, in places for `most` tiles (None: for all); the last ones overflow.
+
+    Raises ValueError unless a block has tokens on both sides.
+    """
+    if min(block) < 1:
+        raise ValueError(f"dense_plan: block = {block}: expected at least 1 token a side")
     q, k = (tiles(pad_tokens(tokens_of(info), size), size) for info, size in zip((q_info, k_info), block, strict=True))
     kind = kinds(*mask.bounds(q.rows(), k.columns()))
     (nq, nk), kind = kind.shape[1:], kind.reshape(kind.shape[0], 1, -1)

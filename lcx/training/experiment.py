@@ -50,7 +50,10 @@ class Experiment(Spec):
         for field in ("steps", "accumulation", "log_every"):
             self.check(getattr(self, field) >= 1, field, "at least 1")
         self.check(0 <= self.seed < SEEDS, "seed", f"0 to 2^32 - 1 = {SEEDS - 1}, which JAX tells apart")
-        self.optimizer.learning_rate.build(self.steps)
+        try:
+            self.optimizer.learning_rate.build(self.steps)
+        except SpecError as error:
+            raise SpecError(f"optimizer.learning_rate: {error}") from None
 
     def training_step(self, mesh: Mesh | AbstractMesh) -> TrainStep:
         """The training step of this experiment on a mesh."""

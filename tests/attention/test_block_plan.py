@@ -282,3 +282,8 @@ def test_what_does_not_fit_is_refused():
         run(random_plan(0, 1, rows=1))
     with pytest.raises(ValueError, match="columns of 4 query blocks: expected 3"):
         run(random_plan(0, 1, 2, T=64))
+
+
+def test_a_block_without_tokens_is_refused():
+    with pytest.raises(ValueError, match=r"dense_plan: block = \(0, 64\): expected at least 1 token a side"):
+        dense_plan(Causal(), *given(0, "packed")[-2:], block=(0, 64))

@@ -1,0 +1,106 @@
+"""What bfloat16 does to RoPE: how much attention changes when all positions move by one number, which should be not at all.
+
+    python -m lcx.positions.numerics
+
+`logits`: random queries and keys of 64 channels, 512 tokens; the mean change of a logit. float32; rotated in float32 and
+rounded to bfloat16 after, as `rotate` does; with tables of cosines and sines rounded to bfloat16 first, as elsewhere.
+`columns`: attention of the shipped `copier` on held-out source code, each layer's in bfloat16; the change of what a key
+receives from all queries, a query, summed over keys, heads and layers (Wang et al. 2024); and which share of it is the first
+token's.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from lcx.attention.attend import attend
+from lcx.attention.mask import Causal
+from lcx.attention.mass import mass
+from lcx.batch import Batch, TokenInfo, causal_info
+from lcx.positions.rope import Rope
+from lcx.positions.rotate import rotate, tables
+
+LENGTHS, SHIFTS, ROWS = (64, 128, 256, 512, 1024), (16, 1000, 100_000), 16
+HEAD_DIM, SCALE = 64, 64**-0.5
+
+
+def rounded_tables(x: Float[Array, "B T H D"], positions: Float[Array, "B T P"]) -> Float[Array, "B T H D"]:
+    """The rotation with everything in bfloat16."""
+    cosine, sine = (t[:, :, None].astype(jnp.bfloat16) for t in tables(positions, Rope().frequencies(x.shape[-1], 0)))
+    first, second = jnp.split(x.astype(jnp.bfloat16), 2, axis=-1)
+    return jnp.concatenate([first * cosine - second * sine, first * sine + second * cosine], axis=-1)
+
+
+def rounded_after(x, positions):
+    return rotate(x, positions, Rope().frequencies(x.shape[-1], 0)).astype(jnp.bfloat16)
+
+
+def exact(x, positions):
+    return rotate(x, positions, Rope().frequencies(x.shape[-1], 0))
+
+
+def logits(turn, shift: int) -> float:
+    """Mean change of a logit over causal pairs."""
+    q, k = (jax.random.normal(jax.random.key(n), (1, 512, 1, HEAD_DIM)) for n in range(2))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def found(shift):
+        places = (jnp.arange(512.0) + shift)[None, :, None]
+        turned = (turn(x, places)[0, :, 0].astype(jnp.float32) for x in (q, k))
+        return jnp.einsum("td,sd->ts", *turned, precision="highest") * SCALE
+
+    return float(jnp.abs(found(shift) - found(0))[np.tril_indices(512)].mean())
+
+
+def columns(model, tokens: np.ndarray, shift: int) -> tuple[float, float]:
+    """(the summed change, the share of it that the first token has), mean over rows."""
+    info = causal_info(np.ones_like(tokens))
+    length = tokens.shape[1]
+    total, first = 0.0, 0.0
+    for layer in range(model.spec.depth):
+        moved, still = (_received(model, jnp.asarray(tokens), info, layer, n) for n in (shift, 0))
+        changed = moved - still
+        each = jnp.abs(changed) / (length - jnp.arange(length))
+        total, first = total + each.sum(), first + each[..., 0].sum()
+    return float(total) / len(tokens), float(first / total)
+
+
+@functools.partial(jax.jit, static_argnames=("layer", "shift"))
+def _received(model, tokens, info: TokenInfo, layer: int, shift: int) -> Float[Array, "B K S"]:
+    """Attention that each key of a layer receives from all queries, a query head a key head."""
+    x = model(Batch(tokens=tokens, info=info), upto=layer)[0]
+    block = jax.tree.map(lambda p: p[layer], model.slots[0])
+    h, mixer = block.norms[0](x), block.mixer
+    q, k = (jnp.einsum("btm,mhd->bthd", h, w[...], precision="highest") for w in (mixer.query, mixer.key))
+    q, k = (rounded_after(part, info.positions + shift) for part in (q, k))
+    options = {"mask": Causal(), "scale": q.shape[-1] ** -0.5}
+    _, lse = attend(q, k, k, info, info, **options)
+    return mass(q, k, lse, info, info, rows=jnp.arange(q.shape[1]), **options)
+
+
+def main() -> None:
+    from lcx.data.sources import StandardLibrary
+    from lcx.data.tokenizers import ByteTokenizer
+    from lcx.evaluation.tasks.perplexity import Perplexity
+    from lcx.training.checkpoint import load_model
+    from lcx.training.run_folder import read_config
+    from lcx.training.shipped import run_folder
+
+    print(f"| change of a logit | {' | '.join(f'shift {n:,}' for n in SHIFTS)} |\n| --- |" + " ---: |" * len(SHIFTS))
+    names = {"float32": exact, "bfloat16 after a rotation in float32": rounded_after, "bfloat16 tables": rounded_tables}
+    for name, turn in names.items():
+        print(f"| {name} | {' | '.join(f'{logits(turn, shift):.1e}' for shift in SHIFTS)} |", flush=True)
+    folder = run_folder("copier")
+    model = load_model(folder, read_config(folder).model)
+    text = Perplexity(source=StandardLibrary(split="heldout"), windows=ROWS)
+    print("\n| tokens | change of what keys receive | the first token's share |\n| ---: | ---: | ---: |")
+    for length in LENGTHS:
+        total, share = columns(model, np.asarray(text.inputs(ByteTokenizer(), length), np.int32), 16)
+        print(f"| {length:,} | {total:.4f} | {share:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
