@@ -15,6 +15,7 @@ from lcx.attention.mask import Hide
 from lcx.config_text import fields
 from lcx.data.continuous import Continuous
 from lcx.data.recall import TaskDoesNotFit
+from lcx.data.skipped import Skipped
 from lcx.data.sources import Source, SourceError
 from lcx.mixers.attention import Attention
 from lcx.models.decoder import Decoder
@@ -201,8 +202,8 @@ def _table_holds_rows(experiment: Experiment) -> Iterator[str]:
 
 def _positions_are_given_once(experiment: Experiment) -> Iterator[str]:
     for path, part in below(experiment.data, "data"):
-        if isinstance(part, Continuous) and experiment.data.positions is not None:
-            yield f"data.positions = {experiment.data.positions}: expected None, as {path} counts documents through"
+        if isinstance(part, Continuous | Skipped) and experiment.data.positions is not None:
+            yield f"data.positions = {experiment.data.positions}: expected None, as {path} has positions of its own"
 
 
 def _heads_rotate(experiment: Experiment) -> Iterator[str]:

@@ -3,6 +3,7 @@
     python -m experiments.ablate --config=config:ablations.positions.zero_shot
     python -m experiments.ablate --config=config:ablations.positions.fine_tuned
     python -m experiments.ablate --config=config:ablations.positions.passkeys
+    python -m experiments.ablate --config=config:ablations.positions.trained_anew
 
 `zero_shot` measures all methods without training; `fine_tuned` trains each of the methods that need it, for a few steps at 512
 tokens or, those with positions of their own, on rows of 128. Both read `copier`, shipped with the package, which
@@ -29,6 +30,7 @@ from lcx.evaluation.ablation import Ablation, Arm, Variant
 from lcx.evaluation.panels import Panel
 from lcx.evaluation.tasks.perplexity import Perplexity
 from lcx.evaluation.tasks.retrieval import Retrieval
+from lcx.positions.alibi import ALiBi
 from lcx.positions.base_multiplier import BaseMultiplier
 from lcx.positions.clex import CLEX
 from lcx.positions.clex_positions import CLEXPositions
@@ -49,6 +51,7 @@ from lcx.positions.rerope import ReRoPE
 from lcx.positions.rope import Rope
 from lcx.positions.self_extend import SelfExtend
 from lcx.positions.truncated_basis import TruncatedBasis
+from lcx.positions.xpos import XPos
 from lcx.positions.yarn import YaRN
 from lcx.spec import edits
 from lcx.training.checkpoint import Checkpointing
@@ -125,6 +128,39 @@ def _trained() -> list[Variant]:
             Variant(method=method, stage="short rows", scale=float(scale), lengths=lengths, edits=changes, finetune=tuning)
         )
     return variants
+
+
+def trained_anew(steps: int = 800) -> Ablation:
+    """Models of four layers that have other positions from the start, read at up to 8 times their length. Three in four layers
+    of the last see 64 tokens with RoPE, one sees all without (Llama 4, Cohere 2)."""
+    near = edits(copier().model.pattern[0], [("mixer.mask", Window(size=TRAINED // 2))])
+    everywhere = edits(copier().model.pattern[0], [("mixer.rope", "none")])
+    arms = {
+        "RoPE": (),
+        "xPos": (("model.rope", XPos(pairing="interleaved")),),
+        "NoPE": (("model.rope", None),),
+        "ALiBi": (("model.rope", None), (f"{MIXER}.distance_bias", ALiBi())),
+        "3 near, 1 NoPE": (("model.pattern", (near, near, near, everywhere)), ("model.periods", 1)),
+    }
+    text = StandardLibrary(split="heldout")
+    return Ablation(
+        base=edits(copier(steps), [("model.periods", 4)]),
+        arms=tuple(Arm(name=name, edits=changes) for name, changes in arms.items()),
+        variants=tuple(Variant(method="none", scale=float(n), lengths=(n * TRAINED,)) for n in SCALES[:4]),
+        tasks=(
+            Perplexity(source=text, windows=16),
+            Retrieval(name="copy", generator=Copies(haystack=text, far=TRAINED), examples_each=24),
+        ),
+        panels=_panels(),
+    )
+
+
+def _panels() -> tuple[Panel, ...]:
+    last = (("bucket", "last half"),)
+    return (
+        Panel(title="source code, nats a byte in the last half", task="text", metric="nll", where=last),
+        Panel(title="copied from afar, nats a byte", task="copy", metric="nll"),
+    )
 
 
 def _mixture(longest: int, copies: float) -> tuple[Weighted, ...]:
@@ -232,10 +268,5 @@ def _ablation(model: str, variants: list[Variant]) -> Ablation:
             Perplexity(source=text, windows=16),
             Retrieval(name="copy", generator=Copies(haystack=text, far=TRAINED), examples_each=24),
         ),
-        panels=(
-            Panel(
-                title="source code, nats a byte in the last half", task="text", metric="nll", where=(("bucket", "last half"),)
-            ),
-            Panel(title="copied from afar, nats a byte", task="copy", metric="nll"),
-        ),
+        panels=_panels(),
     )
