@@ -26,7 +26,7 @@ KERNELS = ("tpu", "gpu")  # forms named after the platform that they are for
 
 
 def attend(
-    q: Float[Array, "B T H D"],
+    q: Float[Array, "B T H _"],
     k: Float[Array, "B S K D"],
     v: Float[Array, "B S K E"],
     q_info: TokenInfo,
@@ -45,19 +45,20 @@ def attend(
     Query head h reads key head h // (H/K). `lse` is the natural log of the sum of exponentials, after scale, bias and soft-cap.
     Rows that see nothing give out = 0 and lse = -inf. Gradients accept a cotangent for `lse`. `auto` chooses a form in
     `choose` and logs it once; a named backend is mandatory. bias: falls with distance. plan: of the visible pairs only those
-    that it lists. distances: q and k come raw, and are turned by the regions of a distance plan.
+    that it lists. distances: q and k come raw, and are turned by the regions of a distance plan; where it chooses pairs of
+    channels, q comes in two halves of a head each.
 
     Raises ValueError for what is no attention call (`check_call`), disagrees with the plan, or has arguments that no method
     combines: distances with a plan or a bias, a bias with a soft-cap.
     """
-    check_call(q, k, v, q_info, k_info, mask=mask, scale=scale, softcap=softcap, bias=bias)
+    check_call(q, k, v, q_info, k_info, mask=mask, scale=scale, softcap=softcap, bias=bias, distances=distances)
     options = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias, "distances": distances, "backend": backend}
     fold = local_fold(q, k, plan=plan, **options)
     plans = () if plan is None else (plan,)
     return op.attention(fold, q, k, v, tokens_of(q_info), tokens_of(k_info), *plans)
 
 
-def check_call(q, k, v, q_info, k_info, *, mask, scale, softcap, bias=None) -> None:
+def check_call(q, k, v, q_info, k_info, *, mask, scale, softcap, bias=None, distances=None) -> None:
     """Raises ValueError with the argument that is not what `attend` takes, or that disagrees with another."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if jnp.ndim(x) != 4 or jnp.asarray(x).dtype not in DTYPES:
@@ -85,14 +86,16 @@ def check_call(q, k, v, q_info, k_info, *, mask, scale, softcap, bias=None) -> N
         raise ValueError(f"attend: {q.shape[2]} query heads are not a multiple of {k.shape[2]} key heads")
     if q.shape[0] != k.shape[0]:
         raise ValueError(f"attend: {q.shape[0]} rows of queries, {k.shape[0]} of keys")
-    if q.shape[3] != k.shape[3]:
-        raise ValueError(f"attend: queries of size {q.shape[3]}, keys of {k.shape[3]}: expected one head size")
+    halves = 2 if distances is not None and distances.plan.chooses else 1
+    if q.shape[3] != halves * k.shape[3]:
+        expected = "one head size" if halves == 1 else "queries in two halves, from the plan's `chosen`"
+        raise ValueError(f"attend: queries of size {q.shape[3]}, keys of {k.shape[3]}: expected {expected}")
     if q.shape[:2] != q_info.shape or k.shape[:2] != k_info.shape or v.shape[:3] != k.shape[:3]:
         raise ValueError(f"attend: q {q.shape}, k {k.shape}, v {v.shape} disagree with infos {q_info.shape}, {k_info.shape}")
 
 
 def local_fold(
-    q: Float[Array, "B T H D"],
+    q: Float[Array, "B T H _"],
     k: Float[Array, "B S K D"],
     *,
     mask: Mask,

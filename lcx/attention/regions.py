@@ -9,10 +9,11 @@ import functools
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 
 from lcx.attention.mask import Mask
 from lcx.attention.merge import merge
-from lcx.positions.distance_plan import Distances
+from lcx.positions.distance_plan import Distances, plain
 from lcx.positions.rotate import rotate
 from pallas_kernels.tile_attention import op
 
@@ -48,8 +49,13 @@ class Regions(op.Fold):
             yield region, op.Tiled(self.form, self.mask & region.mask, self.scale, self.softcap)
 
     def _turn(self, x, side: Literal["query", "key"], region, tokens):
-        frequencies = self.distances.frequencies
+        plain_frequencies = frequencies = self.distances.frequencies
         if region.axes is not None:
             frequencies = dataclasses.replace(frequencies, axis=region.axes)
         places = getattr(region, side)(tokens.index)
-        return rotate(x, places, frequencies, side=side).astype(x.dtype)
+        if not self.distances.plan.chooses:
+            return rotate(x, places, frequencies, side=side).astype(x.dtype)
+        chosen, others = jnp.split(x, 2, axis=-1) if side == "query" else (x, x)
+        chosen = rotate(chosen, places, frequencies, side=side)
+        others = rotate(others, plain(tokens.index), plain_frequencies, side=side)
+        return jnp.concatenate([chosen, others], axis=-1).astype(x.dtype)

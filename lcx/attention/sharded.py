@@ -19,7 +19,7 @@ from pallas_kernels.tile_attention import op
 
 
 def sharded_attend(
-    q: Float[Array, "B T H D"],
+    q: Float[Array, "B T H _"],
     k: Float[Array, "B S K D"],
     v: Float[Array, "B S K E"],
     q_info: TokenInfo,
@@ -45,7 +45,7 @@ def sharded_attend(
     mesh = ambient_mesh()
     if mesh is None:
         return attend(q, k, v, q_info, k_info, plan=plan, **options)
-    check_call(q, k, v, q_info, k_info, mask=mask, scale=scale, softcap=softcap, bias=bias)
+    check_call(q, k, v, q_info, k_info, mask=mask, scale=scale, softcap=softcap, bias=bias, distances=distances)
     axes = tuple(axis for axis in rules.sequence if mesh.shape[axis] > 1)
     if axes and plan is not None:
         raise ValueError(

@@ -45,7 +45,7 @@ class Cache(Spec, abc.ABC):
     def attend(
         self,
         state: Any,
-        q: Float[Array, "B T H D"],
+        q: Float[Array, "B T H _"],
         q_info: TokenInfo,
         *,
         mask: Mask,

@@ -92,6 +92,9 @@ class AttentionModule(MixerModule):
         spec.check(
             spec.distances is None or self._rope is not None, "distances", "None where the model has no rope: nothing turns"
         )
+        if spec.distances is not None and spec.distances.chooses:
+            whole = self._rope.pairing == "half" and self._rope.rotary == 1
+            spec.check(whole, "distances", "no choice of dimensions beside a rope of part of a head or of interleaved pairs")
         M, H, K, D = inherited.width, spec.heads, spec.kv_heads, spec.head_dim
         self.query = weight(rngs, (M, H, D), ("width", "heads", None), fan_in=M)
         self.key = weight(rngs, (M, K, D), ("width", "kv_heads", None), fan_in=M)
@@ -128,6 +131,7 @@ class AttentionModule(MixerModule):
             frequencies = place.frequencies
         if spec.distances is not None:
             distances, frequencies = Distances(spec.distances, self._rope, spec.head_dim, length), None
+            q = spec.distances.chosen(q, place.layer) if spec.distances.chooses else q
         if frequencies is not None:
             lengths = info.lengths if state is not None or not frequencies.by_length else lengths_of(info)
             q = rotate(q, info.positions, frequencies, lengths)

@@ -1,6 +1,7 @@
 """DPE, dimension-wise positional embeddings (Lu et al. 2025): SelfExtend with a group size for each range of channels."""
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,12 +14,16 @@ from lcx.positions.distance_plan import DistancePlan, Region, plain
 class DimensionGroups(DistancePlan):
     """The rotated pairs in as many equal ranges as there are `groups`, fast to slow, each with its group size; 1 is unscaled.
 
+    dimensions: a .npy file of which pairs of each layer and query head are grouped, bool [L, H, C]; the others keep their
+    positions in the far region too. `lcx.evaluation.key_dimensions` makes it. None is all. It doubles the products of scores.
+
     Published for windows of 1024: Llama-3-8B (2, 8, 2, 8, 32, 32, 32, 4), Mistral-v0.2 (4, 16, 2, 16, 32, 16, 16, 2),
     Llama-3.1-8B (2, 32, 32, 2, 2, 2, 2, 1), Qwen2.5-7B (2, 16, 8, 8, 32, 8, 2, 4).
     """
 
     groups: tuple[int, ...]
     window: int
+    dimensions: str | None = None
 
     def validate(self):
         self.check(len(self.groups) >= 1 and min(self.groups) >= 1, "groups", "sizes of at least 1")
@@ -35,6 +40,27 @@ class DimensionGroups(DistancePlan):
         axes = np.repeat(np.arange(len(sizes)), pairs // len(sizes))
         return Region(Within(size=self.window), plain, plain), Region(Beyond(size=self.window), query, key, axes)
 
+    @property
+    def chooses(self):
+        return self.dimensions is not None
+
+    def chosen(self, q, layer):
+        held = _dimensions(self.dimensions)
+        if layer is None or q.shape[2] != held.shape[1] or q.shape[3] != 2 * held.shape[2]:
+            found = f"{q.shape[2]} heads of {q.shape[3]} channels" if layer is not None else "a mixer outside a model's layers"
+            self.fail("dimensions", self.dimensions, f"an array for {found}, not {held.shape}, and a rope of whole heads")
+        mine = jnp.asarray(held)[layer]
+        mine = jnp.concatenate([mine, mine], axis=-1)
+        return jnp.concatenate([jnp.where(mine, q, 0), jnp.where(mine, 0, q)], axis=-1)
+
     @classmethod
     def examples(cls):
         return (cls(groups=(1, 2), window=4),)
+
+
+@functools.cache
+def _dimensions(path: str) -> np.ndarray:
+    held = np.load(path)
+    if held.dtype != bool or held.ndim != 3:
+        raise ValueError(f"{path}: {held.dtype} of {held.ndim} axes: expected bool [layers, heads, pairs]")
+    return held

@@ -21,7 +21,7 @@ Places = Callable[[Int[Array, "B T"]], Float[Array, "B T P"]]
 
 class Region(NamedTuple):
     """mask: its pairs. query, key: positions by index. axes: which of the P positions drives each pair of channels, None if
-    there is one."""
+    there is one. Pairs of channels that a plan does not choose keep their index."""
 
     mask: Mask
     query: Places
@@ -36,6 +36,15 @@ class DistancePlan(Spec, abc.ABC):
     @abc.abstractmethod
     def regions(self, pairs: int) -> tuple[Region, ...]:
         """For heads with so many rotated pairs of channels."""
+
+    @property
+    def chooses(self) -> bool:
+        """Whether heads differ in the pairs of channels that regions turn; queries then come in two halves, from `chosen`."""
+        return False
+
+    def chosen(self, q: Float[Array, "B T H D"], layer: Int[Array, ""] | None) -> Float[Array, "B T H 2D"]:
+        """Queries of the chosen pairs, the others 0, and of the others; keys are turned both ways for them."""
+        raise NotImplementedError(f"{type(self).__name__} chooses nothing")
 
     @property
     def both_ways(self) -> bool:

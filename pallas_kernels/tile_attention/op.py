@@ -88,7 +88,7 @@ class Tiled(Fold):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attention(
     fold: Fold,
-    q: Float[Array, "B T H D"],
+    q: Float[Array, "B T H _"],
     k: Float[Array, "B S K D"],
     v: Float[Array, "B S K E"],
     q_tokens: Tokens,

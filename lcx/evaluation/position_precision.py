@@ -1,6 +1,6 @@
 """What bfloat16 does to RoPE: how much attention changes when all positions move by one number, which should be not at all.
 
-    python -m lcx.positions.numerics
+    python -m lcx.evaluation.position_precision
 
 `logits`: random queries and keys of 64 channels, 512 tokens; the mean change of a logit. float32; rotated in float32 and
 rounded to bfloat16 after, as `rotate` does; with tables of cosines and sines rounded to bfloat16 first, as elsewhere.
@@ -20,8 +20,15 @@ from lcx.attention.attend import attend
 from lcx.attention.mask import Causal
 from lcx.attention.mass import mass
 from lcx.batch import Batch, TokenInfo, causal_info
+from lcx.data.sources import StandardLibrary
+from lcx.data.tokenizers import ByteTokenizer
+from lcx.evaluation.raw_heads import raw_heads
+from lcx.evaluation.tasks.perplexity import Perplexity
 from lcx.positions.rope import Rope
 from lcx.positions.rotate import rotate, tables
+from lcx.training.checkpoint import load_model
+from lcx.training.run_folder import read_config
+from lcx.training.shipped import run_folder
 
 LENGTHS, SHIFTS, ROWS = (64, 128, 256, 512, 1024), (16, 1000, 100_000), 16
 HEAD_DIM, SCALE = 64, 64**-0.5
@@ -71,10 +78,7 @@ def columns(model, tokens: np.ndarray, shift: int) -> tuple[float, float]:
 @functools.partial(jax.jit, static_argnames=("layer", "shift"))
 def _received(model, tokens, info: TokenInfo, layer: int, shift: int) -> Float[Array, "B K S"]:
     """Attention that each key of a layer receives from all queries, a query head a key head."""
-    x = model(Batch(tokens=tokens, info=info), upto=layer)[0]
-    block = jax.tree.map(lambda p: p[layer], model.slots[0])
-    h, mixer = block.norms[0](x), block.mixer
-    q, k = (jnp.einsum("btm,mhd->bthd", h, w[...], precision="highest") for w in (mixer.query, mixer.key))
+    q, k = raw_heads(model, Batch(tokens=tokens, info=info), layer)
     q, k = (rounded_after(part, info.positions + shift) for part in (q, k))
     options = {"mask": Causal(), "scale": q.shape[-1] ** -0.5}
     _, lse = attend(q, k, k, info, info, **options)
@@ -82,13 +86,6 @@ def _received(model, tokens, info: TokenInfo, layer: int, shift: int) -> Float[A
 
 
 def main() -> None:
-    from lcx.data.sources import StandardLibrary
-    from lcx.data.tokenizers import ByteTokenizer
-    from lcx.evaluation.tasks.perplexity import Perplexity
-    from lcx.training.checkpoint import load_model
-    from lcx.training.run_folder import read_config
-    from lcx.training.shipped import run_folder
-
     print(f"| change of a logit | {' | '.join(f'shift {n:,}' for n in SHIFTS)} |\n| --- |" + " ---: |" * len(SHIFTS))
     names = {"float32": exact, "bfloat16 after a rotation in float32": rounded_after, "bfloat16 tables": rounded_tables}
     for name, turn in names.items():
