@@ -33,7 +33,7 @@ def test_lists_never_fall_and_losses_neither_rise():
 
 
 def test_a_list_that_falls_is_refused():
-    with pytest.raises(ValueError, match="expected factors that never fall, from 1 to most = 5.0"):
+    with pytest.raises(ValueError, match=r"expected factors that never fall, from 1 to most = 5\.0"):
         search(lambda _: 0.0, (1.0, 3.0, 2.0), most=5.0)
     with pytest.raises(ValueError, match="9 parents of 4"):
         search(lambda _: 0.0, (1.0, 3.0), most=5.0, population=4, parents=9)
