@@ -124,7 +124,8 @@ class AttentionModule(MixerModule):
         k = self._project(x, self.key, self.key_bias, self.key_norm, "kv_heads")
         v = self._project(x, self.value, self.value_bias, None, "kv_heads")
         if spec.query_scale is not None:
-            q = q * spec.query_scale.scale(info.index, place.layer)[..., None, None]  # rounded once, after the rotation
+            lengths = lengths_of(info) if state is None and spec.query_scale.reads_lengths else info.lengths
+            q = q * spec.query_scale.scale(info.index, place.layer, lengths)[..., None, None]  # rounded after the rotation
         length = x.shape[1] if state is None else spec.cache.length(state)
         frequencies, distances = self.frequencies(length), None
         if frequencies is not None and self._rope.learned:

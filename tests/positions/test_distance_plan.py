@@ -22,7 +22,7 @@ from lcx.parts import parts
 from lcx.positions.dimension_groups import DimensionGroups
 from lcx.positions.distance_plan import DistancePlan, Distances
 from lcx.positions.dual_chunk import DualChunk
-from lcx.positions.query_scale import LogN, Stepped
+from lcx.positions.query_scale import LogLength, LogN, Stepped
 from lcx.positions.rerope import ReRoPE
 from lcx.positions.rope import Rope
 from lcx.positions.rotate import rotate
@@ -163,6 +163,10 @@ def test_query_scales():
     scale = lambda rule, place: float(rule.scale(jnp.asarray([[place]]))[0, 0])
     assert scale(LogN(original_length=256), 1023) == pytest.approx(1.25)
     assert scale(LogN(original_length=256), 100) == 1
+    whole = lambda n, **options: float(LogLength(original_length=256, **options).scale(None, None, jnp.asarray([[n]]))[0, 0])
+    assert whole(1024) == pytest.approx(1.25) and whole(16) == 1 and whole(16, least="none") == pytest.approx(0.5)
+    with pytest.raises(ValueError, match=r"info\.lengths: None, but this query scale depends on the length"):
+        LogLength(original_length=256).scale(jnp.zeros((1, 1), jnp.int32))
     skipping, far = LogN(original_length=256, skip_layers=2), jnp.asarray([[1023]])
     assert [float(skipping.scale(far, jnp.asarray(layer))[0, 0]) for layer in range(3)] == pytest.approx([1, 1, 1.25])
     with pytest.raises(ValueError, match=r"LogN.skip_layers = 2: expected 0 outside the layers of a model"):
