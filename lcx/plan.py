@@ -131,11 +131,8 @@ def wavelengths(model: Decoder, length: int) -> dict[str, str]:
         turning = frequencies.inv_freq[frequencies.inv_freq > 0]
         waves = 2 * math.pi / turning
         far, query = reach(rule, layer.mixer.head_dim, length), layer.mixer.query_scale
-        most = (
-            1.0
-            if query is None
-            else float(query.scale(*(np.asarray([[n]], np.int32) for n in (length - 1, 1 << 30, length)))[0, 0])
-        )
+        end = (np.asarray([[n]], np.int32) for n in (length - 1, 1 << 30, length))  # the last place, a deep layer
+        most = 1.0 if query is None else float(query.scale(*end)[0, 0])
         found[f"rope of pattern[{i}], {type(rule).__name__}"] = (
             f"{len(turning)} pairs, wavelengths {waves.min():.4g} to {waves.max():.4g} tokens, "
             f"{int(np.sum(waves <= length))} turn within {length}; trained window {far.trained}: critical dimension "

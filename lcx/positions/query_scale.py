@@ -21,7 +21,7 @@ class QueryScale(Spec, abc.ABC):
     def scale(
         self, index: Int[Array, "B T"], layer: Int[Array, ""] | None = None, lengths: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T"]:
-        """The float32 factor of a query at each place of its document, of so many tokens, in one of the model's layers from 0."""
+        """The float32 factor of a query at each place of its document; layer: of the model's, from 0."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,8 +52,8 @@ class LogN(QueryScale):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogLength(QueryScale):
-    """ln n / ln L for a whole document of n tokens: all of its queries alike. least: `one` leaves documents within the window as
-    they are (LongEmbed, Zhu et al. 2024), `none` softens them (CLEX, Chen et al. 2024). length_policy: as a rope's."""
+    """ln n / ln L for all queries of a document of n tokens. least: `one` leaves documents within the window as they are
+    (LongEmbed, Zhu et al. 2024), `none` softens them (CLEX, Chen et al. 2024). length_policy: as a rope's."""
 
     original_length: int
     least: Literal["one", "none"] = "one"
