@@ -230,7 +230,7 @@ def test_dry_run_shows_what_was_set_and_what_it_costs(capsys, tmp_path, monkeypa
     out = capsys.readouterr().out
     assert "\n    rope = YaRN\n      base = 500000.0\n" in out
     assert f"{'parameters':<48} 460,928\n" in out
-    assert "attention factor 1.139" in out
+    assert "trained window 128: critical dimension" in out and "logits x 1.296 at the end" in out
 
 
 def test_directives_apply_from_left_to_right(capsys, tmp_path, monkeypatch):
