@@ -1,6 +1,7 @@
 """A frequency rule costs nothing: the program of a training step is the same for all of them, up to its constants.
 
-Apart are rules of the length, which look a table up, sections, which pick an axis, and CLEX, which solves its equation.
+Apart are rules of the length, which look a table up, sections, which pick an axis, CLEX, which solves its equation, and xPos,
+which scales.
 """
 
 import functools
@@ -19,13 +20,14 @@ from lcx.plan import abstract_batch
 from lcx.positions.frequencies import FrequencyRule
 from lcx.positions.length_rule import LengthRule
 from lcx.positions.rope import Rope
+from lcx.positions.xpos import XPos
 from lcx.training.step import abstract_model, bind
 
 RULES = [
     rule
     for cls in parts(FrequencyRule)
     for rule in cls.examples()
-    if not isinstance(rule, LengthRule) and not rule.sections and rule.rotary == 1 and rule.pairing == "half"
+    if not isinstance(rule, LengthRule | XPos) and not rule.sections and rule.rotary == 1 and rule.pairing == "half"
 ]
 
 
