@@ -130,6 +130,8 @@ class AttentionModule(MixerModule):
         frequencies, distances = self.frequencies(length), None
         if frequencies is not None and self._rope.learned:
             frequencies = place.frequencies
+            if frequencies is None:
+                raise ValueError("attention: its model's rope is learned: expected its frequencies in `place`")
         if spec.distances is not None:
             distances, frequencies = Distances(spec.distances, self._rope, spec.head_dim, length), None
             q = spec.distances.chosen(q, place.layer) if spec.distances.chooses else q

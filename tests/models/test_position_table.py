@@ -13,11 +13,12 @@ from lcx.mixers.attention import Attention
 from lcx.models.decoder import Decoder, rebuild
 from lcx.models.layer import Layer
 from lcx.models.position_table import PositionTable
+from lcx.parallel.mesh import MeshSpec
 from lcx.spec import SpecError, edit
 
 
 def decoder(table) -> Decoder:
-    layer = Layer(mixer=Attention(heads=2, kv_heads=1, head_dim=8, rope="none"), channel=GLU(hidden=16))
+    layer = Layer(mixer=Attention(heads=2, kv_heads=2, head_dim=8, rope="none"), channel=GLU(hidden=16))
     return Decoder(vocab=32, width=16, pattern=(layer,), periods=1, rope=None, position_table=table)
 
 
@@ -71,3 +72,21 @@ def test_generation_equals_one_pass(reading):
 def test_a_factor_without_interpolation_is_refused():
     with pytest.raises(SpecError, match="factor = 2: expected 1 where reading is not 'interpolated'"):
         edit(decoder(PositionTable(rows=6)), "position_table.factor", 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [MeshSpec(fsdp=2, context=4), MeshSpec(fsdp=2, tensor=2)], ids=str)
+def test_on_a_mesh(mesh):
+    given = batch([[1] * 9 + [2] * 7, [1] * 16, [0] * 3 + [1] * 13, [1] * 2 + [2] * 14])
+
+    def value_and_gradient():
+        graph, state = nnx.split(decoder(PositionTable(rows=6, reading="interpolated", factor=3)).build(rngs=nnx.Rngs(0)))
+        real = (given.info.segments > 0)[..., None]
+        loss = lambda state: jnp.where(real, jnp.sin(nnx.merge(graph, state)(given)[0]), 0).sum()
+        return jax.jit(jax.value_and_grad(loss))(state)
+
+    alone = value_and_gradient()
+    with jax.set_mesh(mesh.build()):
+        shared = value_and_gradient()
+    for a, b in zip(jax.tree.leaves(shared), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, np.abs(b).max()))

@@ -11,8 +11,10 @@ from lcx.cache.dense import DenseCache
 from lcx.channels.glu import GLU
 from lcx.inference.generate import generate
 from lcx.mixers.attention import Attention
+from lcx.mixers.mixer import Inherited
 from lcx.models.decoder import Decoder, rebuild
 from lcx.models.layer import Layer
+from lcx.parallel.rules import Rules
 from lcx.positions.clex import CLEX
 from lcx.positions.ntk import NTK
 from lcx.spec import SpecError
@@ -112,5 +114,11 @@ def test_what_cannot_learn_it_is_refused():
     two = (decoder().pattern[0], Layer(mixer=Attention(heads=1, kv_heads=1, head_dim=16), channel=GLU(hidden=16)))
     with pytest.raises(SpecError, match=r"rope = .*: expected heads of one size, not \[8, 16\], to learn frequencies for"):
         decoder(rope=ROPE, pattern=two).build(rngs=nnx.Rngs(0))
+    outside = Attention(heads=2, kv_heads=1, head_dim=8).build(
+        Inherited(width=16, depth=1, rope=ROPE, compute="float32", rules=Rules()), rngs=nnx.Rngs(0)
+    )
+    text = Batch(tokens=np.zeros((1, 2), np.int32), info=causal_info(np.ones((1, 2), np.int32)))
+    with pytest.raises(ValueError, match="its model's rope is learned: expected its frequencies in `place`"):
+        outside(jnp.zeros((1, 2, 16)), text)
     with pytest.raises(SpecError, match="rebuild: the edited spec has other parameters"):
         rebuild(decoder().build(rngs=nnx.Rngs(0)), decoder(rope=ROPE))
