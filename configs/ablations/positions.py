@@ -10,7 +10,7 @@ tokens or, those with positions of their own, on rows of 128. Both read `copier`
 
     python -m experiments.train --config=config:ablations.positions.copier --run_dir=runs/copier
 
-makes in 10 minutes: source code with random letters copied from afar, random strings in tiles. `passkeys` reads `reader`, which
+makes: source code with random letters copied from afar, random strings in tiles. `passkeys` reads `reader`, which
 was trained to find them in 512 tokens. All can be stopped and go on; rows are written as they come.
 
 Expected, from a reference run of the same bench (one seed; text / copy at 512 tokens, zero-shot): none 3.20 / 3.85,
@@ -18,8 +18,8 @@ interpolation 3.01 / 3.36, NTK 2.70 / 4.26, YaRN 1.69 / 1.83, SelfExtend with lo
 Fine-tuned at 512: none 0.93 to copy, NTK 0.59, interpolation 0.33, YaRN 0.27, adjusted base 0.15.
 
 Measured (docs/results/positions.md has all), the same: none 2.76 / 3.87, interpolation 2.80 / 3.28, NTK 2.03 / 3.27, YaRN
-1.59 / 0.78, SelfExtend with log-n 1.40 / 0.46, ReRoPE with log-n 1.42 / 0.11; 1.31, 0.87, 0.50, 0.41, 0.28 fine-tuned. On two
-cores 20 minutes without training and 20 with it. `passkeys` and `trained_anew` are not measured yet.
+1.59 / 0.78, SelfExtend with log-n 1.40 / 0.46, ReRoPE with log-n 1.42 / 0.11; 1.31, 0.87, 0.50, 0.41, 0.28 fine-tuned.
+`passkeys` and `trained_anew` are not measured yet.
 """
 
 from configs.models import byte

@@ -203,7 +203,8 @@ def _begin(
 def _initial(experiment: Experiment, step: TrainStep) -> Any:
     """The parameters of `init_from`; a learned rope that the model had none of begins as it is built, which is NTK."""
     run_dir, target = run_folder(experiment.init_from), step.abstract_state().params
-    if LEARNED_ROPE not in target or read_config(run_dir).model.rope == experiment.model.rope:
+    held = read_config(run_dir).model.rope
+    if LEARNED_ROPE not in target or (held is not None and held.learned):
         return restore_params(run_dir, target)
     others = {name: leaf for name, leaf in target.items() if name != LEARNED_ROPE}
     return restore_params(run_dir, others) | {LEARNED_ROPE: step.init().params[LEARNED_ROPE]}
