@@ -15,6 +15,7 @@ from pallas_kernels.tile_attention import gpu, gpu_bench, gpu_few, gpu_lists, ho
 from pallas_kernels.tile_attention.bench import Causal as OneDocument
 from pallas_kernels.tile_attention.tile_list import TileList
 from pallas_kernels.tile_attention.tiling import EMPTY, FULL, PARTIAL
+from pallas_kernels.tile_attention.tokens import Bias
 from pallas_kernels.tile_attention.triton_blocks import this_gpu
 
 KINDS = (FULL, PARTIAL)
@@ -164,6 +165,19 @@ def test_float32_equals_the_reference_on_this_gpu():
     given = *arrays(rng, 2, 300, 300, 4, 2, 64, 64), *(random_tokens(rng, 2, 300, "packed"),) * 2
     got = with_gradient(functools.partial(op.attention, OneForm(gpu, **options)))(*given)
     compare(got, with_gradient(functools.partial(reference.forward, **options))(*given), 1e-5)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)], ids=["float32", "bfloat16"])
+def test_a_bias_equals_the_reference_on_this_gpu(dtype, tolerance):
+    rng = np.random.default_rng(0)
+    q, k, v, *rest = arrays(rng, 2, 300, 401, 4, 2, 64, 64, dtype)
+    rest += random_tokens(rng, 2, 300, "packed"), random_tokens(rng, 2, 401, "packed")
+    slopes = jnp.broadcast_to(jnp.array([0.5, 0.25, 0.01, 0.3], jnp.float32), (2, 300, 4))
+    options = {"mask": MASKS[1], "scale": 0.2, "bias": Bias(slopes, "index")}
+    got = with_gradient(functools.partial(op.attention, OneForm(gpu, **options)))(q, k, v, *rest)
+    dense = with_gradient(functools.partial(reference.forward, **options))
+    compare(got, dense(*(x.astype(jnp.float32) for x in (q, k, v)), *rest), tolerance)
 
 
 @on_a_gpu
