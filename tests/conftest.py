@@ -1,10 +1,20 @@
 """Test settings: eight forced CPU devices, float32 matmuls, shapes checked at run time, slow and oracle tests on request.
 
-Nearly all of a test's time is compiling, so LLVM is told not to optimise, which halves it; XLA's own passes run as ever.
+Nearly all of a test's time is compiling: LLVM is told not to optimise, which halves it; XLA's own passes run as ever. What is
+compiled is kept for the run: other tests, the other worker and programs that tests start read it.
 """
 
+import atexit
 import os
+import shutil
+import tempfile
 
+if "PYTEST_XDIST_WORKER" not in os.environ:  # its workers inherit the folder
+    _compiled = tempfile.mkdtemp(prefix="lcx-tests-")
+    atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join(
     ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0", os.environ.get("XLA_FLAGS", "")]

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 from tiny_runs import experiment
 
 from lcx.data.packing import PackedText
@@ -28,22 +27,6 @@ from lcx.training.placement import place_batch
 from lcx.training.run_folder import claim, read_config
 from lcx.training.schedules import WSD, Constant, Cosine
 from lcx.training.writers import Lines, read_records
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """The programs of this file are the same few: they are compiled once."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for settings in (options, before):
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if settings is options:
-            yield
 
 
 def params(result):

@@ -16,6 +16,7 @@ from lcx.training.schedules import Constant
 from lcx.training.step import TrainStep
 
 PAIRS = [MeshSpec(**{a: 2, b: 4 if a == "data" and b == "context" else 2}) for a, b in itertools.combinations(AXES, 2)]
+SLOW = "data-fsdp", "data-tensor"  # what they share out, other pairs do too
 
 
 def step_of(decoder, mesh=None, **options):
@@ -67,7 +68,12 @@ def test_accumulation_equals_one_big_batch(decoder, params, batch, on_one):
     assert_same(*first_updates(step_of(decoder, accumulation=4), params, batch), on_one[0])
 
 
-@pytest.mark.parametrize("mesh", PAIRS, ids=lambda mesh: "-".join(axis for axis in AXES if getattr(mesh, axis) > 1))
+def named(mesh):
+    name = "-".join(axis for axis in AXES if getattr(mesh, axis) > 1)
+    return pytest.param(mesh, id=name, marks=pytest.mark.slow if name in SLOW else ())
+
+
+@pytest.mark.parametrize("mesh", [named(mesh) for mesh in PAIRS])
 def test_every_pair_of_axes_equals_one_device(decoder, params, batch, on_one, mesh):
     step = step_of(decoder, mesh, accumulation=2 if mesh.data == 1 else 1)
     (found,) = first_updates(step, params, batch)
