@@ -20,6 +20,7 @@ AnyArray = Array | np.ndarray  # batches start on the host
 SHARED = -1  # a segment that every segment sees: anchor, common prompt, persistent tokens
 READER = -2  # a segment that sees every segment: a ranking query
 PADDING = 0
+EXACT_POSITIONS = 1 << 24  # beyond it float32 no longer holds every integer
 
 
 @record

@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh
 
 from lcx.attention.attend import KERNELS
 from lcx.attention.mask import Hide
+from lcx.batch import EXACT_POSITIONS
 from lcx.config_text import fields
 from lcx.data.continuous import Continuous
 from lcx.data.recall import TaskDoesNotFit
@@ -31,7 +32,6 @@ from lcx.training.placement import parameter_shardings
 from lcx.training.step import abstract_model
 from pallas_kernels.target import platform
 
-EXACT_POSITIONS = 1 << 24  # beyond it float32 no longer holds every integer
 _PARAMETER_AXES = ("width", "heads", "kv_heads", "hidden", "vocab")
 
 Rule = Callable[[Experiment], Iterator[str]]

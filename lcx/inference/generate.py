@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from lcx.batch import PADDING, Batch, causal_info
+from lcx.batch import EXACT_POSITIONS, PADDING, Batch, causal_info
 from lcx.inference.sampling import Sampling
 from lcx.inference.shapes import bucket, right_padded
 from lcx.models.decoder import DecoderModel, settled
@@ -77,7 +77,7 @@ def generate(
     seeds: one a row, default its place. until: one a row; asked now and then with the row's new ids, True ends the row, which
     may by then be longer than the asker needs. chunk: tokens a prefill step. placed: the positions of each prompt, from a rule
     for visual documents; new tokens go on behind them. Raises ValueError on an empty prompt, an id that the model does not
-    have, a seed outside 32 bits, max_new < 1, or positions that are not those of the prompts.
+    have, a seed outside 32 bits, max_new < 1, positions that are not those of the prompts, or new ones beyond 2^24.
     """
     if max_new < 1 or not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise ValueError(f"generate: max_new = {max_new} and {len(prompts)} prompts: expected at least one token of each")
@@ -123,7 +123,7 @@ def prefill(
     longest = bucket(max(map(len, prompts)))
     tokens, segments = right_padded(prompts, longest, rows, model.spec.vocab)
     most = np.asarray([*map(len, prompts), *[0] * (rows - len(prompts))], np.int32) + max_new
-    positions, shift = _placed(prompts, placed, longest, rows)
+    positions, shift = _placed(prompts, placed, longest, rows, max_new)
     read = _nothing_read(model, rows, longest + bucket(max_new), most, shift)
     for start in range(0, longest, chunk):
         part = slice(start, start + chunk)
@@ -131,7 +131,7 @@ def prefill(
     return read
 
 
-def _placed(prompts: Sequence[Sequence[int]], placed: Sequence[Placed] | None, longest: int, rows: int):
+def _placed(prompts: Sequence[Sequence[int]], placed: Sequence[Placed] | None, longest: int, rows: int, max_new: int):
     """Positions [rows, longest, P] of right-padded prompts, None if they are the index, and what follows less the index."""
     if placed is None:
         return None, np.zeros(rows, np.float32)
@@ -139,6 +139,9 @@ def _placed(prompts: Sequence[Sequence[int]], placed: Sequence[Placed] | None, l
     if [len(row.positions) for row in placed] != sizes or len({row.positions.shape[1] for row in placed}) > 1:
         found = [row.positions.shape for row in placed]
         raise ValueError(f"generate: placed of {found}: expected a position for each of {sizes} tokens, with as many axes")
+    if (following := max(row.following for row in placed)) + max_new > EXACT_POSITIONS:
+        expected = f"expected new tokens up to 2^24 = {EXACT_POSITIONS}, where positions are exact"
+        raise ValueError(f"generate: placed.following = {following} and max_new = {max_new}: {expected}")
     positions = np.zeros((rows, longest, placed[0].positions.shape[1]), np.float32)
     for n, row in enumerate(placed):
         positions[n, : sizes[n]] = row.positions

@@ -35,11 +35,31 @@ class Grid(NamedTuple):
         return places.reshape(3, -1).T
 
 
-class Placed(NamedTuple):
-    """positions: of a document, float64. following: the place of the next text token."""
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """positions: of a document, float64. following: the place of the next text token.
+
+    Models read float32. Raises ValueError where the step from a token to the next is less than the spacing of float32 there.
+    """
 
     positions: Float[np.ndarray, "T P"]
     following: float
+
+    def __post_init__(self):
+        every = np.concatenate([self.positions, self.extended(2)]).astype(np.float64)
+        nearer = np.abs(every)
+        nearer = np.minimum(nearer[1:], nearer[:-1])
+        steps, spacing = np.abs(np.diff(every, axis=0)), np.spacing(nearer.astype(np.float32))
+        rounding = 8 * np.spacing(nearer)  # a difference that float64 itself leaves is no step
+        lost = np.argwhere((rounding < steps) & (steps < spacing))
+        if len(lost):
+            token, axis = lost[0]
+            field = "positions" if token + 1 < len(self.positions) else "following"
+            raise ValueError(
+                f"Placed.{field}: {every[token + 1, axis]} after {every[token, axis]} at token {token + 1}, a step of "
+                f"{steps[token, axis]:.3g} where those of float32 are {spacing[token, axis]:.3g}: expected smaller positions "
+                "or larger steps"
+            )
 
     def extended(self, tokens: int) -> Float[np.ndarray, "T P"]:
         """Of so many text tokens more."""
@@ -60,7 +80,10 @@ class VisualPositions(Spec, abc.ABC):
         """Positions of visual tokens where the next text token would stand at `start`, and where that stands after them."""
 
     def place(self, parts: Sequence[Text | Grid], rng: np.random.Generator | None = None) -> Placed:
-        """Of a document; `rng` for what is drawn anew for every grid, by default one of seed 0."""
+        """Of a document; `rng` for what is drawn anew for every grid, by default one of seed 0.
+
+        Raises ValueError for a grid without tokens, and where `Placed` does.
+        """
         rng = np.random.default_rng(0) if rng is None else rng
         found, following = [np.zeros((0, self.axes))], 0.0
         for part in parts:
@@ -142,7 +165,7 @@ class V2PEPositions(VisualPositions):
     """V2PE's (Ge et al. 2024): one axis, on which a visual token takes less than one place: stride / tokens_per_tile.
 
     strides: one is drawn for every grid; training draws from 1, 2, 4 to 256, evaluation has one. After a grid the place is
-    rounded up. Multiples of 1 / 256 are exact in float32 up to 65,536.
+    rounded up. Multiples of 1 / 256 are exact in float32 up to 65,536; finer steps than float32 has are refused (`Placed`).
     """
 
     strides: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)

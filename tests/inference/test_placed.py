@@ -16,7 +16,7 @@ from lcx.models.decoder import Decoder
 from lcx.models.layer import Layer
 from lcx.positions.hope import HoPE
 from lcx.positions.rope import Rope
-from lcx.positions.visual import DiagonalPositions, Grid, MRopePositions, Text, V2PEPositions
+from lcx.positions.visual import DiagonalPositions, Grid, MRopePositions, Placed, Text, V2PEPositions
 
 PARTS = [[Text(2), Grid(2, 2, 2), Text(1)], [Text(3)]]
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [8, 9, 7]]
@@ -55,3 +55,6 @@ def test_positions_of_other_prompts_are_refused():
     model = decoder(Rope(), "rotated").build(rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"placed of \[\(2, 1\)\]: expected a position for each of \[3\] tokens"):
         generate(model, [[1, 2, 3]], max_new=1, placed=[V2PEPositions().place([Text(2)])])
+    far = Placed(np.zeros((1, 1)), 2.0**24 - 2)
+    with pytest.raises(ValueError, match=r"placed.following = 16777214.0 and max_new = 3: expected new tokens up to 2\^24"):
+        generate(model, [[1]], max_new=3, placed=[far])

@@ -9,6 +9,7 @@ from lcx.positions.visual import (
     FramePositions,
     Grid,
     MRopePositions,
+    Placed,
     Text,
     V2PEPositions,
     VisualPositions,
@@ -75,3 +76,26 @@ def test_visual_tokens_of_v2pe_take_a_share_of_a_place():
 def test_frames_rows_and_columns_of_far():
     placed = FramePositions().place([Grid(2, 1, 2), Grid(1, 2, 1)])
     assert placed.positions.tolist() == [[0, 0, 0], [0, 0, 1], [1, 0, 0], [1, 0, 1], [2, 0, 0], [2, 1, 0]]
+
+
+def test_steps_that_float32_does_not_hold_are_refused():
+    """Its spacing is 1/256 up to 65,536 and 1/128 from there, and 2 from 2^24."""
+    rule, fine = V2PEPositions(strides=(1,)), Grid(1, 16, 16)
+    up_to = rule.place([Text(65_536), fine])
+    assert up_to.positions[-1, 0] == 65_536 and (up_to.positions == np.float32(up_to.positions)).all()
+    message = r"Placed\.positions: 65536\.00390625 after 65536\.0 at token 65537, a step of 0\.00391 where those of float32"
+    with pytest.raises(ValueError, match=message + " are 0.00781: expected smaller positions or larger steps"):
+        rule.place([Text(65_537), Grid(1, 1, 2)])
+    for step, start in ((1 / 256, 65_536.0), (1 / 16, 2.0**20), (0.7, 2.0**23), (1.0, 2.0**24)):
+        places = start + step * np.arange(-3, 2)[:, None]
+        Placed(places[:4], 5.0)
+        for given in (places, -places[::-1], np.concatenate([np.zeros((5, 1)), places], axis=1)):
+            with pytest.raises(ValueError, match=r"Placed\.positions: .*: expected smaller positions or larger steps"):
+                Placed(given, 5.0)
+    with pytest.raises(ValueError, match=r"Placed\.following: 16777217\.0 after 16777216\.0 at token 2"):
+        Placed(np.zeros((1, 1)), 2.0**24)
+
+
+def test_what_float64_rounds_is_no_step():
+    assert 0.1 + 0.7 < 0.8
+    Placed(np.asarray([[0.8], [0.1 + 0.7], [0.8]]), 2.0)
