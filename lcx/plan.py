@@ -31,7 +31,7 @@ from lcx.positions.frequencies import FrequencyRule
 from lcx.spec import SpecError, below, edits, fingerprint
 from lcx.support import sequence_axes, sizes
 from lcx.training.experiment import Experiment
-from lcx.training.flops import counter, peak
+from lcx.training.flops import counter, peak, query_halves
 from lcx.training.optimizer import groups
 from lcx.training.placement import batch_shardings
 from lcx.training.step import abstract_model, bind
@@ -257,6 +257,7 @@ def communication_report(experiment: Experiment, device_kind: str) -> str:
             head_dim=mixer.head_dim,
             pairs=document_pairs(mixer.mask, length),
             itemsize=jnp.dtype(experiment.model.compute).itemsize,
+            halves=query_halves(mixer),
         )
         even = sample_balance(mixer.mask, experiment.layout, shards, length)
         head = f"communication of pattern[{i}] over {' x '.join(f'{axis} {size}' for axis, size in axes.items())}, "

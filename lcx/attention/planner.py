@@ -10,7 +10,8 @@ values in float32 G = 8 R c K D; forward and backward, each compiled by itself:
                  2 (W - 1) times the fields; K' key heads after repeats, out, lse and gradients of k', v' in float32; holds
                  what it receives
     ring x all-to-all: an all-to-all over the last axis of what a ring over the others works on
-A ring waits for the longer of a step's tiles and its transfer. A visible pair costs 4 D FLOPs forward, 10 D backward.
+A ring waits for the longer of a step's tiles and its transfer. A visible pair costs 4 D FLOPs forward, 10 D backward; where
+queries come in two halves (a distance plan that chooses dimensions) 6 D and 16 D, and an all-to-all moves both halves.
 Rates are data-sheet peaks, so seconds compare strategies and do not predict a run.
 """
 
@@ -47,7 +48,9 @@ SAMPLE = 128  # tokens a device that balance is counted on, for longer rows
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Attention of one layer on one device. heads, kv_heads: of the device. pairs: visible, of a row, over all its devices."""
+    """Attention of one layer on one device. heads, kv_heads: of the device. pairs: visible, of a row, over all its devices.
+    halves: of a query, each as wide as a key.
+    """
 
     rows: int
     length: int
@@ -56,6 +59,7 @@ class Work:
     head_dim: int
     pairs: int
     itemsize: int = 2
+    halves: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +123,7 @@ def link_rate(device_kind: str) -> float | None:
 def _cost(communication, work: Work, sizes: tuple[int, ...], even: Balance, flops: float, link: float):
     """(bytes moved, bytes held, seconds) of a layer, forward and backward."""
     W = math.prod(sizes)
-    compute = 14 * work.head_dim * work.heads * work.rows * work.pairs / W / flops
+    compute = (6 + 8 * work.halves) * work.head_dim * work.heads * work.rows * work.pairs / W / flops
     if isinstance(communication, Ulysses):
         moved, held = _exchange(work, W, W)
         return moved, held, compute + moved / link  # every device has whole rows: balanced
@@ -164,9 +168,9 @@ def _travel(shard: Shard, sizes: tuple[int, ...]) -> int:
 def _exchange(work: Work, W: int, shards: int) -> tuple[int, int]:
     """Bytes moved and held among W of the `shards` devices of a row."""
     kv_heads = work.kv_heads * W // math.gcd(W, work.kv_heads)
-    tokens, b, D = work.rows * work.length // shards, work.itemsize, work.head_dim
-    given = tokens * (work.heads + 2 * kv_heads) * D * b
+    tokens, b, D, halves = work.rows * work.length // shards, work.itemsize, work.head_dim, work.halves
+    given = tokens * (halves * work.heads + 2 * kv_heads) * D * b
     forward = given + tokens * work.heads * (4 * D + 4)
-    backward = given + tokens * work.heads * (2 * D * b + 8) + tokens * 2 * kv_heads * D * 4
-    held = 2 * tokens * 2 * (work.heads + kv_heads) * D * b
+    backward = given + tokens * work.heads * ((1 + halves) * D * b + 8) + tokens * 2 * kv_heads * D * 4
+    held = 2 * tokens * ((1 + halves) * work.heads + 2 * kv_heads) * D * b
     return (forward + backward) * (W - 1) // W + 2 * (W - 1) * FIELDS * tokens, held

@@ -104,12 +104,17 @@ def pair_flops(mixer: Mixer) -> dict[Mask, int]:
 
 @pair_flops.register
 def _(mixer: Attention) -> dict[Mask, int]:
-    return {mixer.mask: 2 * mixer.heads * (mixer.head_dim + mixer.head_dim)}
+    return {mixer.mask: 2 * mixer.heads * (query_halves(mixer) * mixer.head_dim + mixer.head_dim)}
 
 
 @pair_flops.register
 def _(mixer: ShortConvolution) -> dict[Mask, int]:
     return {}
+
+
+def query_halves(mixer: Attention) -> int:
+    """How many times as wide as a value the products of scores are: 2 where a distance plan chooses dimensions."""
+    return 2 if mixer.distances is not None and mixer.distances.chooses else 1
 
 
 def peak(device_kind: str) -> float | None:

@@ -1,5 +1,7 @@
 """Closed forms of the planner against numbers worked out by hand, and the choices that follow."""
 
+import dataclasses
+
 import pytest
 
 from lcx.attention.all_gather import AllGather
@@ -41,6 +43,17 @@ def test_seconds_by_hand():
     assert fast[AllGather].seconds == pytest.approx(compute + fast[AllGather].moved / 1e12)
     idle = by_strategy(WORK, {"context": 4}, even=Balance(1.75, 2.0), link=1e12)
     assert idle[Ring].seconds == pytest.approx(2 * compute)
+
+
+def test_queries_in_two_halves():
+    """A pair costs 3 products of D forward (2 of scores), 8 backward (scores, dq and dk twice); q and dq move twice."""
+    two, link = dataclasses.replace(WORK, halves=2), 1e12
+    once, twice = by_strategy(WORK, {"context": 4}, link=link), by_strategy(two, {"context": 4}, link=link)
+    assert twice[Ring].seconds == pytest.approx(2 * 11 * 64 * 8 * WORK.pairs / 4 / 1e12)
+    assert (twice[Ring].moved, twice[AllGather].moved) == (once[Ring].moved, once[AllGather].moved)
+    q = 256 * 64 * 8 * 2  # bytes
+    assert twice[Ulysses].moved - once[Ulysses].moved == 3 * q * 3 / 4
+    assert twice[Ulysses].held - once[Ulysses].held == 2 * q
 
 
 def test_rings_over_two_axes():

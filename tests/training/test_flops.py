@@ -15,6 +15,7 @@ from lcx.mixers.attention import Attention
 from lcx.mixers.mixer import Mixer
 from lcx.models.decoder import Decoder
 from lcx.models.layer import Layer
+from lcx.positions.dimension_groups import DimensionGroups
 from lcx.spec import edit
 from lcx.training.flops import PEAKS, counter, pair_flops, peak
 from lcx.training.step import abstract_model
@@ -68,6 +69,16 @@ def test_masked_count_is_of_real_tokens_and_visible_pairs():
     matrices = 6 * 3 * 8 * 16 + 3 * 8 * 4 * (4 + 2 + 2 + 4) + 3 * 8 * 4 * (2 + 2 + 2 + 2) + 32 * 8
     scores = 3 * (25 * 4 + 21 * 2) * 4 * 2
     assert count.forward(work) == 2 * (9 * matrices + scores)
+
+
+def test_a_choice_of_dimensions_doubles_the_scores_alone():
+    """A pair of 2 heads of 4 channels: 2 x 2 x (4 + 4) FLOPs, and of queries in two halves 2 x 2 x (8 + 4)."""
+    groups = DimensionGroups(groups=(1, 2), window=4)
+    for plan, flops in ((None, 32), (groups, 32), (edit(groups, "dimensions", "chosen.npy"), 48)):
+        spec = edit(MODEL, "pattern", (edit(layer(Causal(), heads=2), "mixer.distances", plan),))
+        count = counter(spec, abstract_model(spec)[1])
+        assert dict(count.per_pair) == {Causal(): 3 * flops}
+        assert count.forward(count.documents(1, 5)) == 5 * count.per_token + 15 * 3 * flops
 
 
 def test_documents_are_counted_before_data_exist():
