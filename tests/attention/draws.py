@@ -1,7 +1,8 @@
 """Random combinations of everything that attention on a mesh can vary in: refused with a reason, or equal to the reference.
 
-A draw is a config and data. Configs vary mask, layout, communication, mesh, backend, dtype and heads; the first 32 are those
-that must always run. DATA draws of rows (packed documents, shared and reader segments, any order) share a compiled config.
+A draw is a config and data. Configs vary mask, layout, communication, mesh, backend, dtype, heads and a bias by distance; the
+first 32 are those that must always run. DATA draws of rows (packed documents, shared and reader segments, any order) share a
+compiled config.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from lcx.parallel.layout import Layout, Striped, Zigzag
 from lcx.parallel.mesh import MeshSpec
 from lcx.parallel.rules import Rules
 from lcx.parts import parts
+from lcx.positions.linear_bias import LinearBias
 from lcx.spec import edits
 from lcx.support import broken, sequence_axes
 from lcx.support_table import base
@@ -48,10 +50,12 @@ class Config:
     dtype: str
     heads: int
     kv_heads: int
+    bias: LinearBias | None = None
 
     def refusal(self) -> str | None:
         """What the validator of whole configs says of it."""
         mixer = {"mask": self.mask, "backend": self.backend, "heads": self.heads, "kv_heads": self.kv_heads}
+        mixer["distance_bias"] = self.bias
         changes: list[tuple[str, Any]] = [(f"model.pattern[0].mixer.{name}", value) for name, value in mixer.items()]
         changes += [("model.communication", self.communication), ("model.rules", self.rules), ("layout", self.layout)]
         changes += [("mesh", self.mesh), ("data.length", LENGTH), ("data.batch_size", ROWS), ("model.compute", self.dtype)]
@@ -95,6 +99,7 @@ def config(number: int) -> Config:
         dtype=draw.choice(["float32", "float32", "bfloat16"]),
         heads=heads,
         kv_heads=kv_heads,
+        bias=draw.choice([None, *(example for cls in parts(LinearBias) for example in cls.examples())]),
     )
 
 
@@ -127,7 +132,8 @@ def _sharded(chosen: Config):
     def run(q, k, v, info, d_out, d_lse):
         q, k, v, info, d_out, d_lse = jax.tree.map(lambda x: x[:, places], (q, k, v, info, d_out, d_lse))
         options = {"rules": chosen.rules, "communication": chosen.communication, "backend": chosen.backend}
-        attention = lambda q, k, v: sharded_attend(q, k, v, info, info, mask=chosen.mask, scale=0.35, **options)
+        options |= {"mask": chosen.mask, "scale": 0.35, "bias": chosen.bias}
+        attention = lambda q, k, v: sharded_attend(q, k, v, info, info, **options)
         (out, lse), pull = jax.vjp(attention, *(x.astype(chosen.dtype) for x in (q, k, v)))
         return jax.tree.map(lambda x: x[:, back], (out, lse, *pull((d_out, d_lse))))
 
@@ -144,7 +150,8 @@ def _dense(chosen: Config):
     def run(q, k, v, info, d_out, d_lse):
         tokens = tokens_of(info)
         round_off = lambda x: x.astype(chosen.dtype).astype(jnp.float32)
-        form = lambda q, k, v: reference.forward(q, k, v, tokens, tokens, mask=chosen.mask, scale=0.35)
+        bias = None if chosen.bias is None else chosen.bias.decay(chosen.heads).bias(q)
+        form = lambda q, k, v: reference.forward(q, k, v, tokens, tokens, mask=chosen.mask, scale=0.35, bias=bias)
         (out, lse), pull = jax.vjp(form, *map(round_off, (q, k, v)))
         return out, lse, *pull((d_out, jnp.where(lse == -jnp.inf, 0, d_lse)))
 
