@@ -18,6 +18,8 @@ from lcx.attention.ring import Ring
 from lcx.attention.sharded import sharded_attend
 from lcx.parallel.mesh import MeshSpec
 from lcx.parallel.rules import Rules
+from lcx.positions.alibi import ALiBi
+from lcx.positions.flexrope import FlexRope
 from pallas_kernels.tile_attention import op, reference, tile_list, tpu, triton
 from pallas_kernels.tile_attention.tile_list import verified
 from pallas_kernels.tile_attention.tiling import EMPTY, FULL, PARTIAL
@@ -87,18 +89,20 @@ def with_gradient(form):
     return jax.jit(run)
 
 
-def dense(mask, softcap=None):
+def dense(mask, softcap=None, bias=None):
     """By autodiff of the dense forward pass, over pairs listed by `pairs`."""
 
     def form(q, k, v, q_info, k_info, seen):
-        tokens = tokens_of(q_info), tokens_of(k_info)
-        return reference.forward(q, k, v, *tokens, mask=mask, scale=0.4, softcap=softcap, allowed=seen)
+        options = {"mask": mask, "scale": 0.4, "softcap": softcap, "allowed": seen}
+        options["bias"] = None if bias is None else bias.decay(q.shape[2]).bias(q)
+        return reference.forward(q, k, v, tokens_of(q_info), tokens_of(k_info), **options)
 
     return with_gradient(form)
 
 
-def planned(mask, softcap=None, backend="xla"):
-    return with_gradient(lambda *a: attend(*a[:-1], mask=mask, scale=0.4, softcap=softcap, plan=a[-1], backend=backend))
+def planned(mask, softcap=None, backend="xla", bias=None):
+    options = {"mask": mask, "scale": 0.4, "softcap": softcap, "bias": bias, "backend": backend}
+    return with_gradient(lambda *a: attend(*a[:-1], plan=a[-1], **options))
 
 
 def compare(got, expected, tolerance=2e-6):
@@ -132,6 +136,25 @@ def test_random_plans_equal_the_reference(backend, groups, columns, monkeypatch)
     lists = {name: jnp.repeat(getattr(every, name), groups, axis=1) for name in ("rows", "cols", "kind", "count")}
     assert not every.overflow.any()
     compare(run(*inputs, dataclasses.replace(plan, **lists)), expected(*inputs, jnp.ones((B, groups, T, S), bool)))
+
+
+@pytest.mark.parametrize(
+    "bias, groups, backend",
+    [
+        pytest.param(ALiBi(), K, "xla", id="ALiBi, a key head"),
+        pytest.param(FlexRope(slope=0.2), H, "xla", id="FlexRope, a query head", marks=pytest.mark.slow),
+        pytest.param(ALiBi(), 1, "xla", id="ALiBi, one for all", marks=pytest.mark.slow),
+        pytest.param(FlexRope(slope=0.2), K, "reference", id="FlexRope, reference", marks=pytest.mark.slow),
+    ],
+)
+def test_columns_fall_with_distance_as_tiles_do(bias, groups, backend, monkeypatch):
+    """Columns of two of three blocks are gathered at a time, with the slopes of their block's queries."""
+    mask = Sink(size=3) | Window(size=20)
+    monkeypatch.setattr("lcx.attention.planned.GATHERED", 2 * B * max(groups, K) * 9 * (D + E))
+    run, expected = planned(mask, None, backend, bias), dense(mask, None, bias)
+    for seed, kind in enumerate(("documents", "special", "mixed")):
+        plan, inputs = random_plan(seed, groups, columns=9), given(seed, kind)
+        compare(run(*inputs, plan), expected(*inputs, jnp.asarray(pairs(plan))))
 
 
 @pytest.mark.parametrize(
