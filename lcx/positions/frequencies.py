@@ -25,7 +25,7 @@ class Frequencies:
     growth: what the logarithm of a query's pair grows by each position, and a key's shrinks by (xPos); None leaves them alone.
 
     Where they depend on the length n of a token's document, inv_freq and factor have a row for each of N lengths: the first up
-    to `first`, the next for `step` tokens more, and so on.
+    to `first`, the next for `step` tokens more, and so on. kept: positions below it read one row more, the last, at any length.
     """
 
     inv_freq: Float[AnyArray, "*N C"]
@@ -35,6 +35,7 @@ class Frequencies:
     first: int = 0
     step: int = 1
     growth: Float[np.ndarray, "C"] | None = None
+    kept: int = 0
 
     @property
     def by_length(self) -> bool:
@@ -42,15 +43,15 @@ class Frequencies:
 
     def row(self, lengths):
         """The row of each of the lengths, an array of integers."""
-        return ((lengths - self.first + self.step - 1) // self.step).clip(0, len(self.inv_freq) - 1)
+        return ((lengths - self.first + self.step - 1) // self.step).clip(0, len(self.inv_freq) - 1 - (self.kept > 0))
 
     def at(self, length: int) -> "Frequencies":
-        """Those of one length."""
+        """Those of one length, at positions that are not kept."""
         if not self.by_length:
             return self
         row = int(self.row(np.int64(length)))
         return dataclasses.replace(
-            self, inv_freq=self.inv_freq[row], factor=float(np.broadcast_to(self.factor, len(self.inv_freq))[row])
+            self, inv_freq=self.inv_freq[row], factor=float(np.broadcast_to(self.factor, len(self.inv_freq))[row]), kept=0
         )
 
 

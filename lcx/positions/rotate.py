@@ -23,7 +23,7 @@ def turns(
     positions: Float[Array, "B T P"], frequencies: Frequencies, lengths: Int[Array, "B T"] | None = None
 ) -> Float[Array, "B T C"]:
     """Angle of each pair in turns, in [-0.5, 0.5]; positions up to 2**24 in magnitude, fractions allowed."""
-    chosen = _chosen(frequencies, lengths)
+    chosen = _chosen(positions, frequencies, lengths)
     per_position = frequencies.inv_freq / (2 * np.pi)
     round_ = np.round if isinstance(per_position, np.ndarray) else jnp.round
     first = round_(per_position * BITS) / BITS
@@ -51,7 +51,7 @@ def tables(
     factor = frequencies.factor
     if frequencies.by_length:
         rows = np.broadcast_to(np.asarray(factor), len(frequencies.inv_freq))[:, None]
-        factor = _chosen(frequencies, lengths)(rows)
+        factor = _chosen(positions, frequencies, lengths)(rows)
 
     def turned(positions):
         angle = (2 * jnp.pi) * turns(positions, frequencies, lengths)
@@ -108,13 +108,15 @@ def _driving(positions: Float[Array, "B T P"], frequencies: Frequencies) -> Floa
     return positions[..., frequencies.axis]
 
 
-def _chosen(frequencies: Frequencies, lengths):
+def _chosen(positions: Float[Array, "B T P"], frequencies: Frequencies, lengths):
     """What a token reads of a host array [C], or of one [N, C] with a row for each length, in float32."""
     if not frequencies.by_length:
         return lambda part: part.astype(jnp.float32)
     if lengths is None:
         raise ValueError("info.lengths: None, but this rope depends on the length of a document: expected one for every token")
     row = frequencies.row(lengths)
+    if frequencies.kept:
+        row = jnp.where(_driving(positions, frequencies)[..., 0] < frequencies.kept, len(frequencies.inv_freq) - 1, row)
     return lambda part: jnp.asarray(part, jnp.float32)[row]
 
 

@@ -15,6 +15,7 @@ from lcx.inference.generate import generate
 from lcx.mixers.attention import Attention
 from lcx.models.decoder import Decoder
 from lcx.models.layer import Layer
+from lcx.parallel.mesh import MeshSpec
 from lcx.positions.dynamic_ntk import DynamicNTK
 from lcx.positions.length_rule import length_policy
 from lcx.positions.longrope import LongRoPE
@@ -24,6 +25,7 @@ from lcx.spec import SpecError
 
 FROZEN = DynamicNTK(original_length=6, factor=2.0)
 SWITCH = LongRoPE(original_length=10, short=(1.0,) * 4, long=(1.0, 2.0, 3.0, 4.0), factor=4.0)
+KEPT = dataclasses.replace(SWITCH, kept_positions=4)
 
 
 def decoder(rope=FROZEN, depth=2) -> Decoder:
@@ -50,7 +52,7 @@ def test_a_length_is_that_of_the_own_document():
     assert document_lengths(causal_info(segments[1:], start=np.asarray([5]))).tolist() == [[12] * 7]
 
 
-@pytest.mark.parametrize("rope", [FROZEN, SWITCH], ids=["dynamic ntk", "longrope"])
+@pytest.mark.parametrize("rope", [FROZEN, SWITCH, KEPT], ids=["dynamic ntk", "longrope", "longrope, kept"])
 def test_a_document_is_turned_as_it_is_alone(rope):
     """Packed beside others and padded: each document of a row has the frequencies of its own length."""
     model = decoder(rope).build(rngs=nnx.Rngs(0))
@@ -65,7 +67,7 @@ def test_a_document_is_turned_as_it_is_alone(rope):
     np.testing.assert_allclose(found, wanted, atol=2e-5)
 
 
-@pytest.mark.parametrize("rope", [FROZEN, SWITCH], ids=["dynamic ntk", "longrope"])
+@pytest.mark.parametrize("rope", [FROZEN, SWITCH, KEPT], ids=["dynamic ntk", "longrope", "longrope, kept"])
 def test_frozen_generation_equals_one_pass_over_the_whole_request(rope):
     """Prompts on both sides of the window, decoded together; a request's length is its prompt and all that may follow."""
     model = decoder(rope).build(rngs=nnx.Rngs(0))
@@ -75,6 +77,43 @@ def test_frozen_generation_equals_one_pass_over_the_whole_request(rope):
         assert len(whole) == len(prompt) + 4
         best = logits_of(model, [whole])[0].argmax(axis=-1)
         assert row.ids == best[len(prompt) - 1 : len(whole) - 1].tolist()
+
+
+def test_first_positions_keep_their_angles():
+    """Documents of 16 tokens, beyond the window, and of 8; positions of the last are moved, and only those below 4 are kept."""
+    x = np.random.default_rng(0).normal(size=(3, 16, 1, 8))
+    positions, lengths = np.stack([np.arange(16.0)] * 2 + [np.arange(16.0) * 1000]), np.asarray([[16], [8], [16]])
+    found = rotate(
+        jnp.asarray(x, jnp.float32),
+        jnp.asarray(positions[..., None], jnp.float32),
+        KEPT.frequencies(8, 16),
+        jnp.asarray(np.broadcast_to(lengths, (3, 16))),
+    )
+    theta = 1e4 ** -(np.arange(4) / 4)
+    for b, t in np.ndindex(3, 16):
+        rates = theta / np.asarray([1.0, 2.0, 3.0, 4.0]) if lengths[b, 0] > 10 else theta
+        kept = positions[b, t] < 4
+        angle, factor = positions[b, t] * (theta if kept else rates), 1 if kept else np.sqrt(1 + np.log(4) / np.log(10))
+        turned = (x[b, t, 0, :4] + 1j * x[b, t, 0, 4:]) * np.exp(1j * angle) * factor
+        np.testing.assert_allclose(found[b, t, 0], np.concatenate([turned.real, turned.imag]), atol=2e-5)
+
+
+@pytest.mark.slow
+def test_first_positions_keep_their_angles_on_a_mesh():
+    model = decoder(KEPT).build(rngs=nnx.Rngs(0))
+    rows = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8], [1, 5, 9], [2, 6, 5, 3, 5, 8, 9, 7], [9, 3, 2, 3, 8, 4, 6, 2, 6, 4, 3, 3, 8]]
+    wanted = logits_of(model, rows)
+    with jax.set_mesh(MeshSpec(data=2, context=4).build()):
+        found = logits_of(model, rows)
+    for row, one, other in zip(rows, found, wanted, strict=True):
+        np.testing.assert_allclose(one[: len(row)], other[: len(row)], atol=2e-5)
+
+
+def test_kept_positions_that_make_no_sense_are_refused():
+    with pytest.raises(SpecError, match=r"LongRoPE\.kept_positions = -1: expected at least 0"):
+        dataclasses.replace(SWITCH, kept_positions=-1)
+    with pytest.raises(SpecError, match="kept_positions = 4: expected 0 beside sections"):
+        dataclasses.replace(KEPT, sections=(2, 2))
 
 
 def test_growing_keys_are_those_of_the_length_so_far():
