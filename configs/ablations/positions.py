@@ -31,6 +31,7 @@ from lcx.data.pipeline import Pipeline, Weighted
 from lcx.data.recall import Needles
 from lcx.data.sources import StandardLibrary
 from lcx.evaluation.ablation import Ablation, Arm, Variant
+from lcx.evaluation.longrope_factors import harmonic, longrope
 from lcx.evaluation.panels import Panel
 from lcx.evaluation.tasks.perplexity import Perplexity
 from lcx.evaluation.tasks.retrieval import Retrieval
@@ -46,7 +47,6 @@ from lcx.positions.dynamic_yarn import DynamicYaRN
 from lcx.positions.flexrope import FlexRope
 from lcx.positions.linear import LinearInterpolation
 from lcx.positions.llama3 import Llama3
-from lcx.positions.longrope import LongRoPE
 from lcx.positions.ntk import NTK
 from lcx.positions.position_rule import ChunkSlots, DenseAndMoved, PoSE, RandomPositions
 from lcx.positions.power_basis import PowerBasis
@@ -67,6 +67,8 @@ TRAINED, LAYERS, HEAD_DIM = 128, 3, 32
 READER = 512  # tokens that `reader` was trained at
 SCALES = (1, 2, 4, 8, 16)
 MIXER = "model.pattern[0].mixer"
+# found by `python -m lcx.evaluation.longrope_factors copier 4`, on training text
+FACTORS = (1.06, 1.09, 1.55, 1.71, 2.27, 3.69, 3.97, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.61, 4.81)
 LOG_N = (f"{MIXER}.query_scale", LogN(original_length=TRAINED))
 
 
@@ -183,9 +185,8 @@ def _zero_shot(scale: int, trained: int = TRAINED) -> dict[str, tuple]:
     rope = lambda rule: (("model.rope", rule),)
     by_length = lambda rule: (*rope(rule), (f"{MIXER}.cache", DenseCache(keys="raw")))
     plan = lambda distances: ((f"{MIXER}.distances", distances),)
-    pairs, harmonic = HEAD_DIM // 2, YaRN(factor=factor, original_length=trained, ramp="harmonic")
-    rates = Rope().inverse_frequencies(HEAD_DIM, trained) / harmonic.inverse_frequencies(HEAD_DIM, trained)
-    return {
+    factors = harmonic(Rope(), HEAD_DIM, trained=trained, scale=factor)
+    methods = {
         "none": (),
         "sliding window": ((f"{MIXER}.mask", Window(size=trained)),),
         "interpolation": rope(LinearInterpolation(factor=factor)),
@@ -198,9 +199,7 @@ def _zero_shot(scale: int, trained: int = TRAINED) -> dict[str, tuple]:
         "dynamic YaRN": by_length(DynamicYaRN(original_length=trained)),
         "Llama 3": rope(Llama3(factor=factor, original_length=trained, base=1e4)),
         "Llama 3 with temperature": rope(YaRN(factor=factor, original_length=trained, ramp="rotations", slow=1.0, fast=4.0)),
-        "LongRoPE, harmonic": by_length(
-            LongRoPE(original_length=trained, short=(1.0,) * pairs, long=tuple(map(float, rates)), factor=factor)
-        ),
+        "LongRoPE, harmonic": by_length(longrope(Rope(), factors, trained=trained, scale=factor)),
         "DPRoPE": rope(DPRoPE(factor=factor, original_length=trained)),
         "LongLLaDA": rope(BaseMultiplier(multiplier="auto", original_length=trained, target_length=scale * trained)),
         "base 5e5": rope(Rope(base=5e5)),
@@ -218,6 +217,10 @@ def _zero_shot(scale: int, trained: int = TRAINED) -> dict[str, tuple]:
         "FlexRoPE 0.01": ((f"{MIXER}.distance_bias", FlexRope(slope=0.01)),),
         "FlexRoPE 0.05": ((f"{MIXER}.distance_bias", FlexRope(slope=0.05)),),
     }
+    if (scale, trained) == (4, TRAINED):
+        for name, kept in (("LongRoPE, searched", 0), ("LongRoPE, searched, 4 kept", 4)):
+            methods[name] = by_length(longrope(Rope(), FACTORS, trained=trained, scale=factor, kept=kept))
+    return methods
 
 
 def _tuned() -> dict[str, tuple]:
