@@ -12,7 +12,7 @@ from lcx.attention.ring import Ring
 from lcx.attention.sharded import sharded_attend
 from lcx.batch import Batch, causal_info
 from lcx.channels.glu import GLU
-from lcx.evaluation.key_dimensions import key_dimensions
+from lcx.evaluation.key_dimensions import RANDOM, key_dimensions, main, random_dimensions
 from lcx.mixers.attention import Attention
 from lcx.models.decoder import Decoder, rebuild
 from lcx.models.layer import Layer
@@ -125,3 +125,18 @@ def test_what_does_not_fit_is_refused(tmp_path):
     with pytest.raises(SpecError, match="expected no choice of dimensions beside a rope of part of a head"):
         mixer = Attention(heads=H, kv_heads=K, head_dim=D, distances=plan, rope=Rope(rotary=0.5))
         edit(decoder(), "pattern[0].mixer", mixer).build(rngs=nnx.Rngs(0))
+
+
+def test_as_many_at_random():
+    found = [random_dimensions((L, H, 8), 3, seed) for seed in (0, 0, 1)]
+    assert all(chosen.dtype == bool and (chosen.sum(-1) == 3).all() for chosen in found)
+    assert (found[0] == found[1]).all() and (found[0] != found[2]).any() and len(np.unique(found[0].reshape(-1, 8), axis=0)) > 1
+
+
+@pytest.mark.slow
+def test_the_command_writes_what_a_plan_reads(tmp_path, capsys):
+    main("copier", "8", str(tmp_path))
+    for name in ("chosen", *(f"random-{seed}" for seed in range(RANDOM))):
+        held = np.load(tmp_path / f"{name}.npy")
+        assert held.dtype == bool and held.shape == (3, 3, 16) and (held.sum(-1) == 8).all()
+    assert capsys.readouterr().out.count("\n") == 6
