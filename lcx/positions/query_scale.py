@@ -28,7 +28,7 @@ class QueryScale(Spec, abc.ABC):
 class LogN(QueryScale):
     """max(1, ln(i + 1) / ln L) with L the trained window (Su 2023; Entropy-ABF, Zhang et al. 2024): as many keys more to choose
     among, as much sharper. The first `skip_layers` layers keep theirs: in Entropy-ABF two, where the entropy
-    of the authors' models grows with the length."""
+    of the authors' models grows with the length; `lcx.evaluation.attention_entropy` measures it."""
 
     original_length: int
     skip_layers: int = 0
