@@ -248,6 +248,10 @@ def communication_report(experiment: Experiment, device_kind: str) -> str:
     for i, layer in enumerate(experiment.model.pattern):
         if not isinstance(mixer := layer.mixer, Attention):
             continue
+        shared = f"communication of pattern[{i}] over {' x '.join(f'{axis} {size}' for axis, size in axes.items())}"
+        if mixer.distances is not None and mixer.distances.reads_queries:
+            blocks.append(f"{shared}: no estimate for {mixer.distances}, whose keys carry queries")
+            continue
         heads = mixer.heads // math.prod(mesh[axis] for axis in rules.heads)
         work = Work(
             rows=rows,
@@ -260,8 +264,9 @@ def communication_report(experiment: Experiment, device_kind: str) -> str:
             halves=query_halves(mixer),
         )
         even = sample_balance(mixer.mask, experiment.layout, shards, length)
-        head = f"communication of pattern[{i}] over {' x '.join(f'{axis} {size}' for axis, size in axes.items())}, "
-        head += f"{type(experiment.layout).__name__} layout, balance {even.devices:.3f}, of ring steps {even.steps:.3f}"
+        head = (
+            f"{shared}, {type(experiment.layout).__name__} layout, balance {even.devices:.3f}, of ring steps {even.steps:.3f}"
+        )
         found = estimates(work, axes, even, flops=flops, link=link)
         blocks.append(f"{head}\n{explain(found, ROOM)}")
     return "\n\n".join(blocks)

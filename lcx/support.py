@@ -200,6 +200,15 @@ def _table_holds_rows(experiment: Experiment) -> Iterator[str]:
         yield f"data.length = {length}: expected at most the {table.reach} places that model.position_table reads"
 
 
+def _positions_are_read(experiment: Experiment) -> Iterator[str]:
+    model, given = experiment.model, experiment.data.positions
+    turns = any(
+        isinstance(model.rope if mixer.rope == "model" else mixer.rope, FrequencyRule) for _, mixer in _attentions(experiment)
+    )
+    if given is not None and not turns:
+        yield f"data.positions = {given}: expected None, as no layer of this model has a rope, which reads them"
+
+
 def _positions_are_given_once(experiment: Experiment) -> Iterator[str]:
     for path, part in below(experiment.data, "data"):
         if isinstance(part, Continuous | Skipped) and experiment.data.positions is not None:
@@ -232,8 +241,22 @@ def _regions_turn_by_a_static_rope(experiment: Experiment) -> Iterator[str]:
             yield f"{path}.distances: expected None where model.rope is None: nothing turns"
         if experiment.data.positions is not None:
             yield f"data.positions = {experiment.data.positions}: expected None, as {path}.distances turns pairs by their index"
+        for where, part in below(experiment.data, "data"):
+            if isinstance(part, Skipped) or (isinstance(part, Continuous) and part.sees != "whole row"):
+                expected = f"expected rows whose positions are their indices, by which {path}.distances turns pairs"
+                yield f"{where} = {type(part).__name__}: {expected}"
         if isinstance(rule, LengthRule) or (isinstance(rule, FrequencyRule) and rule.sections):
             yield f"{path}.distances turns pairs by {type(rule).__name__}: expected a rope of one axis that no length changes"
+
+
+def _chunks_are_chosen_from_whole_rows(experiment: Experiment) -> Iterator[str]:
+    for path, mixer in _attentions(experiment):
+        if mixer.distances is None or not mixer.distances.reads_queries:
+            continue
+        kind, communication = type(mixer.distances).__name__, experiment.model.communication
+        if sequence_axes(experiment) and not communication.whole_rows:
+            expected = f"expected AllGather() or Ulysses(), as {path}.distances = {kind} chooses among all keys of a row"
+            yield f"model.communication = {type(communication).__name__}(): {expected}"
 
 
 def _positions_are_the_ropes(experiment: Experiment) -> Iterator[str]:
@@ -287,11 +310,13 @@ RULES: Mapping[str, Rule] = {
     "positions are integers that float32 holds": _positions_are_exact,
     "fractions of a position are not lost in float32": _fractions_are_held,
     "a table of positions has a row for every place": _table_holds_rows,
+    "positions are read by some layer": _positions_are_read,
     "positions come from the rows or from a rule": _positions_are_given_once,
     "every head has channels that its rope can rotate": _heads_rotate,
     "the model's rope is read by some layer": _rope_is_read,
     "a rope that depends on the length finds raw keys in the cache": _keys_are_turned_anew,
     "a distance plan turns by a rope of one axis that no length changes": _regions_turn_by_a_static_rope,
+    "a plan that chooses chunks finds all keys of a row": _chunks_are_chosen_from_whole_rows,
     "positions of a learned rope meet that rope": _positions_are_the_ropes,
     "ropes that depend on the length agree whether it is frozen or growing": _one_length_policy,
     "a row is long enough for the recall sequences that fill it": _rows_fit,

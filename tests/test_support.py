@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from lcx.attention.all_gather import AllGather
+from lcx.attention.ring import Ring
 from lcx.attention.ulysses import RingUlysses, Ulysses
 from lcx.batch import Batch, causal_info
 from lcx.data.continuous import Continuous
@@ -27,6 +28,7 @@ from lcx.positions.clex_positions import CLEXPositions
 from lcx.positions.dynamic_ntk import DynamicNTK
 from lcx.positions.frequencies import FrequencyRule
 from lcx.positions.length_rule import LengthRule
+from lcx.positions.long_heads import LongHeads
 from lcx.positions.position_rule import PoSE
 from lcx.positions.rerope import ReRoPE
 from lcx.positions.rope import Rope
@@ -124,6 +126,18 @@ GROWING = DynamicNTK(original_length=64, length_policy="growing")
             "expected None, as model.pattern[0].mixer.distances turns pairs by their index",
         ),
         (
+            [("data.mixture[0].rows", Continuous(rows_of=Needles())), (f"{LAYER}.mixer.distances", ReRoPE(window=8))],
+            "data.mixture[0].rows = Continuous: expected rows whose positions are their indices, by which model.pattern[0]",
+        ),
+        (
+            [("data.positions", PoSE(target=1024)), ("model.rope", None)],
+            "expected None, as no layer of this model has a rope, which reads them",
+        ),
+        (
+            [("mesh", MeshSpec(context=2)), ("model.communication", Ring()), (f"{LAYER}.mixer.distances", LongHeads())],
+            "model.communication = Ring(): expected AllGather() or Ulysses(), as model.pattern[0].mixer.distances = LongHeads",
+        ),
+        (
             [("data.positions", CLEXPositions(original_length=64))],
             "model.rope = Rope: expected CLEX of original_length 64 and largest 16",
         ),
@@ -171,7 +185,13 @@ def test_each_rule_is_broken_by_something_and_the_base_breaks_none():
     fractions = edits(base(), [("data.positions", CLEXPositions(original_length=1 << 20)), ("data.length", 1 << 23)])
     small = edit(base(), "model.position_table", PositionTable(rows=8))
     twice = edits(spread, [("data.mixture[0].rows", Continuous(rows_of=base().data.mixture[0].rows))])
+    chunks = edits(
+        base(), [("mesh", MeshSpec(context=2)), ("model.communication", Ring()), (f"{LAYER}.mixer.distances", LongHeads())]
+    )
+    unturned = edits(base(), [("data.positions", PoSE(target=1024)), ("model.rope", None)])
     configs = (
+        chunks,
+        unturned,
         wrong,
         short,
         apart,

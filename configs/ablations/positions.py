@@ -52,6 +52,7 @@ from lcx.positions.dynamic_yarn import DynamicYaRN
 from lcx.positions.flexrope import FlexRope
 from lcx.positions.linear import LinearInterpolation
 from lcx.positions.llama3 import Llama3
+from lcx.positions.long_heads import LongHeads
 from lcx.positions.ntk import NTK
 from lcx.positions.position_rule import ChunkSlots, DenseAndMoved, PoSE, RandomPositions
 from lcx.positions.power_basis import PowerBasis
@@ -236,6 +237,7 @@ def _zero_shot(scale: int, trained: int = TRAINED) -> dict[str, tuple]:
         "DPE, equal groups": plan(DimensionGroups(groups=(group,) * 8, window=window)),
         "DPE, fastest unscaled": plan(DimensionGroups(groups=(1,) + (group,) * 7, window=window)),
         "dual chunk": plan(DualChunk(chunk=5 * trained // 8, clip=3 * trained // 4)),
+        "LongHeads": plan(LongHeads(chunk=trained // 8, chunks=8)),
         "FlexRoPE 0.01": ((f"{MIXER}.distance_bias", FlexRope(slope=0.01)),),
         "FlexRoPE 0.05": ((f"{MIXER}.distance_bias", FlexRope(slope=0.05)),),
     }

@@ -19,6 +19,10 @@ class AllGather(Communication):
     def wrap(self, fold, axes):
         return Gathered(fold, axes)
 
+    @property
+    def whole_rows(self):
+        return True
+
     def refusal(self, axes, heads, kv_heads):
         return None
 

@@ -10,7 +10,8 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lcx.attention.mask import Mask, tokens_of
+from lcx.attention.chosen_chunks import ChosenChunks
+from lcx.attention.mask import Causal, Mask, tokens_of
 from lcx.attention.plan import BlockPlan, check_plan
 from lcx.attention.planned import Planned
 from lcx.attention.regions import Regions
@@ -46,7 +47,7 @@ def attend(
     Rows that see nothing give out = 0 and lse = -inf. Gradients accept a cotangent for `lse`. `auto` chooses a form in
     `choose` and logs it once; a named backend is mandatory. bias: falls with distance. plan: of the visible pairs only those
     that it lists. distances: q and k come raw, and are turned by the regions of a distance plan; where it chooses pairs of
-    channels, q comes in two halves of a head each.
+    channels, q comes in two halves of a head each; where it reads the queries of keys, k holds them too (`DistancePlan.held`).
 
     Raises ValueError for what is no attention call (`check_call`), disagrees with the plan, or has arguments that no method
     combines: distances with a plan or a bias, a bias with a soft-cap.
@@ -86,12 +87,24 @@ def check_call(q, k, v, q_info, k_info, *, mask, scale, softcap, bias=None, dist
         raise ValueError(f"attend: {q.shape[2]} query heads are not a multiple of {k.shape[2]} key heads")
     if q.shape[0] != k.shape[0]:
         raise ValueError(f"attend: {q.shape[0]} rows of queries, {k.shape[0]} of keys")
-    halves = 2 if distances is not None and distances.plan.chooses else 1
-    if q.shape[3] != halves * k.shape[3]:
-        expected = "one head size" if halves == 1 else "queries in two halves, from the plan's `chosen`"
-        raise ValueError(f"attend: queries of size {q.shape[3]}, keys of {k.shape[3]}: expected {expected}")
+    _check_sizes(q, k, v, mask, distances)
     if q.shape[:2] != q_info.shape or k.shape[:2] != k_info.shape or v.shape[:3] != k.shape[:3]:
         raise ValueError(f"attend: q {q.shape}, k {k.shape}, v {v.shape} disagree with infos {q_info.shape}, {k_info.shape}")
+
+
+def _check_sizes(q, k, v, mask, distances) -> None:
+    (H, D), (K, found), plan = q.shape[2:], k.shape[2:], None if distances is None else distances.plan
+    wanted, expected = D, "one head size"
+    if plan is not None and plan.chooses:
+        wanted, expected = D / 2, "queries in two halves, from the plan's `chosen`"
+    if plan is not None and plan.reads_queries:
+        wanted, expected = D * (1 + H // K), f"keys with {H // K} queries behind each, from the plan's `held`"
+        if v.shape[3] != D:
+            raise ValueError(f"attend: values of size {v.shape[3]} with {plan}: expected {D}, that of queries")
+        if mask != Causal():
+            raise ValueError(f"attend: mask = {mask} with {plan}: expected Causal(), of which it chooses a part")
+    if found != wanted:
+        raise ValueError(f"attend: queries of size {D}, keys of {found}: expected {expected}")
 
 
 def local_fold(
@@ -116,6 +129,10 @@ def local_fold(
         for name, other in (("plan", plan), ("bias", bias)):
             if other is not None:
                 raise ValueError(f"attend: {name} and distances: expected one of them")
+        if distances.plan.reads_queries:
+            if backend in KERNELS:
+                raise ValueError(f"attend: backend = {backend!r} with {distances.plan}: expected 'auto', 'xla' or 'reference'")
+            return ChosenChunks(mask, scale, softcap, distances)
         return Regions(choose(backend), mask, scale, softcap, distances)
     decay = None if bias is None else dataclasses.replace(bias.decay(heads or q.shape[2]), axes=head_axes)
     if plan is None:

@@ -20,6 +20,11 @@ class Communication(Spec, abc.ABC):
     def wrap(self, fold: Fold, axes: tuple[str, ...]) -> Fold:
         """The fold over the mesh axes that shard the sequence, outermost first; at least one, each of more than one device."""
 
+    @property
+    def whole_rows(self) -> bool:
+        """Whether all keys of a row meet its queries at once."""
+        return False
+
     @abc.abstractmethod
     def refusal(self, axes: dict[str, int], heads: int, kv_heads: int) -> str | None:
         """Why the strategy cannot work over mesh axes of these sizes with these heads on a device; None if it can."""

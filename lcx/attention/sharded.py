@@ -52,6 +52,10 @@ def sharded_attend(
             f"attend: a block plan, of whole rows, with rows shared out over {', '.join(axes)}: expected whole rows"
         )
     _check_shares(q, k, rules, communication, {axis: mesh.shape[axis] for axis in axes})
+    if axes and distances is not None and distances.plan.reads_queries and not communication.whole_rows:
+        raise ValueError(f"attend: {distances.plan} with {communication}: expected AllGather() or Ulysses(), of whole rows")
+    if distances is not None and distances.plan.reads_queries and q.shape[2] != k.shape[2]:
+        raise ValueError(f"attend: {k.shape[2]} key heads with {distances.plan} on a mesh: expected one of each query head")
 
     def local(q, k, v, q_tokens, k_tokens, plan):
         own = functools.partial(_own, group=heads // kv_heads, queries=q.shape[2], kv_heads=kv_heads, rules=rules)

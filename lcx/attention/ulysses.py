@@ -22,6 +22,10 @@ class Ulysses(Communication):
     def wrap(self, fold, axes):
         return Exchanged(fold, axes)
 
+    @property
+    def whole_rows(self):
+        return True
+
     def refusal(self, axes, heads, kv_heads):
         return _refusal(math.prod(axes.values()), heads, kv_heads)
 

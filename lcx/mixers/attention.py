@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from lcx.attention.attend import Backend
+from lcx.attention.attend import KERNELS, Backend
 from lcx.attention.mask import Causal, Mask
 from lcx.attention.merge import with_sinks
 from lcx.attention.sharded import sharded_attend
@@ -65,6 +65,12 @@ class Attention(Mixer):
         undefined = self.softcap is not None or self.distances is not None
         expected = "None beside a softcap or a distance plan: no method combines them"
         self.check(self.distance_bias is None or not undefined, "distance_bias", expected)
+        if self.distances is not None and self.distances.reads_queries:
+            alone = "None beside another mask than Causal(), of which it chooses a part"
+            self.check(self.mask == Causal(), "distances", alone)
+            self.check(
+                self.backend not in KERNELS, "distances", "None beside backends 'tpu' and 'gpu', which have no kernel for it"
+            )
 
     def build(self, inherited, *, rngs):
         return AttentionModule(self, inherited, rngs)
@@ -73,6 +79,7 @@ class Attention(Mixer):
     def examples(cls):
         from lcx.attention.mask import Sink, Window
         from lcx.positions.alibi import ALiBi
+        from lcx.positions.long_heads import LongHeads
         from lcx.positions.query_scale import LogN
         from lcx.positions.self_extend import SelfExtend
 
@@ -83,6 +90,7 @@ class Attention(Mixer):
             cls(heads=4, kv_heads=2, head_dim=8, mask=Window(size=6), sinks="learned"),
             cls(heads=2, kv_heads=1, head_dim=8, distances=SelfExtend(group=2, window=4), query_scale=LogN(original_length=6)),
             cls(heads=6, kv_heads=2, head_dim=8, rope="none", distance_bias=ALiBi(), sinks="learned"),
+            cls(heads=4, kv_heads=2, head_dim=8, distances=LongHeads(chunk=2, chunks=3)),
         )
 
 
@@ -135,6 +143,9 @@ class AttentionModule(MixerModule):
         if spec.distances is not None:
             distances, frequencies = Distances(spec.distances, self._rope, spec.head_dim, length), None
             q = spec.distances.chosen(q, place.layer) if spec.distances.chooses else q
+            if spec.distances.reads_queries:
+                k, v = (jnp.repeat(x, spec.heads // x.shape[2], axis=2) for x in (k, v)) if state is None else (k, v)
+                k = spec.distances.held(q.astype(x.dtype), k)
         if frequencies is not None:
             lengths = info.lengths if state is not None or not frequencies.by_length else lengths_of(info)
             q = rotate(q, info.positions, frequencies, lengths)
@@ -166,7 +177,8 @@ class AttentionModule(MixerModule):
         spec = self.spec
         dtype = jnp.dtype(self.inherited.compute)
         axes = max(1, len(self._rope.sections)) if isinstance(self._rope, FrequencyRule) else 1
-        return spec.cache.init(batch_size, length, spec.kv_heads, spec.head_dim, spec.head_dim, dtype, axes)
+        asking = spec.heads // spec.kv_heads if spec.distances is not None and spec.distances.reads_queries else 0
+        return spec.cache.init(batch_size, length, spec.kv_heads, (1 + asking) * spec.head_dim, spec.head_dim, dtype, axes)
 
     def _project(self, x, matrix, bias, norm, heads):
         y = linear(x, matrix, self.inherited.rules)

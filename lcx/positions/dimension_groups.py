@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcx.attention.mask import Beyond, Within
-from lcx.positions.distance_plan import DistancePlan, Region, plain
+from lcx.positions.distance_plan import Region, RegionPlan, plain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DimensionGroups(DistancePlan):
+class DimensionGroups(RegionPlan):
     """The rotated pairs in as many equal ranges as there are `groups`, fast to slow, each with its group size; 1 is unscaled.
 
     dimensions: a .npy file of which pairs of each layer and query head are grouped, bool [L, H, C]; the others keep their

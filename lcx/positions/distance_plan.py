@@ -1,7 +1,8 @@
 """Distance plans: rotations that depend on the pair, not only on its tokens. Ordered regions of pairs that share one softmax.
 
 In each region a pair is turned by positions that are functions of the two indices, each of its own token. The regions of a
-plan are apart and cover every pair that a causal mask can show, or every pair where the plan is `both_ways`.
+plan are apart and cover every pair that a causal mask can show, or every pair where the plan is `both_ways`. A plan without
+regions chooses what a query sees (`lcx/positions/long_heads.py`).
 """
 
 import abc
@@ -33,10 +34,6 @@ class Region(NamedTuple):
 class DistancePlan(Spec, abc.ABC):
     """Base of every plan. Positions of the tokens must be their indices, on one axis."""
 
-    @abc.abstractmethod
-    def regions(self, pairs: int) -> tuple[Region, ...]:
-        """For heads with so many rotated pairs of channels."""
-
     @property
     def chooses(self) -> bool:
         """Whether heads differ in the pairs of channels that regions turn; queries then come in two halves, from `chosen`."""
@@ -50,6 +47,24 @@ class DistancePlan(Spec, abc.ABC):
     def both_ways(self) -> bool:
         """Whether keys that come after a query are in some region too."""
         return False
+
+    @property
+    def reads_queries(self) -> bool:
+        """Whether keys carry the queries of their tokens (`held`) and all keys of a row must meet its queries at once."""
+        return False
+
+    def held(self, q: Float[Array, "B T H D"], k: Float[Array, "B T K D"]) -> Float[Array, "B T K X"]:
+        """What keys are where they carry queries."""
+        raise NotImplementedError(f"{type(self).__name__} reads no queries of keys")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RegionPlan(DistancePlan):
+    """Base of the plans that are regions of pairs."""
+
+    @abc.abstractmethod
+    def regions(self, pairs: int) -> tuple[Region, ...]:
+        """For heads with so many rotated pairs of channels."""
 
 
 @dataclasses.dataclass(frozen=True)

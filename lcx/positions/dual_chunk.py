@@ -5,11 +5,11 @@ import dataclasses
 import jax.numpy as jnp
 
 from lcx.attention.mask import Chunk, ChunksBack
-from lcx.positions.distance_plan import DistancePlan, Region, plain
+from lcx.positions.distance_plan import Region, RegionPlan, plain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DualChunk(DistancePlan):
+class DualChunk(RegionPlan):
     """Key j stands at j mod chunk. Query i stands at i mod chunk for its own chunk, at min(i mod chunk + chunk, clip) for the
     one before, at `clip` for earlier ones. The paper: chunk 3/4 of the trained window L, clip L - 1; its code: 5/8 L, 3/4 L."""
 

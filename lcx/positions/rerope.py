@@ -5,11 +5,11 @@ import dataclasses
 import jax.numpy as jnp
 
 from lcx.attention.mask import Beyond, Within
-from lcx.positions.distance_plan import DistancePlan, Region, plain
+from lcx.positions.distance_plan import Region, RegionPlan, plain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReRoPE(DistancePlan):
+class ReRoPE(RegionPlan):
     """Keys less than `window` tokens back keep their distance d, others stand at window + (d - window) / leak; without a leak,
     ReRoPE, at `window`; a leak of 1 is RoPE. Meant with a query scale (`LogN`), without which it collapses at
     large ratios."""

@@ -3,11 +3,11 @@
 import dataclasses
 
 from lcx.attention.mask import Ahead, Beyond, Window, Within
-from lcx.positions.distance_plan import DistancePlan, Region, plain
+from lcx.positions.distance_plan import Region, RegionPlan, plain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SelfExtend(DistancePlan):
+class SelfExtend(RegionPlan):
     """Keys less than `window` tokens back keep their distance; of others, query i stands at i // group + window - window //
     group and key j at j // group. With L trained tokens, T fit if group >= (T - window) / (L - window).
 

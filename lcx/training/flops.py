@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from lcx.attention.count import document_pairs, visible_pairs
-from lcx.attention.mask import Mask
+from lcx.attention.mask import Causal, Chunk, Mask, Window
 from lcx.batch import PADDING, TokenInfo
 from lcx.mixers.attention import Attention
 from lcx.mixers.mixer import Mixer
@@ -104,6 +104,12 @@ def pair_flops(mixer: Mixer) -> dict[Mask, int]:
 
 @pair_flops.register
 def _(mixer: Attention) -> dict[Mask, int]:
+    """Of chosen chunks: the pairs seen, on average over the places in a chunk; a product for each chunk before the query; and
+    attention within chunks, both ways, for their sums."""
+    if mixer.distances is not None and mixer.distances.reads_queries:
+        size, most, product = mixer.distances.chunk, mixer.distances.chunks, 2 * mixer.heads * mixer.head_dim
+        seen = Window(size=(most - 1) * size + (size + 1) // 2)
+        return {seen: 2 * product, Causal(): max(1, product // size), Chunk(size=size): 4 * product}
     return {mixer.mask: 2 * mixer.heads * (query_halves(mixer) * mixer.head_dim + mixer.head_dim)}
 
 

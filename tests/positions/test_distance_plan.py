@@ -20,7 +20,7 @@ from lcx.parallel.mesh import MeshSpec
 from lcx.parallel.rules import Rules
 from lcx.parts import parts
 from lcx.positions.dimension_groups import DimensionGroups
-from lcx.positions.distance_plan import DistancePlan, Distances
+from lcx.positions.distance_plan import Distances, RegionPlan
 from lcx.positions.dual_chunk import DualChunk
 from lcx.positions.query_scale import LogLength, LogN, Stepped
 from lcx.positions.rerope import ReRoPE
@@ -29,7 +29,7 @@ from lcx.positions.rotate import rotate
 from lcx.positions.self_extend import SelfExtend
 from lcx.spec import SpecError
 
-PLANS = [plan for cls in parts(DistancePlan) for plan in cls.examples()]
+PLANS = [plan for cls in parts(RegionPlan) for plan in cls.examples()]
 DIM = 8
 
 

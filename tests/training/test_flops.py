@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lcx.attention.mask import Causal, Sink, Window
+from lcx.attention.mask import Causal, Chunk, Sink, Window
 from lcx.batch import Batch, causal_info
 from lcx.channels.glu import GLU
 from lcx.mixers.attention import Attention
@@ -16,6 +16,7 @@ from lcx.mixers.mixer import Mixer
 from lcx.models.decoder import Decoder
 from lcx.models.layer import Layer
 from lcx.positions.dimension_groups import DimensionGroups
+from lcx.positions.long_heads import LongHeads
 from lcx.spec import edit
 from lcx.training.flops import PEAKS, counter, pair_flops, peak
 from lcx.training.step import abstract_model
@@ -103,6 +104,12 @@ def test_every_mixer_has_a_count():
     for kind in kinds(Mixer):
         for mixer in kind.examples():
             assert all(flops > 0 for flops in pair_flops(mixer).values())
+
+
+def test_chosen_chunks():
+    """4 heads of 8: of a pair seen 4 x 32, of a chunk before a query 2 x 32, within a chunk 8 x 32 a pair before it."""
+    mixer = Attention(heads=4, kv_heads=2, head_dim=8, distances=LongHeads(chunk=4, chunks=3))
+    assert pair_flops(mixer) == {Window(size=10): 128, Causal(): 16, Chunk(size=4): 256}
 
 
 def test_unknown_mixers_and_devices_are_not_guessed():

@@ -1,0 +1,38 @@
+"""LongHeads (Lu et al. 2024): each head of each query sees a few chunks of the row, renumbered to the trained length."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lcx.positions.distance_plan import DistancePlan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LongHeads(DistancePlan):
+    """A document in chunks of `chunk` tokens, of which a query sees at most `chunks`: the first, its own up to itself, the one
+    before, and those whose keys fit it best, chosen for each query head. Their tokens are numbered as if nothing stood between
+    them, so chunk x chunks is the trained length or less; queries with no more before them see all, as trained.
+
+    Keys of a chunk are summed up by attention within it (`lcx/attention/chosen_chunks.py`), which takes the queries of all its
+    tokens: caches hold them beside the keys, H / K heads more. Training-free; published: 16 chunks of 256 for Llama-2.
+    """
+
+    chunk: int = 256
+    chunks: int = 16
+
+    def validate(self):
+        self.check(self.chunk >= 1, "chunk", "at least 1 token")
+        self.check(self.chunks >= 3, "chunks", "at least 3: the first, the one before and the query's own")
+
+    @property
+    def reads_queries(self):
+        return True
+
+    def held(self, q: Float[Array, "B T H D"], k: Float[Array, "B T K D"]) -> Float[Array, "B T K X"]:
+        """Keys with the queries of their tokens and their heads behind them, H/K of them."""
+        return jnp.concatenate([k, q.reshape(*k.shape[:3], -1)], axis=-1)
+
+    @classmethod
+    def examples(cls):
+        return (cls(chunk=4, chunks=3),)
