@@ -5,6 +5,7 @@
     python -m experiments.ablate --config=config:ablations.positions.passkeys
     python -m experiments.ablate --config=config:ablations.positions.dimensions
     python -m experiments.ablate --config=config:ablations.positions.trained_anew
+    python -m experiments.ablate --config=config:ablations.positions.tables
 
 `zero_shot` measures all methods without training; `fine_tuned` trains each of the methods that need it, for a few steps at 512
 tokens or, those with positions of their own, on rows of 128. Both read `copier`, shipped with the package, which
@@ -40,6 +41,7 @@ from lcx.evaluation.longrope_factors import harmonic, longrope
 from lcx.evaluation.panels import Panel
 from lcx.evaluation.tasks.perplexity import Perplexity
 from lcx.evaluation.tasks.retrieval import Retrieval
+from lcx.models.position_table import PositionTable
 from lcx.positions.alibi import ALiBi
 from lcx.positions.base_multiplier import BaseMultiplier
 from lcx.positions.clex import CLEX
@@ -182,6 +184,20 @@ def trained_anew(steps: int = 800) -> Ablation:
         ),
         panels=_panels(),
     )
+
+
+def tables(steps: int = 800) -> Ablation:
+    """A model with a learned table of 128 places instead, read further as LongEmbed reads encoders."""
+    table = lambda **options: (("model.position_table", PositionTable(rows=TRAINED, **options)),)
+    variants = [Variant(method="none", lengths=(TRAINED,))]
+    for scale in (2, 4):
+        ways = {reading: table(reading=reading) for reading in ("grouped", "recurrent")}
+        ways["interpolated"] = table(reading="interpolated", factor=scale)
+        lengths = (scale * TRAINED,)
+        variants += [Variant(method=way, scale=float(scale), lengths=lengths, edits=changes) for way, changes in ways.items()]
+    anew = trained_anew(steps)
+    arm = Arm(name="table", edits=(("model.rope", None), *table()))
+    return edits(anew, [("arms", (arm,)), ("variants", tuple(variants))])
 
 
 def _panels() -> tuple[Panel, ...]:

@@ -132,7 +132,7 @@ def local_fold(
         if distances.plan.reads_queries:
             if backend in KERNELS:
                 raise ValueError(f"attend: backend = {backend!r} with {distances.plan}: expected 'auto', 'xla' or 'reference'")
-            return ChosenChunks(mask, scale, softcap, distances)
+            return ChosenChunks(choose(backend), mask, scale, softcap, distances)
         return Regions(choose(backend), mask, scale, softcap, distances)
     decay = None if bias is None else dataclasses.replace(bias.decay(heads or q.shape[2]), axes=head_axes)
     if plan is None:

@@ -3,25 +3,46 @@
 A chunk is summed up, for each query head, by attention within it, both ways, of queries turned by their place in the chunk: the
 mean of its outputs asks the chunk's turned keys once more, and what it gets of them is what a raw query is compared with.
 
-With the chunks of a query in their order, r the place of one among them and n their number, a key has distance
-(n - 1 - r) chunk + (i mod chunk) - (j mod chunk): so keys are turned once, by their place in their chunk, and a query for each
-of its chunks. Keys are gathered for some queries at a time, forward and backward; the choice has no gradient.
+A query sees its own chunk as trained. Of a chunk before it, with `ahead` chosen ones from there to its own, the key at place j
+is at distance ahead x chunk + (i mod chunk) - j: so keys are turned once, by their place in their chunk, and queries for every
+number of chunks ahead, of which each head takes its own. Some queries meet one chunk after the other, in a softmax that grows;
+chunks that none of them chose are skipped. The choice has no gradient.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
-from lcx.attention.mask import Mask
+from lcx.attention.mask import Chunk, Mask
+from lcx.attention.merge import merge
 from lcx.positions.distance_plan import Distances, plain
 from lcx.positions.rotate import rotate
 from pallas_kernels.target import precision
 from pallas_kernels.tile_attention import op
 
-GATHERED = 1 << 25  # numbers of keys and values that are gathered at once
+HELD = 1 << 22  # numbers that some queries, turned and compared, may be
 NEVER = np.iinfo(np.int32).max
+
+
+class Chunks(NamedTuple):
+    """The N whole chunks of each row, in the order of their documents. segment: NEVER where there are fewer."""
+
+    k: Float[Array, "B N C K D"]  # turned by their place in the chunk
+    v: Float[Array, "B N C K D"]
+    summary: Float[Array, "B N H D"]
+    number: Int[Array, "B N"]
+    segment: Int[Array, "B N"]
+
+
+class Choice(NamedTuple):
+    """What queries chose. ahead: how many chosen chunks lie from there to a query's own, at least 1."""
+
+    chosen: Bool[Array, "B T H N"]
+    ahead: Int[Array, "B T H N"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,127 +50,190 @@ class ChosenChunks(op.Fold):
     """Keys come with the queries of their tokens (`LongHeads.held`), all of a document's up to the queries', in any order.
     Rows with shared tokens or readers give NaN: no chunk is theirs."""
 
+    form: str
     mask: Mask
     scale: float
     softcap: float | None
     distances: Distances
 
     def forward(self, q, k, v, q_tokens, k_tokens):
-        rows = len(q)
-        row = lambda q, k, v, q_tokens, k_tokens: _Row(self, rows, k, v, k_tokens).attend(q, q_tokens)
-        out, lse = jax.vmap(row)(q, k, v, q_tokens, k_tokens)
+        k, asking = self._split(q, k)
+        turned = self._turn(q, q_tokens.index).astype(q.dtype), self._turn(k, k_tokens.index, "key").astype(k.dtype)
+        own = self._own.forward(*turned, v, q_tokens, k_tokens)
+        places, chunks = self._chunks(k, asking, v, k_tokens)
+
+        def some(given):
+            q, tokens = given
+            choice, queries = self._choose(q, tokens, chunks), self._for_every_number(q, tokens)
+
+            def add(carry, n):
+                return self._if_chosen(choice, n, lambda carry: self._add(carry, queries, choice, chunks, n), carry), None
+
+            rows = q.shape[:3]
+            none = jnp.zeros((*rows, v.shape[-1])), jnp.full(rows, -jnp.inf)
+            return jax.lax.scan(add, none, jnp.arange(places.shape[1]))[0]
+
+        far = jax.lax.map(some, self._cut(places, q, q_tokens))
+        far = tuple(jnp.moveaxis(x, 0, 1).reshape(len(q), -1, *x.shape[3:])[:, : q.shape[1]] for x in far)
         undefined = (q_tokens.segments < 0).any(axis=1) | (k_tokens.segments < 0).any(axis=1)
-        poisoned = lambda x: jnp.where(undefined.reshape(-1, *(1,) * (x.ndim - 1)), jnp.nan, x)
-        return poisoned(out), poisoned(lse)
+        return tuple(jnp.where(undefined.reshape(-1, *(1,) * (x.ndim - 1)), jnp.nan, x) for x in merge(own, far))
 
     def backward(self, q, k, v, q_tokens, k_tokens, lse, delta, d_out):
-        run = lambda q, k, v: self.forward(q, k, v, q_tokens, k_tokens)
-        (out, _), pull = jax.vjp(run, *(x.astype(jnp.float32) for x in (q, k, v)))
-        d_lse = jnp.where(lse == -jnp.inf, 0, jnp.sum(d_out * out, axis=-1) - delta)
-        return pull((d_out, d_lse))
+        held, (k, asking) = k, self._split(q, k)
+        turn = lambda q, k: (
+            self._turn(q, q_tokens.index).astype(q.dtype),
+            self._turn(k, k_tokens.index, "key").astype(k.dtype),
+        )
+        turned, back = jax.vjp(turn, q, k)
+        dq, dk, dv = self._own.backward(*turned, v, q_tokens, k_tokens, lse, delta, d_out)
+        dq, dk = (x.astype(jnp.float32) for x in back((dq.astype(q.dtype), dk.astype(k.dtype))))
+        places, chunks = self._chunks(k, asking, v, k_tokens)
 
-    def scores(self, products):
+        def some(totals, given):
+            q, tokens, lse, delta, d_out = given
+            choice = self._choose(q, tokens, chunks)
+            queries, back = jax.vjp(lambda q: self._for_every_number(q, tokens), q)
+
+            def add(carry, n):
+                given = queries, choice, chunks, n, lse, delta, d_out
+                return self._if_chosen(choice, n, lambda carry: self._add_gradients(carry, *given), carry), None
+
+            carry = jnp.zeros_like(queries), *totals
+            d_queries, *totals = jax.lax.scan(add, carry, jnp.arange(places.shape[1]))[0]
+            return tuple(totals), back(d_queries)[0]
+
+        cut = self._cut(places, q, q_tokens, lse, delta, d_out)
+        (dk_chunks, dv_chunks), more = jax.lax.scan(some, (jnp.zeros_like(chunks.k), jnp.zeros_like(chunks.v)), cut)
+        dq = dq + jnp.moveaxis(more, 0, 1).reshape(len(q), -1, *q.shape[2:])[:, : q.shape[1]]
+        take = lambda k, v: self._take(places, k, v, k_tokens)
+        more = jax.vjp(take, k.astype(jnp.float32), v.astype(jnp.float32))[1]((dk_chunks, dv_chunks))
+        dk = jnp.pad(dk + more[0], [(0, 0)] * 3 + [(0, held.shape[-1] - k.shape[-1])])
+        return dq, dk, dv + more[1]
+
+    @property
+    def _own(self):
+        return op.Tiled(self.form, self.mask & Chunk(size=self.distances.plan.chunk), self.scale, self.softcap)
+
+    def _split(self, q, k):
+        """(keys, the queries of their tokens)."""
+        return k[..., : q.shape[-1]], k[..., q.shape[-1] :].reshape(*k.shape[:2], *q.shape[2:])
+
+    def _turn(self, x, index, side="query"):
+        return rotate(x, plain(index), self.distances.frequencies, side=side)
+
+    def _scores(self, products):
         scores = products * self.scale
         return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
 
-    def turn(self, x, index, side):
-        """x [rows, T, heads, D] by index [rows, T]."""
-        return rotate(x, plain(index), self.distances.frequencies, side=side)
-
-
-class _Row:
-    """The keys of a row in the order of their documents, turned by their place in their chunk, and what its chunks are.
-
-    starts: where whole chunks begin [N]; number: of a chunk in its document, segment: the document's; summary [N, H, D].
-    """
-
-    def __init__(self, fold: ChosenChunks, rows: int, k, v, tokens):
-        self.fold, self.rows = fold, rows
-        self.chunk, self.most = fold.distances.plan.chunk, fold.distances.plan.chunks
-        (S, self.K, _), D = k.shape, fold.distances.head_dim
+    def _chunks(self, k, asking, v, tokens) -> tuple[Int[Array, "B N C"], Chunks]:
+        """The places of the tokens of whole chunks in the array (S for none), and the chunks."""
+        (B, S), size = tokens.index.shape, self.distances.plan.chunk
         segments = jnp.where(tokens.segments > 0, tokens.segments, NEVER)
-        order = jnp.lexsort((tokens.index, segments))
-        self.segments, self.index = segments[order], tokens.index[order]
-        self.v = v[order].astype(jnp.float32)
-        k = k[order].astype(jnp.float32)
-        turn = lambda x, side: fold.turn(x[None], (self.index % self.chunk)[None], side)[0]
-        self.k, asking = turn(k[..., :D], "key"), k[..., D:].reshape(S, -1, D)
-        self.H = asking.shape[1]
-        self._find_chunks(S)
-        self._sum_up(jax.lax.stop_gradient((turn(asking, "query"), self.k, self.v)))
+        order = jnp.lexsort((tokens.index, segments), axis=-1)
+        segments, index = (jnp.take_along_axis(x, order, axis=1) for x in (segments, tokens.index))
+        last = jnp.minimum(jnp.arange(S) + size - 1, S - 1)
+        whole = (index % size == 0) & (segments != NEVER) & (segments[:, last] == segments)
+        whole &= index[:, last] == index + size - 1
+        count = max(1, S // size)
+        starts = jax.vmap(lambda row: jnp.nonzero(row, size=count, fill_value=S)[0])(whole)
+        of_start = lambda x, other: jnp.where(starts < S, jnp.take_along_axis(x, jnp.minimum(starts, S - 1), axis=1), other)
+        at = jnp.minimum(starts[..., None] + jnp.arange(size), S - 1).reshape(B, -1)
+        places = jnp.where((starts < S)[..., None], jnp.take_along_axis(order, at, axis=1).reshape(B, count, size), S)
+        wide = (k.astype(jnp.float32), v.astype(jnp.float32))
+        turned, values = self._take(places, *wide, tokens)
+        (queries,) = _taken(places, self._turn(asking, tokens.index % size))
+        summary = jax.lax.stop_gradient(self._sums(queries, turned, values))
+        return places, Chunks(turned, values, summary, of_start(index, 0) // size, of_start(segments, NEVER))
 
-    def _find_chunks(self, S):
-        count = max(1, S // self.chunk)
-        last = jnp.minimum(jnp.arange(S) + self.chunk - 1, S - 1)
-        whole = (self.index % self.chunk == 0) & (self.segments != NEVER) & (self.segments[last] == self.segments)
-        whole &= self.index[last] == self.index + self.chunk - 1
-        self.starts = jnp.nonzero(whole, size=count, fill_value=S)[0]
-        at = jnp.minimum(self.starts, S - 1)
-        self.segment = jnp.where(self.starts < S, self.segments[at], NEVER)
-        self.number = self.index[at] // self.chunk
+    def _take(self, places, k, v, tokens):
+        """Keys, turned by their place in their chunk, and values of chunks."""
+        return _taken(places, self._turn(k, tokens.index % self.distances.plan.chunk, "key"), v)
 
-    def _sum_up(self, arrays):
-        fold = self.fold
+    def _sums(self, asking, k, v) -> Float[Array, "B N H D"]:
+        def one(arrays):
+            asking, k, v = arrays
+            asking = asking.reshape(len(k), k.shape[1], -1, asking.shape[-1])
+            weights = jax.nn.softmax(self._scores(_product("tkgd,skd->kgts", asking, k)), axis=-1)
+            mean = _product("kgts,ske->kge", weights, v) / len(k)
+            weights = jax.nn.softmax(self._scores(_product("kge,ske->kgs", mean, k)), axis=-1)
+            return _product("kgs,skd->kgd", weights, k).reshape(-1, k.shape[-1])
 
-        def one(start):
-            asking, k, v = (jax.lax.dynamic_slice_in_dim(x, start, self.chunk) for x in arrays)
-            asking = asking.reshape(self.chunk, self.K, -1, asking.shape[-1])
-            weights = jax.nn.softmax(fold.scores(_product("tkgd,skd->kgts", asking, k)), axis=-1)
-            mean = _product("kgts,ske->kge", weights, v) / self.chunk
-            weights = jax.nn.softmax(fold.scores(_product("kge,ske->kgs", mean, k)), axis=-1)
-            return _product("kgs,skd->kgd", weights, k).reshape(self.H, -1)
+        each = asking.shape[3] * asking.shape[2] ** 2
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (asking, k, v))
+        return jax.lax.map(one, flat, batch_size=max(1, HELD // each)).reshape(*k.shape[:2], asking.shape[3], -1)
 
-        if len(self.k) < self.chunk:
-            self.summary = jnp.zeros((1, self.H, self.k.shape[-1]))
-            return
-        each = self.rows * self.H * self.chunk**2
-        self.summary = jax.lax.map(one, self.starts, batch_size=max(1, GATHERED // each))
+    def _cut(self, places, q, *arrays):
+        """Queries and what comes with them in blocks [blocks, B, n, ...], float32."""
+        (B, T, H, D), plan = q.shape, self.distances.plan
+        each = B * H * max((plan.chunks - 1) * D, plan.chunk, places.shape[1])
+        size = max(1, min(T, HELD // each))
 
-    def attend(self, q, tokens):
-        """(out [T, H, E], lse [T, H]) of raw queries."""
-        T, H, _ = q.shape
-        each = self.rows * H * self.most * self.chunk * (self.k.shape[-1] + self.v.shape[-1])
-        size = max(1, min(T, GATHERED // each))
-        cut = lambda x: jnp.pad(x, [(0, -T % size)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, size, *x.shape[1:])
-        some = jax.checkpoint(lambda given: self._attend(*given))
-        found = jax.lax.map(some, (cut(q.astype(jnp.float32)), cut(tokens.index), cut(tokens.segments)))
-        return tuple(x.reshape(-1, *x.shape[2:])[:T] for x in found)
+        def cut(x):
+            x = x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+            x = jnp.pad(x, [(0, 0), (0, -T % size)] + [(0, 0)] * (x.ndim - 2))
+            return jnp.moveaxis(x.reshape(B, -1, size, *x.shape[2:]), 1, 0)
 
-    def _attend(self, q, index, segments):
-        numbers = self._chosen(jax.lax.stop_gradient(q), index, segments)  # [n, H, most], NEVER where there is none
-        count = jnp.minimum(index // self.chunk + 1, self.most)
-        ahead = jnp.maximum(count[:, None] - 1 - jnp.arange(self.most), 0) * self.chunk
-        x = jnp.broadcast_to(q[:, None], (len(q), self.most, *q.shape[1:]))
-        x = self.fold.turn(x, ahead + (index % self.chunk)[:, None], "query").reshape(
-            len(q), self.most, self.K, -1, q.shape[-1]
-        )
-        begin = jnp.searchsorted(self.segments, segments)
-        place = jnp.where(numbers == NEVER, 0, numbers)[..., None] * self.chunk + jnp.arange(self.chunk)
-        seen = (numbers != NEVER)[..., None] & (place <= index[:, None, None, None]) & (segments > 0)[:, None, None, None]
-        at = jnp.minimum(begin[:, None, None, None] + place, len(self.k) - 1)
-        head = (jnp.arange(self.H) * self.K // self.H)[None, :, None, None]
-        x = jnp.moveaxis(x.reshape(len(q), self.most, self.H, -1), 2, 1)
-        scores = self.fold.scores(_product("nhcd,nhcld->nhcl", x, self.k[at, head]))
-        scores = jnp.where(seen, scores, -jnp.inf).reshape(len(q), self.H, -1)
-        largest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
-        weights = jnp.exp(scores - jnp.where(largest == -jnp.inf, 0, largest))
-        total = weights.sum(axis=-1, keepdims=True)
-        some = total[..., 0] > 0
-        lse = jnp.where(some, jnp.log(jnp.where(some, total[..., 0], 1)) + largest[..., 0], -jnp.inf)
-        weights = (weights / jnp.where(total > 0, total, 1)).reshape(seen.shape)
-        return _product("nhcl,nhcle->nhe", weights, self.v[at, head]), lse
+        return jax.tree.map(cut, (q, *arrays))
 
-    def _chosen(self, q, index, segments):
-        """The numbers of the chunks that each query and head sees, in order."""
-        own = index // self.chunk
-        may = (self.segment == segments[:, None]) & (self.number >= 1) & (self.number <= own[:, None] - 2)
-        fit = jnp.where(may[:, None], _product("nhd,chd->nhc", q, self.summary), -jnp.inf)
-        fit, best = jax.lax.top_k(fit, min(self.most - 3, fit.shape[-1]))
-        best = jnp.where(fit == -jnp.inf, NEVER, self.number[best])
-        always = jnp.stack([jnp.zeros_like(own), jnp.where(own >= 2, own - 1, NEVER), jnp.where(own >= 1, own, NEVER)], axis=-1)
-        always = jnp.broadcast_to(always[:, None], (len(q), self.H, 3))
-        found = jnp.sort(jnp.concatenate([always, best], axis=-1), axis=-1)
-        return jnp.pad(found, ((0, 0), (0, 0), (0, self.most - found.shape[-1])), constant_values=NEVER)
+    def _choose(self, q, tokens, chunks: Chunks) -> Choice:
+        plan, own = self.distances.plan, (tokens.index // self.distances.plan.chunk)[..., None]
+        before = (chunks.segment[:, None] == tokens.segments[..., None]) & (chunks.number[:, None] < own)
+        always = before & ((chunks.number[:, None] == 0) | (chunks.number[:, None] == own - 1))
+        fit = _product("bthd,bnhd->bthn", q, chunks.summary)
+        fit = jnp.where((before & ~always)[:, :, None], fit, -jnp.inf)
+        most, best = jax.lax.top_k(fit, min(plan.chunks - 3, fit.shape[-1]))
+        b, t, h = jnp.ix_(*map(jnp.arange, fit.shape[:3]))
+        chosen = jnp.broadcast_to(always[:, :, None], fit.shape)
+        chosen = chosen.at[b[..., None], t[..., None], h[..., None], best].max(most > -jnp.inf)
+        reached = jnp.cumsum(chosen, axis=-1)
+        return Choice(chosen, jnp.maximum(reached[..., -1:] - reached + 1, 1))
+
+    def _for_every_number(self, q, tokens) -> Float[Array, "B T n H D"]:
+        """Queries turned for 1, 2, ... chunks ahead."""
+        size, most = self.distances.plan.chunk, self.distances.plan.chunks
+        index = (tokens.index % size)[..., None] + size * jnp.arange(1, most)
+        flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])
+        many = jnp.broadcast_to(q[:, :, None], (*q.shape[:2], most - 1, *q.shape[2:]))
+        return self._turn(flat(many), flat(index)).reshape(many.shape)
+
+    def _if_chosen(self, choice: Choice, n, then, carry):
+        return jax.lax.cond(jnp.any(choice.chosen[..., n]), then, lambda carry: carry, carry)
+
+    def _against(self, queries, choice: Choice, chunks: Chunks, n):
+        """(places of the queries taken, them by key head, the chunk's keys and values, products, whether they count)."""
+        B, T, _, H, D = queries.shape
+        b, t, h = jnp.ix_(*map(jnp.arange, (B, T, H)))
+        at = b, t, choice.ahead[..., n] - 1, h
+        k, v = chunks.k[:, n], chunks.v[:, n]
+        x = queries[at].reshape(B, T, k.shape[2], -1, D)
+        return at, x, k, v, _product("btkgd,bskd->btkgs", x, k), choice.chosen[..., n].reshape(*x.shape[:4], 1)
+
+    def _add(self, carry, queries, choice, chunks, n):
+        _, _, _, v, products, seen = self._against(queries, choice, chunks, n)
+        scores = jnp.where(seen, self._scores(products), -jnp.inf)
+        lse = jax.nn.logsumexp(scores, axis=-1)
+        weights = jnp.where(seen, jnp.exp(scores - jnp.where(seen[..., 0], lse, 0)[..., None]), 0)
+        out = _product("btkgs,bske->btkge", weights, v)
+        return merge(carry, (out.reshape(carry[0].shape), lse.reshape(carry[1].shape)))
+
+    def _add_gradients(self, carry, queries, choice, chunks, n, lse, delta, d_out):
+        d_queries, dk, dv = carry
+        at, x, k, v, products, seen = self._against(queries, choice, chunks, n)
+        by_head = lambda y: y.reshape(*x.shape[:4], *y.shape[3:])
+        scores, back = jax.vjp(self._scores, products)
+        lse, delta, d_out = by_head(lse)[..., None], by_head(delta)[..., None], by_head(d_out)
+        p = jnp.where(seen, jnp.exp(jnp.where(seen, scores - lse, 0)), 0)
+        (ds,) = back(p * (_product("btkge,bske->btkgs", d_out, v) - delta))
+        dx = _product("btkgs,bskd->btkgd", ds, k).reshape(*x.shape[:2], -1, x.shape[-1])
+        dk = dk.at[:, n].add(_product("btkgs,btkgd->bskd", ds, x))
+        dv = dv.at[:, n].add(_product("btkgs,btkge->bske", p, d_out))
+        return d_queries.at[at].add(dx), dk, dv
+
+
+def _taken(places, *arrays):
+    """Tokens [B, S, ...] at places [B, N, C], 0 where there is none."""
+    b = jnp.arange(len(places))[:, None, None]
+    return tuple(x.at[b, places].get(mode="fill", fill_value=0) for x in arrays)
 
 
 def _product(how, a, b):
