@@ -127,6 +127,29 @@ class ChosenChunks(op.Fold):
 
     def _chunks(self, k, asking, v, tokens) -> tuple[Int[Array, "B N C"], Chunks]:
         """The places of the tokens of whole chunks in the array (S for none), and the chunks."""
+        places, number, segment = self._whole(tokens)
+        turned, values = self._take(places, k.astype(jnp.float32), v.astype(jnp.float32), tokens)
+        if self.distances.summed:
+            summary = _taken(places[..., -1], asking)[0].astype(jnp.float32)
+        else:
+            summary = self._summaries(places, asking, turned, values, tokens, places[..., 0] < k.shape[1])
+        return places, Chunks(turned, values, jax.lax.stop_gradient(summary), number, segment)
+
+    def sum_up(self, k, v, tokens, new: Bool[Array, "B S"]):
+        """Keys as a cache holds them: behind the last of a whole chunk stands the summary, not its queries. new: the tokens
+        that were not there before, of which alone chunks can have become whole."""
+        keys, asking = k[..., : self.distances.head_dim], k[..., self.distances.head_dim :]
+        asking = asking.reshape(*k.shape[:2], -1, keys.shape[-1])
+        places, _, _ = self._whole(tokens)
+        (closed,) = _taken(places[..., -1], new)
+        turned, values = self._take(places, keys.astype(jnp.float32), v.astype(jnp.float32), tokens)
+        summary = self._summaries(places, asking, turned, values, tokens, closed).astype(k.dtype)
+        at = jnp.arange(len(k))[:, None], jnp.where(closed, places[..., -1], k.shape[1])
+        asking = asking.at[at].set(summary, mode="drop")
+        return jnp.concatenate([keys, asking.reshape(*k.shape[:3], -1)], axis=-1)
+
+    def _whole(self, tokens):
+        """(places of the tokens of whole chunks, S for none [B, N, C]; number and segment of each chunk [B, N])."""
         (B, S), size = tokens.index.shape, self.distances.plan.chunk
         segments = jnp.where(tokens.segments > 0, tokens.segments, NEVER)
         order = jnp.lexsort((tokens.index, segments), axis=-1)
@@ -139,28 +162,29 @@ class ChosenChunks(op.Fold):
         of_start = lambda x, other: jnp.where(starts < S, jnp.take_along_axis(x, jnp.minimum(starts, S - 1), axis=1), other)
         at = jnp.minimum(starts[..., None] + jnp.arange(size), S - 1).reshape(B, -1)
         places = jnp.where((starts < S)[..., None], jnp.take_along_axis(order, at, axis=1).reshape(B, count, size), S)
-        wide = (k.astype(jnp.float32), v.astype(jnp.float32))
-        turned, values = self._take(places, *wide, tokens)
-        (queries,) = _taken(places, self._turn(asking, tokens.index % size))
-        summary = jax.lax.stop_gradient(self._sums(queries, turned, values))
-        return places, Chunks(turned, values, summary, of_start(index, 0) // size, of_start(segments, NEVER))
+        return places, of_start(index, 0) // size, of_start(segments, NEVER)
 
     def _take(self, places, k, v, tokens):
         """Keys, turned by their place in their chunk, and values of chunks."""
         return _taken(places, self._turn(k, tokens.index % self.distances.plan.chunk, "key"), v)
 
-    def _sums(self, asking, k, v) -> Float[Array, "B N H D"]:
-        def one(arrays):
-            asking, k, v = arrays
-            asking = asking.reshape(len(k), k.shape[1], -1, asking.shape[-1])
-            weights = jax.nn.softmax(self._scores(_product("tkgd,skd->kgts", asking, k)), axis=-1)
-            mean = _product("kgts,ske->kge", weights, v) / len(k)
-            weights = jax.nn.softmax(self._scores(_product("kge,ske->kgs", mean, k)), axis=-1)
-            return _product("kgs,skd->kgd", weights, k).reshape(-1, k.shape[-1])
+    def _summaries(self, places, asking, k, v, tokens, wanted: Bool[Array, "B N"]) -> Float[Array, "B N H D"]:
+        """Of the wanted chunks; k and v are theirs, turned. As wide as keys are, which a cache holds them beside."""
+        (turned,) = _taken(places, self._turn(asking, tokens.index % self.distances.plan.chunk))
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (turned, k, v, wanted))
 
-        each = asking.shape[3] * asking.shape[2] ** 2
-        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (asking, k, v))
-        return jax.lax.map(one, flat, batch_size=max(1, HELD // each)).reshape(*k.shape[:2], asking.shape[3], -1)
+        def one(arrays):
+            *arrays, wanted = arrays
+            return jax.lax.cond(wanted, self._summary, lambda asking, k, v: jnp.zeros(asking.shape[1:]), *arrays)
+
+        return jax.lax.map(one, flat).reshape(*k.shape[:2], *asking.shape[2:]).astype(asking.dtype).astype(jnp.float32)
+
+    def _summary(self, asking, k, v) -> Float[Array, "H D"]:
+        asking = asking.reshape(len(k), k.shape[1], -1, asking.shape[-1])
+        weights = jax.nn.softmax(self._scores(_product("tkgd,skd->kgts", asking, k)), axis=-1)
+        mean = _product("kgts,ske->kge", weights, v) / len(k)
+        weights = jax.nn.softmax(self._scores(_product("kge,ske->kgs", mean, k)), axis=-1)
+        return _product("kgs,skd->kgd", weights, k).reshape(-1, k.shape[-1])
 
     def _cut(self, places, q, *arrays):
         """Queries and what comes with them in blocks [blocks, B, n, ...], float32."""
@@ -231,8 +255,8 @@ class ChosenChunks(op.Fold):
 
 
 def _taken(places, *arrays):
-    """Tokens [B, S, ...] at places [B, N, C], 0 where there is none."""
-    b = jnp.arange(len(places))[:, None, None]
+    """Tokens [B, S, ...] at places [B, ...], 0 where there is none."""
+    b = jnp.arange(len(places)).reshape(-1, *(1,) * (places.ndim - 1))
     return tuple(x.at[b, places].get(mode="fill", fill_value=0) for x in arrays)
 
 

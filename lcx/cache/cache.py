@@ -6,6 +6,7 @@ never seen. Tokens that find no slot are counted in the state's `overflow [B]`, 
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Array, Float
@@ -40,6 +41,12 @@ class Cache(Spec, abc.ABC):
         frequencies: Frequencies | None,
     ) -> Any:
         """The state with the non-padding tokens of a chunk after those already there; `k` comes raw, before rotation."""
+
+    def rewrite(self, state: Any, before: Any, keys: Callable) -> Any:
+        """The state with keys(k, v, info, new) for its keys; new [B, S]: slots that were empty `before`."""
+        raise NotImplementedError(
+            f"{type(self).__name__} does not rewrite keys, which a distance plan that reads queries needs"
+        )
 
     @abc.abstractmethod
     def attend(

@@ -90,6 +90,10 @@ class DenseCache(Cache):
             overflow=state.overflow + jnp.maximum(count - length, 0),
         )
 
+    def rewrite(self, state, before, keys):
+        new = jnp.arange(self.length(state)) >= before.used[:, None]
+        return dataclasses.replace(state, k=keys(state.k, state.v, state.info, new))
+
     def read(self, state, frequencies):
         k = state.k
         if self.keys == "raw" and frequencies is not None:

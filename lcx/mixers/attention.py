@@ -9,7 +9,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from lcx.attention.attend import KERNELS, Backend
-from lcx.attention.mask import Causal, Mask
+from lcx.attention.chosen_chunks import ChosenChunks
+from lcx.attention.mask import Causal, Mask, tokens_of
 from lcx.attention.merge import with_sinks
 from lcx.attention.sharded import sharded_attend
 from lcx.batch import Batch, lengths_of
@@ -164,7 +165,11 @@ class AttentionModule(MixerModule):
             mesh = {"rules": rules, "communication": self.inherited.communication}
             out, lse = sharded_attend(q, k, v, info, info, **mesh, **options)
         else:
-            state = spec.cache.append(state, k, v, info, frequencies)
+            before, state = state, spec.cache.append(state, k, v, info, frequencies)
+            if distances is not None and distances.plan.reads_queries:
+                options["distances"] = distances = dataclasses.replace(distances, summed=True)
+                fold = ChosenChunks("xla", spec.mask, options["scale"], spec.softcap, distances)
+                state = spec.cache.rewrite(state, before, lambda k, v, info, new: fold.sum_up(k, v, tokens_of(info), new))
             out, lse = spec.cache.attend(state, q, info, frequencies=frequencies, **options)
         if self.sinks is not None:
             out = with_sinks(out, lse, self.sinks[...])

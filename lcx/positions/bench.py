@@ -4,7 +4,8 @@
 
 Forms take turns in one process; the figures are the shortest of the rounds, ratios are to the first row. The rotation is part
 of every form. A distance plan is a fold of the tile form a region: what it costs beyond plain attention are the tiles on the
-borders of regions, which are computed in both, and the rotations of its regions.
+borders of regions, which are computed in both, and the rotations of its regions. LongHeads sees a part of the keys; its chunks
+are compared without a tile form.
 """
 
 import functools
@@ -20,6 +21,7 @@ from lcx.batch import causal_info
 from lcx.positions.dimension_groups import DimensionGroups
 from lcx.positions.distance_plan import DistancePlan, Distances
 from lcx.positions.dual_chunk import DualChunk
+from lcx.positions.long_heads import LongHeads
 from lcx.positions.rerope import ReRoPE
 from lcx.positions.rope import Rope
 from lcx.positions.rotate import rotate
@@ -32,6 +34,7 @@ PLANS: dict[str, DistancePlan | None] = {
     "ReRoPE": ReRoPE(window=1024),
     "Leaky ReRoPE": ReRoPE(window=1024, leak=8.0),
     "dual chunk": DualChunk(chunk=3072, clip=4095),
+    "LongHeads, 16 chunks of 256": LongHeads(),
     "DPE": DimensionGroups(groups=(2, 8, 2, 8, 32, 32, 32, 4), window=1024),
 }
 
@@ -43,6 +46,7 @@ def form(plan: DistancePlan | None) -> Callable:
     def attention(q, k, v, info):
         if plan is not None:
             distances = Distances(plan, Rope(), HEAD_DIM, LENGTH)
+            k = plan.held(q, k) if plan.reads_queries else k
             return attend(q, k, v, info, info, distances=distances, **options)[0]
         frequencies = Rope().frequencies(HEAD_DIM, LENGTH)
         turned = (rotate(x, info.positions, frequencies) for x in (q, k))

@@ -69,12 +69,16 @@ class RegionPlan(DistancePlan):
 
 @dataclasses.dataclass(frozen=True)
 class Distances:
-    """A plan with the rope that it turns by, for rows of at most `length` tokens. Hashable and static."""
+    """A plan with the rope that it turns by, for rows of at most `length` tokens. Hashable and static.
+
+    summed: keys that carry queries carry the summaries of their chunks too (`ChosenChunks.sum_up`).
+    """
 
     plan: DistancePlan
     rope: FrequencyRule
     head_dim: int
     length: int
+    summed: bool = False
 
     @property
     def frequencies(self) -> Frequencies:

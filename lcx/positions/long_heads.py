@@ -15,7 +15,8 @@ class LongHeads(DistancePlan):
     them, so chunk x chunks is the trained length or less; queries with no more before them see all, as trained.
 
     Keys of a chunk are summed up by attention within it (`lcx/attention/chosen_chunks.py`), which takes the queries of all its
-    tokens: caches hold them beside the keys, H / K heads more. Training-free; published: 16 chunks of 256 for Llama-2.
+    tokens: caches hold them beside the keys, H / K heads more, and sum a chunk up once, when it is whole. Training-free;
+    published for Llama-2: 16 chunks of 256.
     """
 
     chunk: int = 256
