@@ -21,7 +21,7 @@ def main(arguments: Arguments) -> None:
     if arguments.dry_run:
         check_config(arguments.run_dir, evaluation)
         print(render(evaluation, "config"), render(experiment.model, "model"), sep="\n\n")
-        print("", listed(model_figures(experiment.model, evaluation.lengths)), sep="\n")
+        print("", listed(model_figures(experiment.model, evaluation.lengths, experiment.data.length)), sep="\n")
         return
     run_dir = arguments.run_dir
     evaluate(evaluation, run_dir)

@@ -83,8 +83,9 @@ def figures(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def model_figures(model: Decoder, lengths: Sequence[int]) -> dict[str, Any]:
-    """Sizes and work of using a trained model, by name: a forward pass over a row, and the state that a row decodes with."""
+def model_figures(model: Decoder, lengths: Sequence[int], trained: int | None = None) -> dict[str, Any]:
+    """Sizes and work of using a model, by name: a forward pass over a row, and the state that a row decodes with. trained: the
+    tokens of the rows that it was trained on."""
     graph, state = abstract_model(model)
     params, count = nnx.to_pure_dict(state), counter(model, state)
     found: dict[str, Any] = {
@@ -97,7 +98,7 @@ def model_figures(model: Decoder, lengths: Sequence[int]) -> dict[str, Any]:
         found[f"forward FLOPs a row of {length}, visible pairs only"] = count.forward(count.documents(1, length))
         found[f"forward FLOPs a row of {length}, all pairs"] = count.forward(count.full(1, length))
         found[f"state bytes a row of {length}"] = _bytes(held)
-    return found | wavelengths(model, max(lengths))
+    return found | wavelengths(model, max(lengths), trained)
 
 
 COMPACT = (
@@ -119,19 +120,27 @@ def compared(runs: dict[str, Experiment]) -> str:
     return "\n\n".join(f"{head}\n{text}" for head, text in heads)
 
 
-def wavelengths(model: Decoder, length: int) -> dict[str, str]:
-    """Of every rotating layer of the pattern: its wavelengths in tokens, and how far it reaches (`positions.analysis`)."""
+def wavelengths(model: Decoder, length: int, trained: int | None = None) -> dict[str, str]:
+    """Of every attention layer of the pattern: its wavelengths in tokens and how far it reaches (`positions.analysis`), a plan
+    or bias of distances."""
     found = {}
     for i, layer in enumerate(model.pattern):
         rule = getattr(layer.mixer, "rope", None)
         rule = model.rope if rule == "model" else rule
-        if not isinstance(layer.mixer, Attention) or not isinstance(rule, FrequencyRule):
+        if not isinstance(layer.mixer, Attention):
+            continue
+        for what in ("distances", "distance_bias"):
+            if (part := getattr(layer.mixer, what)) is not None:
+                found[f"{what} of pattern[{i}]"] = str(part)
+        if not isinstance(rule, FrequencyRule):
+            found[f"rope of pattern[{i}]"] = "none"
             continue
         frequencies = rule.frequencies(layer.mixer.head_dim, length).at(length)
         turning = frequencies.inv_freq[frequencies.inv_freq > 0]
         waves = 2 * math.pi / turning
-        far, query = reach(rule, layer.mixer.head_dim, length), layer.mixer.query_scale
-        end = (np.asarray([[n]], np.int32) for n in (length - 1, 1 << 30, length))  # the last place, a deep layer
+        far, query = reach(rule, layer.mixer.head_dim, length, trained), layer.mixer.query_scale
+        last = model.depth - len(model.pattern) + i
+        end = (np.asarray([[n]], np.int32) for n in (length - 1, last, length))  # the last place, the deepest such layer
         most = 1.0 if query is None else float(query.scale(*end)[0, 0])
         found[f"rope of pattern[{i}], {type(rule).__name__}"] = (
             f"{len(turning)} pairs, wavelengths {waves.min():.4g} to {waves.max():.4g} tokens, "

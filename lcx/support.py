@@ -25,6 +25,7 @@ from lcx.positions.clex import CLEX
 from lcx.positions.clex_positions import CLEXPositions
 from lcx.positions.frequencies import FrequencyRule
 from lcx.positions.length_rule import LengthRule, length_policy
+from lcx.positions.position_rule import RandomSteps
 from lcx.positions.rope import Rope
 from lcx.spec import SpecError, below
 from lcx.training.experiment import Experiment
@@ -205,8 +206,24 @@ def _positions_are_read(experiment: Experiment) -> Iterator[str]:
     turns = any(
         isinstance(model.rope if mixer.rope == "model" else mixer.rope, FrequencyRule) for _, mixer in _attentions(experiment)
     )
-    if given is not None and not turns:
-        yield f"data.positions = {given}: expected None, as no layer of this model has a rope, which reads them"
+    skipped = [path for path, part in below(experiment.data, "data") if isinstance(part, Skipped)]
+    for name in ([f"data.positions = {given}"] if given is not None else []) + [f"{path} = Skipped" for path in skipped]:
+        if not turns:
+            yield f"{name}: expected none of it, as no layer of this model has a rope, which reads positions"
+        if model.position_table is not None:
+            yield f"{name}: expected none of it beside model.position_table, which reads places in a document"
+
+
+def _lengths_are_those_of_documents(experiment: Experiment) -> Iterator[str]:
+    given = experiment.data.positions
+    reaching = [f"data.positions = {given}"] if given is not None and not isinstance(given, CLEXPositions | RandomSteps) else []
+    reaching += [f"{path} = Skipped" for path, part in below(experiment.data, "data") if isinstance(part, Skipped)]
+    for path, mixer in _attentions(experiment):
+        rule = experiment.model.rope if mixer.rope == "model" else mixer.rope
+        if isinstance(rule, LengthRule) and reaching:
+            expected = f"expected none of it, as the rope of {path}, {type(rule).__name__}, goes by how long a document is"
+            yield f"{reaching[0]}: {expected}, which skipped positions are not"
+            return
 
 
 def _positions_are_given_once(experiment: Experiment) -> Iterator[str]:
@@ -220,9 +237,15 @@ def _heads_rotate(experiment: Experiment) -> Iterator[str]:
         rule = experiment.model.rope if mixer.rope == "model" else mixer.rope
         if isinstance(rule, FrequencyRule):
             try:
-                rule.frequencies(mixer.head_dim, experiment.data.length)
+                rule.frequencies(mixer.head_dim, max(experiment.data.length, _reach(experiment)))
             except SpecError as error:
                 yield f"{path}.head_dim = {mixer.head_dim} does not fit its rope: {error}"
+
+
+def _reach(experiment: Experiment) -> int:
+    """A bound of the positions that rules and rows give, 0 if that of the rows' lengths is all."""
+    rows = [part.target for _, part in below(experiment.data, "data") if isinstance(part, Skipped)]
+    return max([0 if experiment.data.positions is None else experiment.data.positions.reach or 0, *rows])
 
 
 def _keys_are_turned_anew(experiment: Experiment) -> Iterator[str]:
@@ -311,6 +334,7 @@ RULES: Mapping[str, Rule] = {
     "fractions of a position are not lost in float32": _fractions_are_held,
     "a table of positions has a row for every place": _table_holds_rows,
     "positions are read by some layer": _positions_are_read,
+    "a rope that goes by the length of documents gets no skipped positions": _lengths_are_those_of_documents,
     "positions come from the rows or from a rule": _positions_are_given_once,
     "every head has channels that its rope can rotate": _heads_rotate,
     "the model's rope is read by some layer": _rope_is_read,

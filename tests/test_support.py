@@ -16,6 +16,7 @@ from lcx.attention.ulysses import RingUlysses, Ulysses
 from lcx.batch import Batch, causal_info
 from lcx.data.continuous import Continuous
 from lcx.data.recall import Needles
+from lcx.data.skipped import Skipped
 from lcx.data.sources import TextFolder
 from lcx.mixers.short_convolution import ShortConvolution
 from lcx.models.position_table import PositionTable
@@ -25,6 +26,7 @@ from lcx.parallel.rules import Rules
 from lcx.parts import parts
 from lcx.positions.clex import CLEX
 from lcx.positions.clex_positions import CLEXPositions
+from lcx.positions.dimension_groups import DimensionGroups
 from lcx.positions.dynamic_ntk import DynamicNTK
 from lcx.positions.frequencies import FrequencyRule
 from lcx.positions.length_rule import LengthRule
@@ -32,6 +34,7 @@ from lcx.positions.long_heads import LongHeads
 from lcx.positions.position_rule import PoSE
 from lcx.positions.rerope import ReRoPE
 from lcx.positions.rope import Rope
+from lcx.positions.xpos import XPos
 from lcx.positions.yarn import YaRN
 from lcx.spec import SpecError, edit, edits
 from lcx.support import RULES, broken, sequence_axes, validate
@@ -131,7 +134,30 @@ GROWING = DynamicNTK(original_length=64, length_policy="growing")
         ),
         (
             [("data.positions", PoSE(target=1024)), ("model.rope", None)],
-            "expected None, as no layer of this model has a rope, which reads them",
+            "expected none of it, as no layer of this model has a rope, which reads positions",
+        ),
+        (
+            [("data.positions", PoSE(target=1024)), ("model.rope", GROWING), (f"{LAYER}.mixer.cache.keys", "raw")],
+            "as the rope of model.pattern[0].mixer, DynamicNTK, goes by how long a document is, which skipped positions",
+        ),
+        (
+            [("data.positions", PoSE(target=1 << 20)), ("model.rope", XPos(scale_base=512))],
+            "XPos.scale_base = 512: expected at least 16421 in rows of 1048576",
+        ),
+        (
+            [
+                ("data.mixture[0].rows", Skipped(rows_of=Needles(), target=256)),
+                ("model.position_table", PositionTable(rows=64)),
+            ],
+            "data.mixture[0].rows = Skipped: expected none of it beside model.position_table, which reads places in a document",
+        ),
+        (
+            [(f"{LAYER}.mixer.distances", DimensionGroups(groups=(1, 2, 4), window=8))],
+            "DimensionGroups.groups = (1, 2, 4): expected as many as divide the 4 rotated pairs",
+        ),
+        (
+            [(f"{LAYER}.mixer.distances", DimensionGroups(groups=(1, 2), window=8, dimensions="nowhere.npy"))],
+            "DimensionGroups.dimensions = 'nowhere.npy': expected a .npy file of bool [layers, heads, pairs]",
         ),
         (
             [("mesh", MeshSpec(context=2)), ("model.communication", Ring()), (f"{LAYER}.mixer.distances", LongHeads())],
@@ -188,10 +214,12 @@ def test_each_rule_is_broken_by_something_and_the_base_breaks_none():
     chunks = edits(
         base(), [("mesh", MeshSpec(context=2)), ("model.communication", Ring()), (f"{LAYER}.mixer.distances", LongHeads())]
     )
+    reaching = edits(base(), [("data.positions", PoSE(target=1024)), ("model.rope", GROWING)])
     unturned = edits(base(), [("data.positions", PoSE(target=1024)), ("model.rope", None)])
     configs = (
         chunks,
         unturned,
+        reaching,
         wrong,
         short,
         apart,

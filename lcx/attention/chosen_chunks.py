@@ -142,10 +142,14 @@ class ChosenChunks(op.Fold):
         asking = asking.reshape(*k.shape[:2], -1, keys.shape[-1])
         places, _, _ = self._whole(tokens)
         (closed,) = _taken(places[..., -1], new)
-        turned, values = self._take(places, keys.astype(jnp.float32), v.astype(jnp.float32), tokens)
-        summary = self._summaries(places, asking, turned, values, tokens, closed).astype(k.dtype)
         at = jnp.arange(len(k))[:, None], jnp.where(closed, places[..., -1], k.shape[1])
-        asking = asking.at[at].set(summary, mode="drop")
+
+        def written(asking):
+            turned, values = self._take(places, keys.astype(jnp.float32), v.astype(jnp.float32), tokens)
+            summary = self._summaries(places, asking, turned, values, tokens, closed).astype(k.dtype)
+            return asking.at[at].set(summary, mode="drop")
+
+        asking = jax.lax.cond(closed.any(), written, lambda asking: asking, asking)
         return jnp.concatenate([keys, asking.reshape(*k.shape[:3], -1)], axis=-1)
 
     def _whole(self, tokens):

@@ -21,7 +21,6 @@ from lcx.attention.attend import attend
 from lcx.attention.mask import Mask
 from lcx.batch import Batch, TokenInfo, causal_info, lengths_of
 from lcx.data.sources import StandardLibrary
-from lcx.data.tokenizers import ByteTokenizer
 from lcx.evaluation.raw_heads import raw_heads
 from lcx.evaluation.tasks.perplexity import Perplexity
 from lcx.models.decoder import DecoderModel
@@ -78,7 +77,9 @@ def main() -> None:
         folder = run_folder(name)
         experiment = read_config(folder)
         model, trained = load_model(folder, experiment.model), experiment.data.length
-        rows = Perplexity(source=StandardLibrary(split="heldout"), windows=DOCUMENTS).inputs(ByteTokenizer(), FAR * trained)
+        rows = Perplexity(source=StandardLibrary(split="heldout"), windows=DOCUMENTS).inputs(
+            experiment.data.tokenizer, FAR * trained
+        )
         tokens = np.asarray(rows, np.int32).reshape(-1, ROWS, FAR * trained)
         info = causal_info(np.ones_like(tokens[0]))
         found = np.mean([np.asarray(entropies(model, Batch(tokens=part, info=info))) for part in tokens], axis=0)

@@ -21,6 +21,7 @@ from lcx.data.sources import StandardLibrary
 from lcx.evaluation.raw_heads import raw_heads
 from lcx.evaluation.tasks.perplexity import Perplexity
 from lcx.models.decoder import DecoderModel
+from lcx.spec import SpecError
 from lcx.training.checkpoint import load_model
 from lcx.training.run_folder import read_config
 from lcx.training.shipped import run_folder
@@ -78,5 +79,8 @@ def main(name: str, count: str, target: str) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 4 or not sys.argv[2].isdigit():
-        sys.exit(__doc__)
-    main(*sys.argv[1:])
+        sys.exit(f"{__doc__}\nexpected a model, a number of pairs and a folder: got {sys.argv[1:]}")
+    try:
+        main(*sys.argv[1:])
+    except SpecError as error:
+        sys.exit(f"key_dimensions: {error}")

@@ -22,6 +22,7 @@ from lcx.positions.longrope_search import Factors, search
 from lcx.positions.rope import Rope
 from lcx.positions.yarn import YaRN
 from lcx.spec import SpecError, edit
+from lcx.support import reads_rope
 from lcx.training.checkpoint import load_model
 from lcx.training.run_folder import read_config
 from lcx.training.shipped import run_folder
@@ -56,8 +57,8 @@ def main(name: str, scale: str) -> None:
     folder, times = run_folder(name), float(scale)
     experiment = read_config(folder)
     trained, tokenizer, rope = experiment.data.length, experiment.data.tokenizer, experiment.model.rope
-    if type(rope) is not Rope or rope.sections:
-        raise SpecError(f"longrope_factors: {name} has the rope {rope}: expected Rope of one axis")
+    if type(rope) is not Rope or rope.sections or not reads_rope(experiment.model):
+        raise SpecError(f"longrope_factors: {name} has the rope {rope}: expected Rope of one axis that its layers read")
     model, length = load_model(folder, experiment.model), round(times * trained)
     rows = Perplexity(source=StandardLibrary(split="train"), windows=WINDOWS).inputs(tokenizer, length)
     start = harmonic(rope, experiment.model.pattern[0].mixer.head_dim, trained=trained, scale=times)
@@ -75,6 +76,9 @@ def main(name: str, scale: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
-    main(*sys.argv[1:])
+    if len(sys.argv) != 3 or not sys.argv[2].isdigit() or int(sys.argv[2]) < 2:
+        sys.exit(f"{__doc__}\nexpected a model, and how many times its length, 2 or more: got {sys.argv[1:]}")
+    try:
+        main(*sys.argv[1:])
+    except SpecError as error:
+        sys.exit(f"longrope_factors: {error}")

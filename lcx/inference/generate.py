@@ -17,11 +17,13 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from lcx.batch import EXACT_POSITIONS, PADDING, Batch, causal_info
 from lcx.inference.sampling import Sampling
 from lcx.inference.shapes import bucket, right_padded
-from lcx.models.decoder import DecoderModel, settled
+from lcx.mixers.attention import Attention
+from lcx.models.decoder import Decoder, DecoderModel, settled
+from lcx.positions.frequencies import FrequencyRule
 from lcx.positions.length_rule import length_policy
 from lcx.positions.visual import Placed
 from lcx.record import record
-from lcx.spec import SpecError
+from lcx.spec import SpecError, below
 
 ASK_EVERY = 32  # tokens decoded before `until` is asked again
 
@@ -39,13 +41,15 @@ class Generated(NamedTuple):
 @record
 class Consumed:
     """What the rows have read. last: the hidden state at each row's newest token. seen: tokens consumed. most: tokens that a
-    row may consume in all, which a length-dependent rope reads. shift: from a new token's index to its position."""
+    row may consume in all, which a length-dependent rope reads. following: the position of the token of index `since`, from
+    which those behind it count on."""
 
     last: Float[Array, "B M"]
     state: Any
     seen: Int[Array, "B"]
     most: Int[Array, "B"]
-    shift: Float[Array, "B"]
+    following: Float[Array, "B"]
+    since: Int[Array, "B"]
 
 
 @record
@@ -123,8 +127,10 @@ def prefill(
     longest = bucket(max(map(len, prompts)))
     tokens, segments = right_padded(prompts, longest, rows, model.spec.vocab)
     most = np.asarray([*map(len, prompts), *[0] * (rows - len(prompts))], np.int32) + max_new
-    positions, shift = _placed(prompts, placed, longest, rows, max_new)
-    read = _nothing_read(model, rows, longest + bucket(max_new), most, shift)
+    if placed is not None:
+        _check_axes(model.spec, [row.positions.shape[1] for row in placed])
+    positions, following, since = _placed(prompts, placed, longest, rows, max_new)
+    read = _nothing_read(model, rows, longest + bucket(max_new), most, following, since)
     for start in range(0, longest, chunk):
         part = slice(start, start + chunk)
         read = feed(model, tokens[:, part], segments[:, part], read, None if positions is None else positions[:, part])
@@ -132,9 +138,9 @@ def prefill(
 
 
 def _placed(prompts: Sequence[Sequence[int]], placed: Sequence[Placed] | None, longest: int, rows: int, max_new: int):
-    """Positions [rows, longest, P] of right-padded prompts, None if they are the index, and what follows less the index."""
+    """Positions [rows, longest, P] of right-padded prompts, None if they are the index; what follows, and from which index."""
     if placed is None:
-        return None, np.zeros(rows, np.float32)
+        return None, np.zeros(rows, np.float32), np.zeros(rows, np.int32)
     sizes = [len(prompt) for prompt in prompts]
     if [len(row.positions) for row in placed] != sizes or len({row.positions.shape[1] for row in placed}) > 1:
         found = [row.positions.shape for row in placed]
@@ -145,8 +151,25 @@ def _placed(prompts: Sequence[Sequence[int]], placed: Sequence[Placed] | None, l
     positions = np.zeros((rows, longest, placed[0].positions.shape[1]), np.float32)
     for n, row in enumerate(placed):
         positions[n, : sizes[n]] = row.positions
-    shift = [row.following - size for row, size in zip(placed, sizes, strict=True)]
-    return positions, np.asarray([*shift, *[0] * (rows - len(prompts))], np.float32)
+    more = [0] * (rows - len(prompts))
+    return positions, np.asarray([row.following for row in placed] + more, np.float32), np.asarray(sizes + more, np.int32)
+
+
+def _check_axes(spec: Decoder, axes: Sequence[int]) -> None:
+    """Raises ValueError if the model does not read positions of so many axes."""
+    ropes = []
+    for path, mixer in ((path, part) for path, part in below(spec, "model") if isinstance(part, Attention)):
+        rope = spec.rope if mixer.rope == "model" else mixer.rope
+        if mixer.distances is not None:
+            raise ValueError(f"generate: placed: expected None, as {path}.distances turns pairs by their index")
+        if isinstance(rope, FrequencyRule):
+            ropes.append(path)
+            most = max(1, len(rope.sections))
+            if wrong := set(axes) - {1, most}:
+                accepted = "1" if most == 1 else f"1 or {most}"
+                raise ValueError(f"generate: placed of {wrong.pop()} axes: expected {accepted}, which the rope of {path} reads")
+    if not ropes:
+        raise ValueError("generate: placed: expected None, as no layer of the model has a rope, which reads positions")
 
 
 def checked_seed(seed: int) -> int:
@@ -156,9 +179,12 @@ def checked_seed(seed: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "length"))
-def _nothing_read(model: DecoderModel, rows: int, length: int, most: Int[Array, "B"], shift: Float[Array, "B"]) -> Consumed:
+def _nothing_read(
+    model: DecoderModel, rows: int, length: int, most: Int[Array, "B"], following: Float[Array, "B"], since: Int[Array, "B"]
+) -> Consumed:
     last, seen = jnp.zeros((rows, model.spec.width), model.spec.compute), jnp.zeros(rows, jnp.int32)
-    return Consumed(last=last, state=model.init_state(rows, length), seen=seen, most=most, shift=shift)
+    state = model.init_state(rows, length)
+    return Consumed(last=last, state=state, seen=seen, most=most, following=following, since=since)
 
 
 @functools.partial(jax.jit, donate_argnames="read")
@@ -179,13 +205,13 @@ def feed(
     if lengths is not None:
         lengths = jnp.broadcast_to(lengths[:, None], segments.shape)
     info = causal_info(segments, start=read.seen, lengths=lengths)
-    behind = info.positions + read.shift[:, None, None]
+    behind = (read.following[:, None] + (info.index - read.since[:, None]))[..., None]
     info = dataclasses.replace(info, positions=behind if positions is None else positions)
     hidden, state, _ = model(Batch(tokens=tokens, info=info), read.state)
     newest = tokens.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)
     last = jnp.take_along_axis(hidden, newest[:, None, None], axis=1)[:, 0]
     last = jnp.where(real.any(axis=1, keepdims=True), last, read.last)
-    return Consumed(last=last, state=state, seen=seen, most=read.most, shift=read.shift)
+    return dataclasses.replace(read, last=last, state=state, seen=seen)
 
 
 @functools.partial(jax.jit, static_argnames="sampling", donate_argnames="decoding")

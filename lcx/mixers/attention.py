@@ -91,7 +91,7 @@ class Attention(Mixer):
             cls(heads=4, kv_heads=2, head_dim=8, mask=Window(size=6), sinks="learned"),
             cls(heads=2, kv_heads=1, head_dim=8, distances=SelfExtend(group=2, window=4), query_scale=LogN(original_length=6)),
             cls(heads=6, kv_heads=2, head_dim=8, rope="none", distance_bias=ALiBi(), sinks="learned"),
-            cls(heads=4, kv_heads=2, head_dim=8, distances=LongHeads(chunk=2, chunks=3)),
+            cls(heads=4, kv_heads=2, head_dim=8, distances=LongHeads(chunk=2, chunks=4)),
         )
 
 
@@ -104,6 +104,8 @@ class AttentionModule(MixerModule):
         if spec.distances is not None and spec.distances.chooses:
             whole = self._rope.pairing == "half" and self._rope.rotary == 1
             spec.check(whole, "distances", "no choice of dimensions beside a rope of part of a head or of interleaved pairs")
+        if spec.distances is not None:
+            spec.distances.check_model(inherited.depth, spec.heads, self._rope.rotated(spec.head_dim) // 2)
         M, H, K, D = inherited.width, spec.heads, spec.kv_heads, spec.head_dim
         self.query = weight(rngs, (M, H, D), ("width", "heads", None), fan_in=M)
         self.key = weight(rngs, (M, K, D), ("width", "kv_heads", None), fan_in=M)

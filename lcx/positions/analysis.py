@@ -40,9 +40,9 @@ def trained_window(rule: FrequencyRule, default: int) -> int:
     return getattr(rule, "original_length", None) or default
 
 
-def reach(rule: FrequencyRule, head_dim: int, length: int) -> Reach:
-    """Of a rule in rows of `length` tokens, which are the trained window if the rule names none."""
-    trained = trained_window(rule, length)
+def reach(rule: FrequencyRule, head_dim: int, length: int, trained: int | None = None) -> Reach:
+    """Of a rule in rows of `length` tokens. trained: the window if the rule names none, by default the row."""
+    trained = trained_window(rule, trained or length)
     rates, before = _rates(rule, head_dim, length)
     slow = before * trained < 2 * math.pi
     moving = slow & (rates > 0)

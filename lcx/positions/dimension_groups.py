@@ -1,7 +1,6 @@
 """DPE, dimension-wise positional embeddings (Lu et al. 2025): SelfExtend with a group size for each range of channels."""
 
 import dataclasses
-import functools
 
 import jax.numpy as jnp
 import numpy as np
@@ -44,23 +43,30 @@ class DimensionGroups(RegionPlan):
     def chooses(self):
         return self.dimensions is not None
 
+    def check_model(self, layers, heads, pairs):
+        self.regions(pairs)
+        if self.chooses and (found := self._held().shape) != (layers, heads, pairs):
+            wanted = f"{layers} layers of {heads} heads of {pairs} pairs of channels, all of them rotated"
+            self.fail("dimensions", self.dimensions, f"a choice for {wanted}, not one of shape {found}")
+
     def chosen(self, q, layer):
-        held = _dimensions(self.dimensions)
-        if layer is None or q.shape[2] != held.shape[1] or q.shape[3] != 2 * held.shape[2]:
-            found = f"{q.shape[2]} heads of {q.shape[3]} channels" if layer is not None else "a mixer outside a model's layers"
-            self.fail("dimensions", self.dimensions, f"an array for {found}, not {held.shape}, and a rope of whole heads")
+        if layer is None:
+            self.fail("dimensions", self.dimensions, "None in a mixer outside of a model's layers")
+        self.check_model(len(held := self._held()), q.shape[2], q.shape[3] // 2)
         mine = jnp.asarray(held)[layer]
         mine = jnp.concatenate([mine, mine], axis=-1)
         return jnp.concatenate([jnp.where(mine, q, 0), jnp.where(mine, 0, q)], axis=-1)
 
+    def _held(self) -> np.ndarray:
+        expected = "a .npy file of bool [layers, heads, pairs], from python -m lcx.evaluation.key_dimensions"
+        try:
+            held = np.load(self.dimensions)
+        except (OSError, ValueError):
+            self.fail("dimensions", self.dimensions, expected)
+        if held.dtype != bool or held.ndim != 3:
+            self.fail("dimensions", self.dimensions, f"{expected}, not {held.dtype} of {held.ndim} axes")
+        return held
+
     @classmethod
     def examples(cls):
         return (cls(groups=(1, 2), window=4),)
-
-
-@functools.cache
-def _dimensions(path: str) -> np.ndarray:
-    held = np.load(path)
-    if held.dtype != bool or held.ndim != 3:
-        raise ValueError(f"{path}: {held.dtype} of {held.ndim} axes: expected bool [layers, heads, pairs]")
-    return held

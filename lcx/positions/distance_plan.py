@@ -39,6 +39,9 @@ class DistancePlan(Spec, abc.ABC):
         """Whether heads differ in the pairs of channels that regions turn; queries then come in two halves, from `chosen`."""
         return False
 
+    def check_model(self, layers: int, heads: int, pairs: int) -> None:
+        """Raises SpecError if the plan does not fit so many layers, query heads and rotated pairs of channels."""
+
     def chosen(self, q: Float[Array, "B T H D"], layer: Int[Array, ""] | None) -> Float[Array, "B T H 2D"]:
         """Queries of the chosen pairs, the others 0, and of the others; keys are turned both ways for them."""
         raise NotImplementedError(f"{type(self).__name__} chooses nothing")

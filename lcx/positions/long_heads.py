@@ -36,4 +36,4 @@ class LongHeads(DistancePlan):
 
     @classmethod
     def examples(cls):
-        return (cls(chunk=4, chunks=3),)
+        return (cls(chunk=4, chunks=4),)

@@ -103,7 +103,7 @@ def _driving(positions: Float[Array, "B T P"], frequencies: Frequencies) -> Floa
     axes, given = int(frequencies.axis.max(initial=0)) + 1, positions.shape[-1]
     if given == 1:
         return positions
-    if axes > given:
+    if axes != given:
         raise ValueError(f"info.positions: {given} axes, but the rope's sections read {axes}: expected as many, or 1 for text")
     return positions[..., frequencies.axis]
 

@@ -39,7 +39,8 @@ class Grid(NamedTuple):
 class Placed:
     """positions: of a document, float64. following: the place of the next text token.
 
-    Models read float32. Raises ValueError where the step from a token to the next is less than the spacing of float32 there.
+    Models read float32. Raises ValueError where the step from a token to the next is less than the spacing of float32 there,
+    and for what is no number.
     """
 
     positions: Float[np.ndarray, "T P"]
@@ -47,6 +48,9 @@ class Placed:
 
     def __post_init__(self):
         every = np.concatenate([self.positions, self.extended(2)]).astype(np.float64)
+        if not np.isfinite(every).all():
+            token, axis = np.argwhere(~np.isfinite(every))[0]
+            raise ValueError(f"Placed.positions: {every[token, axis]} at token {token}: expected numbers")
         nearer = np.abs(every)
         nearer = np.minimum(nearer[1:], nearer[:-1])
         steps, spacing = np.abs(np.diff(every, axis=0)), np.spacing(nearer.astype(np.float32))

@@ -10,13 +10,15 @@ from flax import nnx
 from lcx.batch import Batch, causal_info
 from lcx.cache.dense import DenseCache
 from lcx.channels.glu import GLU
-from lcx.inference.generate import generate
+from lcx.inference.generate import _placed, generate
 from lcx.mixers.attention import Attention
 from lcx.models.decoder import Decoder
 from lcx.models.layer import Layer
 from lcx.positions.hope import HoPE
+from lcx.positions.rerope import ReRoPE
 from lcx.positions.rope import Rope
 from lcx.positions.visual import DiagonalPositions, Grid, MRopePositions, Placed, Text, V2PEPositions
+from lcx.spec import edits
 
 PARTS = [[Text(2), Grid(2, 2, 2), Text(1)], [Text(3)]]
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [8, 9, 7]]
@@ -58,3 +60,29 @@ def test_positions_of_other_prompts_are_refused():
     far = Placed(np.zeros((1, 1)), 2.0**24 - 2)
     with pytest.raises(ValueError, match=r"placed.following = 16777214.0 and max_new = 3: expected new tokens up to 2\^24"):
         generate(model, [[1]], max_new=3, placed=[far])
+
+
+@pytest.mark.parametrize(
+    "changes, axes, message",
+    [
+        (
+            [("pattern[0].mixer.distances", ReRoPE(window=4))],
+            1,
+            r"expected None, as model.pattern\[0\].mixer.distances turns pairs",
+        ),
+        ([("rope", None)], 1, "expected None, as no layer of the model has a rope"),
+        ([], 3, r"placed of 3 axes: expected 1, which the rope of model.pattern\[0\].mixer reads"),
+        ([("rope", Rope(sections=(2, 1, 1)))], 2, "placed of 2 axes: expected 1 or 3"),
+    ],
+)
+def test_positions_that_no_layer_reads_are_refused(changes, axes, message):
+    model = edits(decoder(Rope(), "rotated"), changes).build(rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=message):
+        generate(model, [[1, 2]], max_new=1, placed=[Placed(np.zeros((2, axes)), 1.0)])
+
+
+def test_new_text_keeps_the_fraction_of_its_place():
+    """What follows 70,000 tokens at 602.7 stands at 602.7, which 602.7 - 70,000 in float32 would lose."""
+    far = Placed(np.linspace(0, 602, 70_000)[:, None], 602.7)
+    _, following, since = _placed([[1] * 70_000], [far], 70_000, 2, 1)
+    assert following.tolist() == [np.float32(602.7), 0] and since.tolist() == [70_000, 0]

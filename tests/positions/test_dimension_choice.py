@@ -117,8 +117,11 @@ def test_pairs_that_carry_most_are_chosen(tmp_path):
 
 def test_what_does_not_fit_is_refused(tmp_path):
     plan = saved(tmp_path, np.ones((L, 2, D // 2), bool))
-    with pytest.raises(SpecError, match=r"dimensions = .*: expected an array for 4 heads of 8 channels, not \(3, 2, 4\)"):
+    with pytest.raises(SpecError, match=r"a choice for 3 layers of 4 heads of 4 pairs .*, not one of shape \(3, 2, 4\)"):
         plan.chosen(inputs()[0], jnp.int32(0))
+    with pytest.raises(SpecError, match=r"expected a choice for 3 layers .*, not one of shape \(1, 4, 4\)"):
+        mixer = Attention(heads=H, kv_heads=K, head_dim=D, distances=saved(tmp_path, np.ones((1, H, D // 2), bool)))
+        edit(decoder(), "pattern[0].mixer", mixer).build(rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="expected queries in two halves, from the plan's `chosen`"):
         info = causal_info(np.ones((1, T), np.int32))
         attend(*inputs(), info, info, mask=Causal(), scale=1.0, distances=Distances(plan, Rope(), D, T))
