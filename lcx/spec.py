@@ -1,13 +1,14 @@
 """Spec: the frozen, keyword-only record that is both the config and the identity of a part.
 
-A spec checks the type of every field against its annotation, then calls `validate()`. Both raise `SpecError`, whose message
-names the field, shows the offending value and says what would be accepted. `edit` and `edits` make changed copies by dotted
-path; every copy is checked again, so an impossible combination never exists.
+A spec checks the type of every field against its annotation, and that numbers are finite, then calls `validate()`. Both raise
+`SpecError`, whose message names the field, shows the offending value and says what would be accepted. `edit` and `edits` make
+changed copies by dotted path; every copy is checked again, so an impossible combination never exists.
 """
 
 import dataclasses
 import functools
 import hashlib
+import math
 import operator
 import re
 import types
@@ -29,6 +30,8 @@ class Spec:
             value = getattr(self, name)
             if not matches(value, hint):
                 self.fail(name, value, describe(hint))
+            if not _finite(value):
+                self.fail(name, value, "finite numbers")
             object.__setattr__(self, name, _settled(value, hint))  # equal specs then print and fingerprint alike
         self.validate()
 
@@ -112,6 +115,12 @@ def _settled(value: Any, hint: Any) -> Any:
                 each = arguments[:1] * len(value) if arguments[-1:] == (Ellipsis,) else arguments
                 return tuple(map(_settled, value, each))
     return value
+
+
+def _finite(value: Any) -> bool:
+    if type(value) is tuple:
+        return all(map(_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 @functools.cache

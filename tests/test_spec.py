@@ -30,6 +30,7 @@ class Outer(Spec):
     [
         ({"rate": "fast"}, "Outer.rate = 'fast': expected float"),
         ({"rate": True}, "Outer.rate = True: expected float"),
+        ({"rate": float("inf")}, "Outer.rate = inf: expected finite numbers"),
         ({"one": 3}, "Outer.one = 3: expected Inner or None"),
         ({"parts": (Inner(), 5)}, "Outer.parts = .*: expected a tuple of Inner"),
         ({"parts": [Inner()]}, "Outer.parts = .*: expected a tuple of Inner"),
