@@ -79,7 +79,8 @@ def test_padding_in_a_chunk_is_not_read(model, parts):
         state=model.init_state(4, 8),
         seen=jnp.zeros(4, jnp.int32),
         most=jnp.full(4, 8, jnp.int32),
-        shift=jnp.zeros(4),
+        following=jnp.zeros(4),
+        since=jnp.zeros(4, jnp.int32),
     )
     read = jax.tree.map(jnp.copy, read)
     for part in parts:
