@@ -72,10 +72,11 @@ def test_masked_count_is_of_real_tokens_and_visible_pairs():
     assert count.forward(work) == 2 * (9 * matrices + scores)
 
 
-def test_a_choice_of_dimensions_doubles_the_scores_alone():
+def test_a_choice_of_dimensions_doubles_the_scores_alone(tmp_path):
     """A pair of 2 heads of 4 channels: 2 x 2 x (4 + 4) FLOPs, and of queries in two halves 2 x 2 x (8 + 4)."""
-    groups = DimensionGroups(groups=(1, 2), window=4)
-    for plan, flops in ((None, 32), (groups, 32), (edit(groups, "dimensions", "chosen.npy"), 48)):
+    groups, chosen = DimensionGroups(groups=(1, 2), window=4), str(tmp_path / "chosen.npy")
+    np.save(chosen, np.ones((3, 2, 2), bool))
+    for plan, flops in ((None, 32), (groups, 32), (edit(groups, "dimensions", chosen), 48)):
         spec = edit(MODEL, "pattern", (edit(layer(Causal(), heads=2), "mixer.distances", plan),))
         count = counter(spec, abstract_model(spec)[1])
         assert dict(count.per_pair) == {Causal(): 3 * flops}
