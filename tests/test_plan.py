@@ -175,10 +175,11 @@ def test_without_the_compiler_the_message_names_the_extra(capsys):
             ("plan: model.pattern[0].mixer.backend = 'gpu': expected 'auto', 'xla' or 'reference' on tpu",),
             marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             ["--config=set:mesh.context=4", "--config=set:model.periods=1", "--topology=v5e:2x2"],
             0,
             ("4 x TPU v5 lite", "GiB of 15.75", "reduce bytes sent a"),
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             ["--topology=v5e:2x2"],

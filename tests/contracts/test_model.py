@@ -77,7 +77,7 @@ def whole(run, segments, ids) -> np.ndarray:
     return np.asarray(run(ids, causal_info(segments))[0])
 
 
-@pytest.mark.parametrize("chunks", [[5, 1, 7], [1] * LENGTH], ids=["chunks", "steps"])
+@pytest.mark.parametrize("chunks", [[6, 1, 6], [1] * LENGTH], ids=["chunks", "steps"])
 def test_chunks_and_steps_equal_the_parallel_form(decoder, chunks):
     model, run = decoder
     info, ids, made, at = causal_info(PACKED), tokens(), [], 0

@@ -8,8 +8,7 @@ from lcx.inference.sampling import Sampling
 from lcx.inference.stream import stream, text_of
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, top_k=20)])
-@pytest.mark.parametrize("prompt", [[5], list(range(30, 70))])
+@pytest.mark.parametrize("prompt, sampling", [([5], Sampling(temperature=1.0, top_k=20)), (list(range(30, 70)), Sampling())])
 def test_the_tokens_are_those_of_generate(model, prompt, sampling):
     options = {"max_new": 12, "sampling": sampling, "chunk": 16}
     whole = generate(model, [prompt], seeds=[3], **options)[0].ids

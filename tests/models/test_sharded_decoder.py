@@ -77,7 +77,7 @@ def unsharded():
 
 
 def some(cases, suite):
-    """The cases, those outside the suite marked slow: a training step is taken on every pair of axes in test_step."""
+    """The cases, those outside the suite marked slow: a training step is taken on pairs of axes in test_step."""
     return [pytest.param(case, marks=() if case in suite else pytest.mark.slow) for case in cases]
 
 
@@ -115,7 +115,8 @@ def test_a_ring_of_eight_devices_under_every_policy(remat):
         close(outputs(ring(remat, channel_chunk=1).build(rngs=nnx.Rngs(0)), batch()), wanted)
 
 
-@pytest.mark.parametrize("name", some(RULES, ["sequence over two axes"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RULES)
 def test_other_rules(name):
     rules, spec = RULES[name]
     with jax.set_mesh(spec.build()):

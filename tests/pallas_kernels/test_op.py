@@ -26,7 +26,7 @@ def test_the_dense_backward_is_the_gradient_of_the_dense_forward(mask, softcap):
         compare(written(*given), derived(*given), 1e-6)
 
 
-@pytest.mark.parametrize("form", ["reference", "xla"])  # the kernels: in their own tests, interpreted
+@pytest.mark.parametrize("form", [pytest.param("reference", marks=pytest.mark.slow), "xla"])  # kernels: in their own tests
 @pytest.mark.parametrize("mask, softcap", CASES)
 def test_parts_of_the_keys_add_up(form, mask, softcap):
     """Each part is given the lse and delta of the whole."""

@@ -93,7 +93,14 @@ def test_bfloat16_is_within_two_percent():
     compare(got, dense(*(x.astype(jnp.float32) for x in (q, k, v)), *rest), 2e-2)
 
 
-@pytest.mark.parametrize("groups, dtype, tolerance", [(1, jnp.float32, 3e-6), (2, jnp.bfloat16, 2e-2), (4, jnp.float32, 3e-6)])
+@pytest.mark.parametrize(
+    "groups, dtype, tolerance",
+    [
+        pytest.param(1, jnp.float32, 3e-6, marks=pytest.mark.slow),
+        (2, jnp.bfloat16, 2e-2),
+        pytest.param(4, jnp.float32, 3e-6, marks=pytest.mark.slow),
+    ],
+)
 def test_tiles_of_a_list_are_cut_into_those_of_the_kernels(groups, dtype, tolerance):
     (q, k, v, *rest), tiles, pairs = listed(groups, 141, 201)
     given = *(x.astype(dtype) for x in (q, k, v)), *rest

@@ -72,6 +72,7 @@ def hidden(model, batch):
 ROPE = CLEX(original_length=6, largest=3, steps=3)
 
 
+@pytest.mark.slow
 def test_a_model_learns_it_and_reads_its_documents_by_their_length():
     """Its gradient is that of finite differences; documents on both sides of the window, packed, are turned each by its own."""
     model = decoder(rope=ROPE).build(rngs=nnx.Rngs(0))

@@ -105,7 +105,9 @@ def test_attention_equals_the_rotation_of_every_pair(plan, mask):
     np.testing.assert_allclose(out[0], dense(plan, mask, info, q, k, v), atol=3e-6)
 
 
-@pytest.mark.parametrize("plan", [SelfExtend(group=2, window=4), DualChunk(chunk=4, clip=6)], ids=str)
+@pytest.mark.parametrize(
+    "plan", [SelfExtend(group=2, window=4), pytest.param(DualChunk(chunk=4, clip=6), marks=pytest.mark.slow)], ids=str
+)
 def test_rings_turn_what_travels(plan):
     """Value and gradient over four devices, keys of a packed row going round raw."""
     q, k, v, d_out = given(np.random.default_rng(0))

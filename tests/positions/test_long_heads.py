@@ -73,7 +73,13 @@ def by_hand(plan, segments, q, k, v):
 
 
 @pytest.mark.parametrize(
-    "plan", [LongHeads(chunk=4, chunks=3), LongHeads(chunk=4, chunks=5), LongHeads(chunk=1, chunks=6)], ids=str
+    "plan",
+    [
+        LongHeads(chunk=4, chunks=3),
+        LongHeads(chunk=4, chunks=5),
+        pytest.param(LongHeads(chunk=1, chunks=6), marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_attention_equals_the_definition(plan):
     """Of two documents and padding, keys of a group and keys of their own, in order and not."""
@@ -121,7 +127,7 @@ def test_rows_that_see_all_are_plain_attention():
         np.testing.assert_allclose(a, b, atol=3e-6)
 
 
-@pytest.mark.parametrize("communication", [AllGather(), Ulysses()], ids=str)
+@pytest.mark.parametrize("communication", [AllGather(), pytest.param(Ulysses(), marks=pytest.mark.slow)], ids=str)
 def test_rows_over_four_devices(communication):
     plan, (q, k, v) = LongHeads(chunk=4, chunks=4), given(len(TWO), seed=4)
 

@@ -102,6 +102,7 @@ def check(children, tmp_path, rounds: int) -> None:
     assert [r["step"] for r in logs[1]] == list(range(1, steps + 1))
 
 
+@pytest.mark.slow
 def test_two_kills(children, tmp_path):
     check(children, tmp_path, rounds=2)
 

@@ -19,6 +19,7 @@ def trained(rope, run_dir, **options):
     return jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(train(config, run_dir).model)))
 
 
+@pytest.mark.slow
 def test_a_learned_rope_is_kept_when_its_settings_change(tmp_path):
     """Documents of up to 48 tokens, windows of 12 and then of 16; fine-tuning changes nothing else."""
     source, still = tmp_path / "source", AdamW(learning_rate=Constant(peak=1e-30), decay=0.0)
