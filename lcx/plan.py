@@ -27,7 +27,6 @@ from lcx.parallel.hlo import collectives
 from lcx.parallel.mesh import AXES
 from lcx.parallel.topology import CHIP_MEMORY
 from lcx.positions.analysis import reach
-from lcx.positions.frequencies import FrequencyRule
 from lcx.spec import SpecError, below, edits, fingerprint
 from lcx.support import sequence_axes, sizes
 from lcx.training.experiment import Experiment
@@ -125,14 +124,13 @@ def wavelengths(model: Decoder, length: int, trained: int | None = None) -> dict
     or bias of distances."""
     found = {}
     for i, layer in enumerate(model.pattern):
-        rule = getattr(layer.mixer, "rope", None)
-        rule = model.rope if rule == "model" else rule
         if not isinstance(layer.mixer, Attention):
             continue
         for what in ("distances", "distance_bias"):
             if (part := getattr(layer.mixer, what)) is not None:
                 found[f"{what} of pattern[{i}]"] = str(part)
-        if not isinstance(rule, FrequencyRule):
+        rule = model.rope_of(layer.mixer)
+        if rule is None:
             found[f"rope of pattern[{i}]"] = "none"
             continue
         frequencies = rule.frequencies(layer.mixer.head_dim, length).at(length)

@@ -203,9 +203,7 @@ def _table_holds_rows(experiment: Experiment) -> Iterator[str]:
 
 def _positions_are_read(experiment: Experiment) -> Iterator[str]:
     model, given = experiment.model, experiment.data.positions
-    turns = any(
-        isinstance(model.rope if mixer.rope == "model" else mixer.rope, FrequencyRule) for _, mixer in _attentions(experiment)
-    )
+    turns = any(model.rope_of(mixer) is not None for _, mixer in _attentions(experiment))
     skipped = [path for path, part in below(experiment.data, "data") if isinstance(part, Skipped)]
     for name in ([f"data.positions = {given}"] if given is not None else []) + [f"{path} = Skipped" for path in skipped]:
         if not turns:
@@ -219,7 +217,7 @@ def _lengths_are_those_of_documents(experiment: Experiment) -> Iterator[str]:
     reaching = [f"data.positions = {given}"] if given is not None and not isinstance(given, CLEXPositions | RandomSteps) else []
     reaching += [f"{path} = Skipped" for path, part in below(experiment.data, "data") if isinstance(part, Skipped)]
     for path, mixer in _attentions(experiment):
-        rule = experiment.model.rope if mixer.rope == "model" else mixer.rope
+        rule = experiment.model.rope_of(mixer)
         if isinstance(rule, LengthRule) and reaching:
             expected = f"expected none of it, as the rope of {path}, {type(rule).__name__}, goes by how long a document is"
             yield f"{reaching[0]}: {expected}, which skipped positions are not"
@@ -234,7 +232,7 @@ def _positions_are_given_once(experiment: Experiment) -> Iterator[str]:
 
 def _heads_rotate(experiment: Experiment) -> Iterator[str]:
     for path, mixer in _attentions(experiment):
-        rule = experiment.model.rope if mixer.rope == "model" else mixer.rope
+        rule = experiment.model.rope_of(mixer)
         if isinstance(rule, FrequencyRule):
             try:
                 rule.frequencies(mixer.head_dim, max(experiment.data.length, _reach(experiment)))
@@ -250,14 +248,14 @@ def _reach(experiment: Experiment) -> int:
 
 def _keys_are_turned_anew(experiment: Experiment) -> Iterator[str]:
     for path, mixer in _attentions(experiment):
-        rule = experiment.model.rope if mixer.rope == "model" else mixer.rope
+        rule = experiment.model.rope_of(mixer)
         if isinstance(rule, LengthRule) and getattr(mixer.cache, "keys", "raw") == "rotated":
             yield f"{path}.cache.keys = 'rotated': expected 'raw', as its rope turns a key anew when its document grows"
 
 
 def _regions_turn_by_a_static_rope(experiment: Experiment) -> Iterator[str]:
     for path, mixer in _attentions(experiment):
-        rule = experiment.model.rope if mixer.rope == "model" else mixer.rope
+        rule = experiment.model.rope_of(mixer)
         if mixer.distances is None:
             continue
         if rule is None:

@@ -19,7 +19,6 @@ from lcx.inference.sampling import Sampling
 from lcx.inference.shapes import bucket, right_padded
 from lcx.mixers.attention import Attention
 from lcx.models.decoder import Decoder, DecoderModel, settled
-from lcx.positions.frequencies import FrequencyRule
 from lcx.positions.length_rule import length_policy
 from lcx.positions.visual import Placed
 from lcx.record import record
@@ -157,19 +156,17 @@ def _placed(prompts: Sequence[Sequence[int]], placed: Sequence[Placed] | None, l
 
 def _check_axes(spec: Decoder, axes: Sequence[int]) -> None:
     """Raises ValueError if the model does not read positions of so many axes."""
-    ropes = []
-    for path, mixer in ((path, part) for path, part in below(spec, "model") if isinstance(part, Attention)):
-        rope = spec.rope if mixer.rope == "model" else mixer.rope
-        if mixer.distances is not None:
-            raise ValueError(f"generate: placed: expected None, as {path}.distances turns pairs by their index")
-        if isinstance(rope, FrequencyRule):
-            ropes.append(path)
-            most = max(1, len(rope.sections))
-            if wrong := set(axes) - {1, most}:
-                accepted = "1" if most == 1 else f"1 or {most}"
-                raise ValueError(f"generate: placed of {wrong.pop()} axes: expected {accepted}, which the rope of {path} reads")
+    mixers = {path: part for path, part in below(spec, "model") if isinstance(part, Attention)}
+    ropes = {path: rope for path, mixer in mixers.items() if (rope := spec.rope_of(mixer)) is not None}
     if not ropes:
         raise ValueError("generate: placed: expected None, as no layer of the model has a rope, which reads positions")
+    for path, rope in ropes.items():
+        if mixers[path].distances is not None:
+            raise ValueError(f"generate: placed: expected None, as {path}.distances turns pairs by their index")
+        most = max(1, len(rope.sections))
+        if wrong := set(axes) - {1, most}:
+            accepted = "1" if most == 1 else f"1 or {most}"
+            raise ValueError(f"generate: placed of {wrong.pop()} axes: expected {accepted}, which the rope of {path} reads")
 
 
 def checked_seed(seed: int) -> int:

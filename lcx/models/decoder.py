@@ -18,6 +18,7 @@ from lcx.attention.all_gather import AllGather
 from lcx.attention.communication import Communication
 from lcx.batch import Batch, lengths_of
 from lcx.linear import wide_product
+from lcx.mixers.attention import Attention
 from lcx.mixers.mixer import Aux, Compute, Inherited, Mixer, Place, weight
 from lcx.models.embedding import lookup
 from lcx.models.layer import Layer, join_aux
@@ -89,6 +90,12 @@ class Decoder(Spec):
         self.check(self.channel_chunk is None or self.channel_chunk >= 1, "channel_chunk", "at least 1 token, or None")
         divides = self.unroll == "all" or (self.unroll >= 1 and self.periods % self.unroll == 0)
         self.check(divides, "unroll", f"'all', or a divisor of periods = {self.periods}")
+
+    def rope_of(self, mixer: Attention) -> FrequencyRule | None:
+        """The rule by which one of the model's attention mixers rotates; None where it does not."""
+        if mixer.rope == "none":
+            return None
+        return self.rope if mixer.rope == "model" else mixer.rope
 
     @property
     def depth(self) -> int:
