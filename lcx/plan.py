@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh
 
@@ -23,10 +22,10 @@ from lcx.batch import Batch, causal_info
 from lcx.config_text import render
 from lcx.mixers.attention import Attention
 from lcx.models.decoder import Decoder
+from lcx.models.position_figures import position_figures
 from lcx.parallel.hlo import collectives
 from lcx.parallel.mesh import AXES
 from lcx.parallel.topology import CHIP_MEMORY
-from lcx.positions.analysis import reach
 from lcx.spec import SpecError, below, edits, fingerprint
 from lcx.support import sequence_axes, sizes
 from lcx.training.experiment import Experiment
@@ -78,7 +77,7 @@ def figures(experiment: Experiment) -> dict[str, Any]:
         "training FLOPs a token, visible pairs only": count.train(work) / work.tokens,
         "training FLOPs a token, all pairs": count.train(full) / work.tokens,
         "training FLOPs of the run, visible pairs only": count.train(work) * experiment.steps,
-        **wavelengths(model, length),
+        **position_figures(model, length),
     }
 
 
@@ -97,7 +96,7 @@ def model_figures(model: Decoder, lengths: Sequence[int], trained: int | None = 
         found[f"forward FLOPs a row of {length}, visible pairs only"] = count.forward(count.documents(1, length))
         found[f"forward FLOPs a row of {length}, all pairs"] = count.forward(count.full(1, length))
         found[f"state bytes a row of {length}"] = _bytes(held)
-    return found | wavelengths(model, max(lengths), trained)
+    return found | position_figures(model, max(lengths), trained)
 
 
 COMPACT = (
@@ -117,35 +116,6 @@ def compared(runs: dict[str, Experiment]) -> str:
         alike.setdefault(listed({figure: found[figure] for figure in COMPACT}), []).append(name)
     heads = ((names[0] if len(names) == 1 else f"each of {'; '.join(names)}", text) for text, names in alike.items())
     return "\n\n".join(f"{head}\n{text}" for head, text in heads)
-
-
-def wavelengths(model: Decoder, length: int, trained: int | None = None) -> dict[str, str]:
-    """Of every attention layer of the pattern: its wavelengths in tokens and how far it reaches (`positions.analysis`), a plan
-    or bias of distances."""
-    found = {}
-    for i, layer in enumerate(model.pattern):
-        if not isinstance(layer.mixer, Attention):
-            continue
-        for what in ("distances", "distance_bias"):
-            if (part := getattr(layer.mixer, what)) is not None:
-                found[f"{what} of pattern[{i}]"] = str(part)
-        rule = model.rope_of(layer.mixer)
-        if rule is None:
-            found[f"rope of pattern[{i}]"] = "none"
-            continue
-        frequencies = rule.frequencies(layer.mixer.head_dim, length).at(length)
-        turning = frequencies.inv_freq[frequencies.inv_freq > 0]
-        waves = 2 * math.pi / turning
-        far, query = reach(rule, layer.mixer.head_dim, length, trained), layer.mixer.query_scale
-        last = model.depth - len(model.pattern) + i
-        end = (np.asarray([[n]], np.int32) for n in (length - 1, last, length))  # the last place, the deepest such layer
-        most = 1.0 if query is None else float(query.scale(*end)[0, 0])
-        found[f"rope of pattern[{i}], {type(rule).__name__}"] = (
-            f"{len(turning)} pairs, wavelengths {waves.min():.4g} to {waves.max():.4g} tokens, "
-            f"{int(np.sum(waves <= length))} turn within {length}; trained window {far.trained}: critical dimension "
-            f"{far.critical_dimension}, effective window {far.effective or 'any'}; logits x {far.scale * most:.4g} at the end"
-        )
-    return found
 
 
 def activation_bytes(experiment: Experiment) -> int:

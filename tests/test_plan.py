@@ -12,10 +12,14 @@ import pytest
 
 from experiments import plan
 from experiments.program import run
+from lcx.models.position_figures import position_figures
 from lcx.parallel.mesh import MeshSpec
 from lcx.plan import activation_bytes, compared, compiled, figures, largest_allocations, memory_figures, model_figures
+from lcx.positions.dimension_groups import DimensionGroups
 from lcx.positions.query_scale import LogN
+from lcx.positions.rerope import ReRoPE
 from lcx.positions.rope import Rope
+from lcx.positions.self_extend import SelfExtend
 from lcx.positions.yarn import YaRN
 from lcx.spec import edit, edits
 from lcx.support_table import base, kinds
@@ -75,6 +79,18 @@ def test_wavelengths_by_hand():
     scaled = edit(yarn, "model.pattern[0].mixer.query_scale", LogN(original_length=16))
     (text,) = [value for name, value in figures(scaled).items() if "YaRN" in name]
     assert text.endswith("trained window 16: critical dimension 2, effective window 64; logits x 1.945 at the end")
+
+
+def test_how_far_distance_plans_read_by_hand():
+    """(64 - 8) 4 + 8 = 232 tokens, trained at 64, or at 16 with a YaRN of four times; (64 - 8) 2 + 8 = 120 in groups of two."""
+    planned = lambda plan, rope=Rope(): edits(base(), [("model.pattern[0].mixer.distances", plan), ("model.rope", rope)])
+    said = lambda experiment: position_figures(experiment.model, 64)["distances of pattern[0]"].partition("; ")[2]
+    assert said(planned(SelfExtend(group=4, window=8))) == "stays within 64 positions up to 232 tokens"
+    yarn = YaRN(factor=4.0, original_length=16)
+    assert said(planned(SelfExtend(group=4, window=8), yarn)) == "stays within 64 positions up to 232 tokens"
+    assert said(planned(ReRoPE(window=8))) == "stays within 64 positions at any length"
+    groups = DimensionGroups(groups=(2, 4), window=8)
+    assert said(planned(groups)) == "stays within 64 positions up to 120 tokens, 232 for some pairs of channels"
 
 
 def test_activations_grow_with_rows_and_shrink_with_rematerialisation_and_accumulation():

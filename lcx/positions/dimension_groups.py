@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcx.attention.mask import Beyond, Within
-from lcx.positions.distance_plan import Region, RegionPlan, plain
+from lcx.positions.distance_plan import PlanReach, Region, RegionPlan, plain
+from lcx.positions.self_extend import grouped_reach
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,11 @@ class DimensionGroups(RegionPlan):
         query = lambda index: jnp.asarray(index[..., None] // sizes + shift, jnp.float32)
         axes = np.repeat(np.arange(len(sizes)), pairs // len(sizes))
         return Region(Within(size=self.window), plain, plain), Region(Beyond(size=self.window), query, key, axes)
+
+    def reach(self, trained):
+        """The pairs of the smallest group, or those that are not chosen, reach least."""
+        near, far = (grouped_reach(self.window, size, trained) for size in (min(self.groups), max(self.groups)))
+        return PlanReach(trained if self.chooses else near, far)
 
     @property
     def chooses(self):

@@ -30,9 +30,22 @@ class Region(NamedTuple):
     axes: Int[np.ndarray, "C"] | None = None
 
 
+class PlanReach(NamedTuple):
+    """Tokens of the longest document in which no key stands farther back than in a trained one: every: for all rotated pairs of
+    channels; some: for the pair that goes farthest. None is any."""
+
+    every: int | None
+    some: int | None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistancePlan(Spec, abc.ABC):
     """Base of every plan. Positions of the tokens must be their indices, on one axis."""
+
+    @abc.abstractmethod
+    def reach(self, trained: int) -> PlanReach:
+        """How far the plan reads before some key stands `trained` positions back, which documents of so many tokens have not
+        shown."""
 
     @property
     def chooses(self) -> bool:

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from lcx.attention.mask import Chunk, ChunksBack
-from lcx.positions.distance_plan import Region, RegionPlan, plain
+from lcx.positions.distance_plan import PlanReach, Region, RegionPlan, plain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,11 @@ class DualChunk(RegionPlan):
             Region(ChunksBack(size=self.chunk), next_chunk, key),
             Region(ChunksBack(size=self.chunk, farther=True), far, key),
         )
+
+    def reach(self, trained):
+        """No key stands farther back than `clip`, as the first ones do from the third chunk on."""
+        far = None if self.clip < trained else min(trained, 2 * self.chunk)
+        return PlanReach(far, far)
 
     @classmethod
     def examples(cls):

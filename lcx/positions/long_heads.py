@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lcx.positions.distance_plan import DistancePlan
+from lcx.positions.distance_plan import DistancePlan, PlanReach
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,11 @@ class LongHeads(DistancePlan):
     def validate(self):
         self.check(self.chunk >= 1, "chunk", "at least 1 token")
         self.check(self.chunks >= 3, "chunks", "at least 3: the first, the one before and the query's own")
+
+    def reach(self, trained):
+        """Numbers stay below chunk x chunks at any length."""
+        far = None if self.chunk * self.chunks <= trained else trained
+        return PlanReach(far, far)
 
     @property
     def reads_queries(self):

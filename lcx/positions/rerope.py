@@ -1,11 +1,12 @@
 """ReRoPE and Leaky ReRoPE (Su 2023): beyond a window all keys stand equally far, or hardly farther."""
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 
 from lcx.attention.mask import Beyond, Within
-from lcx.positions.distance_plan import Region, RegionPlan, plain
+from lcx.positions.distance_plan import PlanReach, Region, RegionPlan, plain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,14 @@ class ReRoPE(RegionPlan):
             return near, Region(Beyond(size=self.window), far(self.window), far(0))
         query = lambda index: (plain(index) + self.window * (self.leak - 1)) / self.leak
         return near, Region(Beyond(size=self.window), query, lambda index: plain(index) / self.leak)
+
+    def reach(self, trained):
+        """The farthest key of T tokens stands at window + (T - 1 - window) / leak."""
+        if self.leak is None:
+            far = None if self.window < trained else trained
+        else:
+            far = max(trained, math.ceil(self.window + (trained - self.window) * self.leak - 1e-9))
+        return PlanReach(far, far)
 
     @classmethod
     def examples(cls):

@@ -3,7 +3,7 @@
 import dataclasses
 
 from lcx.attention.mask import Ahead, Beyond, Window, Within
-from lcx.positions.distance_plan import Region, RegionPlan, plain
+from lcx.positions.distance_plan import PlanReach, Region, RegionPlan, plain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,10 @@ class SelfExtend(RegionPlan):
             return Region(Within(size=self.window), plain, plain), far
         return Region(Window(size=self.window), plain, plain), far, Region(Ahead(size=self.window), grouped, shifted)
 
+    def reach(self, trained):
+        far = grouped_reach(self.window, self.group, trained)
+        return PlanReach(far, far)
+
     @property
     def both_ways(self):
         return self.bidirectional
@@ -39,3 +43,8 @@ class SelfExtend(RegionPlan):
     @classmethod
     def examples(cls):
         return (cls(group=2, window=4), cls(group=3, window=6, bidirectional=True))
+
+
+def grouped_reach(window: int, group: int, trained: int) -> int:
+    """Tokens of the longest document that stays within `trained` positions: (trained - window) group + window."""
+    return max(trained, (trained - window) * group + window)

@@ -22,6 +22,7 @@ from lcx.parts import parts
 from lcx.positions.dimension_groups import DimensionGroups
 from lcx.positions.distance_plan import Distances, RegionPlan
 from lcx.positions.dual_chunk import DualChunk
+from lcx.positions.long_heads import LongHeads
 from lcx.positions.query_scale import LogLength, LogN, Stepped
 from lcx.positions.rerope import ReRoPE
 from lcx.positions.rope import Rope
@@ -55,6 +56,41 @@ def test_published_distances():
     dual = distances_of(DualChunk(chunk=6, clip=9), 12)
     assert dual[6, :7].tolist() == [6, 5, 4, 3, 2, 1, 0]
     assert dual[11].tolist() == [9, 8, 7, 6, 5, 4, 5, 4, 3, 2, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "plan, trained, every, some",
+    [
+        (SelfExtend(group=4, window=8), 16, 40, 40),  # (16 - 8) 4 + 8
+        (SelfExtend(group=4, window=8), 8, 8, 8),
+        (SelfExtend(group=4, window=32), 16, 16, 16),  # near keys alone go beyond
+        (SelfExtend(group=3, window=6, bidirectional=True), 10, 18, 18),
+        (ReRoPE(window=8), 9, None, None),
+        (ReRoPE(window=8), 8, 8, 8),  # a ninth token would stand at 8
+        (ReRoPE(window=8, leak=4.0), 16, 40, 40),  # 8 + (39 - 8) / 4 = 15.75
+        (ReRoPE(window=8, leak=1.0), 16, 16, 16),
+        (ReRoPE(window=20, leak=4.0), 16, 16, 16),
+        (DualChunk(chunk=6, clip=9), 10, None, None),
+        (DualChunk(chunk=6, clip=9), 9, 9, 9),
+        (DualChunk(chunk=6, clip=20), 20, 12, 12),  # the third chunk stands at 20 from the first
+        (DimensionGroups(groups=(1, 4), window=8), 16, 16, 40),
+        (DimensionGroups(groups=(2, 4), window=8), 16, 24, 40),
+        (DimensionGroups(groups=(2, 4), window=8, dimensions="chosen.npy"), 16, 16, 40),
+        (LongHeads(chunk=4, chunks=4), 16, None, None),
+        (LongHeads(chunk=4, chunks=4), 15, 15, 15),
+    ],
+    ids=str,
+)
+def test_how_far_a_plan_reads_by_hand(plan, trained, every, some):
+    assert plan.reach(trained) == (every, some)
+
+
+@pytest.mark.parametrize("plan", [plan for plan in PLANS if not isinstance(plan, DimensionGroups)], ids=str)
+def test_how_far_a_plan_reads_is_where_its_distances_reach_the_trained_length(plan):
+    found = np.tril(np.nan_to_num(distances_of(plan, 60)))
+    for trained in range(1, 16):
+        within = [n for n in range(1, 61) if found[:n, :n].max() < trained]
+        assert max(within) == min(60, plan.reach(trained).every or 60)
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
