@@ -46,7 +46,9 @@ def figures(ablation: Ablation) -> str:
     """What the ablation costs: its training runs, and what the models that it takes as they are cost to use."""
     lengths = sorted({length for variant in ablation.variants for length in variant.lengths})
     named = {arm.name: ablation.experiment(arm) for arm in ablation.arms if arm.model is not None}
-    blocks = [f"{name}\n{listed(model_figures(one.model, lengths, one.data.length))}" for name, one in named.items()]
+    blocks = [
+        f"{name}\n{listed(model_figures(one.model, lengths, one.data.length, one.data.spread))}" for name, one in named.items()
+    ]
     return "\n\n".join([*blocks, compared(training_runs(ablation))]).rstrip()
 
 

@@ -77,13 +77,16 @@ def figures(experiment: Experiment) -> dict[str, Any]:
         "training FLOPs a token, visible pairs only": count.train(work) / work.tokens,
         "training FLOPs a token, all pairs": count.train(full) / work.tokens,
         "training FLOPs of the run, visible pairs only": count.train(work) * experiment.steps,
-        **position_figures(model, length),
+        "distances in rows": f"below {data.spread:,}",
+        **position_figures(model, length, spread=data.spread),
     }
 
 
-def model_figures(model: Decoder, lengths: Sequence[int], trained: int | None = None) -> dict[str, Any]:
+def model_figures(
+    model: Decoder, lengths: Sequence[int], trained: int | None = None, spread: int | None = None
+) -> dict[str, Any]:
     """Sizes and work of using a model, by name: a forward pass over a row, and the state that a row decodes with. trained: the
-    tokens of the rows that it was trained on."""
+    tokens of the rows that it was trained on; spread: the distances in them."""
     graph, state = abstract_model(model)
     params, count = nnx.to_pure_dict(state), counter(model, state)
     found: dict[str, Any] = {
@@ -96,7 +99,7 @@ def model_figures(model: Decoder, lengths: Sequence[int], trained: int | None = 
         found[f"forward FLOPs a row of {length}, visible pairs only"] = count.forward(count.documents(1, length))
         found[f"forward FLOPs a row of {length}, all pairs"] = count.forward(count.full(1, length))
         found[f"state bytes a row of {length}"] = _bytes(held)
-    return found | position_figures(model, max(lengths), trained)
+    return found | position_figures(model, max(lengths), trained, spread)
 
 
 COMPACT = (

@@ -12,10 +12,13 @@ import pytest
 
 from experiments import plan
 from experiments.program import run
+from lcx.data.recall import Needles
+from lcx.data.skipped import Skipped
 from lcx.models.position_figures import position_figures
 from lcx.parallel.mesh import MeshSpec
 from lcx.plan import activation_bytes, compared, compiled, figures, largest_allocations, memory_figures, model_figures
 from lcx.positions.dimension_groups import DimensionGroups
+from lcx.positions.position_rule import PoSE
 from lcx.positions.query_scale import LogN
 from lcx.positions.rerope import ReRoPE
 from lcx.positions.rope import Rope
@@ -91,6 +94,20 @@ def test_how_far_distance_plans_read_by_hand():
     assert said(planned(ReRoPE(window=8))) == "stays within 64 positions at any length"
     groups = DimensionGroups(groups=(2, 4), window=8)
     assert said(planned(groups)) == "stays within 64 positions up to 120 tokens, 232 for some pairs of channels"
+
+
+def test_skipped_positions_widen_what_training_shows():
+    """Pairs of 4, 6.28 tokens a turn times 10 each: within 1024 turn three; after a YaRN of 4 times the first is as it was, the
+    second turns in 251."""
+    posed = edit(base(), "data.positions", PoSE(target=1024))
+    found = figures(posed)
+    widened = "3 turn within 1024; trained window 64, distances to 1024: critical dimension 6, effective window 1024"
+    assert widened in found["rope of pattern[0], Rope"] and found["distances in rows"] == "below 1,024"
+    said = lambda experiment: next(iter(position_figures(experiment.model, 64, spread=experiment.data.spread).values()))
+    yarn = said(edit(posed, "model.rope", YaRN(factor=4.0, original_length=16)))
+    assert "2 turn within 1024; trained window 16, distances to 1024: critical dimension 4, effective window 1024" in yarn
+    assert said(edit(base(), "data.positions", PoSE(target=1024, chunks=1))) == said(base())
+    assert edit(base(), "data.mixture[0].rows", Skipped(rows_of=Needles(), target=256)).data.spread == 256
 
 
 def test_activations_grow_with_rows_and_shrink_with_rematerialisation_and_accumulation():

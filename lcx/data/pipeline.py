@@ -48,6 +48,13 @@ class Pipeline(Spec):
         self.check(len(self.mixture) >= 1, "mixture", "at least one kind of rows")
         self.check(self.seed >= 0, "seed", "0 or a positive number")
 
+    @property
+    def spread(self) -> int:
+        """Any two tokens of a document stand less than so many positions apart: `length`, or more where places are skipped."""
+        if self.positions is not None:
+            return self.positions.spread(self.length)
+        return max(kind.rows.spread(self.length) for kind in self.mixture)
+
     def row_sets(self) -> list[RowSet]:
         """The rows of every kind, tokenised and planned."""
         sets = [kind.rows.rows(self.tokenizer, self.length, self.seed + n) for n, kind in enumerate(self.mixture)]

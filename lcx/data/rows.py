@@ -51,6 +51,10 @@ class Rows(Spec, abc.ABC):
     def check_fit(self, tokenizer: Tokenizer, length: int) -> None:
         """Raises ValueError (SpecError, TaskDoesNotFit) if rows of `length` tokens cannot be made, before any is."""
 
+    def spread(self, length: int) -> int:
+        """Any two tokens of a document in rows of `length` tokens stand less than so many positions apart."""
+        return length
+
     @abc.abstractmethod
     def rows(self, tokenizer: Tokenizer, length: int, seed: int) -> RowSet:
         """The rows of `length` tokens."""

@@ -30,6 +30,9 @@ class Skipped(Rows):
         self.check(self.target >= length, "target", f"at least the {length} tokens of a row")
         self.rows_of.check_fit(tokenizer, self.times * length)
 
+    def spread(self, length):
+        return max(length, self.target)
+
     def rows(self, tokenizer, length, seed):
         self.check_fit(tokenizer, length)
         return SkippedRows(self, self.rows_of.rows(tokenizer, self.times * length, seed), length, seed)

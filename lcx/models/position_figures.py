@@ -10,18 +10,21 @@ from lcx.models.decoder import Decoder
 from lcx.positions.analysis import Reach, reach
 from lcx.positions.distance_plan import DistancePlan
 from lcx.positions.frequencies import FrequencyRule
+from lcx.positions.length_rule import LengthRule
 
 
-def position_figures(model: Decoder, length: int, trained: int | None = None) -> dict[str, str]:
+def position_figures(model: Decoder, length: int, trained: int | None = None, spread: int | None = None) -> dict[str, str]:
     """Of every attention layer of the pattern, in rows of `length` tokens. trained: tokens of the rows that the model was
-    trained on, for ropes that name no window."""
+    trained on, for ropes that name no window. spread: distances that training with the ropes it has reached."""
+    widened = None if spread is None or spread <= (trained or length) else spread
     found = {}
     for i, layer in enumerate(model.pattern):
         mixer = layer.mixer
         if not isinstance(mixer, Attention):
             continue
         rule = model.rope_of(mixer)
-        far = None if rule is None else reach(rule, mixer.head_dim, length, trained)
+        shown = None if isinstance(rule, LengthRule) else widened  # its frequencies are others where places are skipped
+        far = None if rule is None else reach(rule, mixer.head_dim, length, trained, shown)
         if mixer.distances is not None:
             words = "" if far is None else f"; {plan_words(mixer.distances, far)}"
             found[f"distances of pattern[{i}]"] = f"{mixer.distances}{words}"
@@ -41,9 +44,12 @@ def rope_words(rule: FrequencyRule, far: Reach, head_dim: int, length: int) -> s
     frequencies = rule.frequencies(head_dim, length).at(length)
     turning = frequencies.inv_freq[frequencies.inv_freq > 0]
     waves = 2 * math.pi / turning
+    within, window = length, f"trained window {far.trained}"
+    if far.spread is not None:
+        within, window = max(length, far.spread), f"{window}, distances to {far.spread}"
     return (
         f"{len(turning)} pairs, wavelengths {waves.min():.4g} to {waves.max():.4g} tokens, "
-        f"{int(np.sum(waves <= length))} turn within {length}; trained window {far.trained}: critical dimension "
+        f"{int(np.sum(waves <= within))} turn within {within}; {window}: critical dimension "
         f"{far.critical_dimension}, effective window {far.effective or 'any'}"
     )
 

@@ -22,12 +22,14 @@ BINS = 360  # of a turn, for distributions of angles
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reach:
     """trained: the window. turning: pairs that turn in full within it. effective: tokens up to which no slower pair meets a new
-    angle; None if none turns at all beyond. scale: what logits are multiplied by."""
+    angle; None if none turns at all beyond. scale: what logits are multiplied by. spread: distances that training with the rule
+    reached, if that is known."""
 
     trained: int
     turning: int
     effective: int | None
     scale: float
+    spread: int | None = None
 
     @property
     def critical_dimension(self) -> int:
@@ -40,19 +42,22 @@ def trained_window(rule: FrequencyRule, default: int) -> int:
     return getattr(rule, "original_length", None) or default
 
 
-def reach(rule: FrequencyRule, head_dim: int, length: int, trained: int | None = None) -> Reach:
-    """Of a rule in rows of `length` tokens. trained: the window if the rule names none, by default the row."""
+def reach(rule: FrequencyRule, head_dim: int, length: int, trained: int | None = None, spread: int | None = None) -> Reach:
+    """Of a rule in rows of `length` tokens. trained: the window if the rule names none, by default the row. spread: training
+    with the rule has shown all distances below it, by skipped positions."""
     trained = trained_window(rule, trained or length)
     rates, before = _rates(rule, head_dim, length)
-    slow = before * trained < 2 * math.pi
+    seen = before * trained if spread is None else np.maximum(before * trained, rates * spread)  # angles
+    slow = seen < 2 * math.pi
     moving = slow & (rates > 0)
-    most = (before[moving] * trained / rates[moving]).min() if moving.any() else math.inf
+    most = (seen[moving] / rates[moving]).min() if moving.any() else math.inf
     factor = rule.frequencies(head_dim, length).at(length).factor
     return Reach(
         trained=trained,
         turning=int((~slow).sum()),
         effective=None if math.isinf(most) else int(most * (1 + 1e-9)),
         scale=float(factor) ** 2,
+        spread=spread,
     )
 
 

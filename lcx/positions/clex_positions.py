@@ -25,6 +25,9 @@ class CLEXPositions(PositionRule):
     def reach(self):
         return 2 * self.largest * self.original_length
 
+    def spread(self, length):
+        return self.largest * min(length, 2 * self.original_length - 1)
+
     def step(self, length):
         return 1 / max(1, length // self.original_length)
 

@@ -31,6 +31,10 @@ class PositionRule(Spec, abc.ABC):
     def reach(self) -> int | None:
         """No position is as large; None if that depends on the document."""
 
+    def spread(self, length: int) -> int:
+        """Any two tokens of a document of at most `length` tokens are given less than so many positions apart."""
+        return max(length, self.reach or 0)
+
     def step(self, length: int) -> float | None:
         """What the positions of a document of so many tokens are multiples of; None if they are any numbers."""
         return 1.0
@@ -54,6 +58,9 @@ class PoSE(PositionRule):
     @property
     def reach(self):
         return self.target
+
+    def spread(self, length):
+        return length if self.chunks == 1 else max(length, self.target)
 
     def positions(self, length, rng):
         self.check(length <= self.target, "target", f"at least the {length} tokens of a document")
@@ -133,6 +140,9 @@ class DenseAndMoved(PositionRule):
     @property
     def reach(self):
         return None
+
+    def spread(self, length):
+        return max(length, self.original_length if self.sinks else 0)
 
     def step(self, length):
         return 1 / self.densest

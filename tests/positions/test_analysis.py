@@ -32,6 +32,13 @@ def test_pairs_that_stand_still_reach_everywhere():
     assert reach(Proportional(ratio=0.5), 16, 256).effective is None
 
 
+def test_training_with_skipped_positions_reaches_what_it_showed():
+    """A YaRN of 4 times the 256 tokens, trained at distances to 4,096; and at fewer than it reaches anyway."""
+    yarn = YaRN(factor=4.0, original_length=256)
+    assert [reach(yarn, 16, 256, spread=n).effective for n in (None, 512, 4096)] == [1024, 1024, 4096]
+    assert reach(Rope(), 16, 256, spread=1024).effective == 1024
+
+
 def test_disturbances_are_the_published_ones():
     """Mean over pairs at Llama 2's size: DPRoPE below interpolation below extrapolation (8k: 0.033, 0.191, 1.586)."""
     means = [

@@ -25,6 +25,7 @@ def test_positions_never_fall_and_stay_in_reach(rule):
         found = rule.positions(length, np.random.default_rng(seed))
         assert found.shape == (length,) and found.dtype == np.float32 and found[0] >= 0
         assert (np.diff(found) >= 0).all() and (rule.reach is None or found[-1] < rule.reach)
+        assert found[-1] - found[0] < rule.spread(length) <= rule.spread(length + 1)
         np.testing.assert_array_equal(found, rule.positions(length, np.random.default_rng(seed)))
 
 
@@ -37,6 +38,14 @@ def test_pose_skips_once_after_at_most_half():
         assert found[0] == 0 and (steps != 1).sum() <= 1 and (steps[8:] == 1).all()
         last.append(found[-1])
     assert {*map(int, last)} == set(range(15, 40))
+
+
+def test_how_far_apart_positions_are_by_hand():
+    """The last of three is of two windows of 8 but a token, spread over four times its length."""
+    assert [PoSE(target=40, chunks=chunks).spread(16) for chunks in (1, 2)] == [16, 40]
+    assert [DenseAndMoved(densest=4, original_length=64, sinks=sinks).spread(16) for sinks in (0, 4)] == [16, 64]
+    assert [CLEXPositions(original_length=8, largest=4).spread(n) for n in (4, 15, 40)] == [16, 60, 60]
+    assert RandomSteps().spread(16) == 16 and RandomPositions(target=40).spread(16) == ChunkSlots(target=40).spread(16) == 40
 
 
 def test_sinks_of_e2_llm_stand_at_the_start():
