@@ -14,6 +14,7 @@ import jax
 from experiments.program import Arguments, launch
 from lcx.config_text import render
 from lcx.evaluation.ablation import Ablation, Stopped, run
+from lcx.evaluation.variant_figures import variant_figures
 from lcx.plan import compared, listed, model_figures
 from lcx.support import validate
 from lcx.training.experiment import Experiment
@@ -43,13 +44,14 @@ def main(arguments: Arguments) -> int:
 
 
 def figures(ablation: Ablation) -> str:
-    """What the ablation costs: its training runs, and what the models that it takes as they are cost to use."""
+    """What the ablation costs: its training runs, and what the models that it takes as they are cost to use; and what positions
+    come to in its variants."""
     lengths = sorted({length for variant in ablation.variants for length in variant.lengths})
     named = {arm.name: ablation.experiment(arm) for arm in ablation.arms if arm.model is not None}
     blocks = [
         f"{name}\n{listed(model_figures(one.model, lengths, one.data.length, one.data.spread))}" for name, one in named.items()
     ]
-    return "\n\n".join([*blocks, compared(training_runs(ablation))]).rstrip()
+    return "\n\n".join(block for block in (*blocks, compared(training_runs(ablation)), variant_figures(ablation)) if block)
 
 
 def training_runs(ablation: Ablation) -> dict[str, Experiment]:

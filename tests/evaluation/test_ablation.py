@@ -107,7 +107,12 @@ def test_a_dry_run_shows_what_every_training_costs(ablation, tmp_path, monkeypat
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     open_run(tmp_path, ablation)
     assert program.run(ablate.main, [f"--run_dir={tmp_path}", "--dry_run"]) == 0
-    blocks = [block.splitlines() for block in capsys.readouterr().out.split("\n\n")[1:]]
+    *blocks, positions = [block.splitlines() for block in capsys.readouterr().out.split("\n\n")[1:]]
+    assert positions[0] == "positions, at the longest length of each variant"
+    shown = "16 pairs, wavelengths 12.57 to 7.067e+04 tokens, 2 turn within 32; trained window 16"
+    rope = lambda stage: f"{stage} interpolation x1, rope, LinearInterpolation: {shown}"
+    reach = "critical dimension 4, effective window 32; logits x 1 at the end"
+    assert positions[1:] == [f"{rope('zero-shot')}: {reach}", f"{rope('fine-tuned')}, distances to 32: {reach}"]
     assert [block[0] for block in blocks] == [
         "one",
         "one, fine-tuned interpolation x1",
