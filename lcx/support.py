@@ -5,6 +5,7 @@ A rule yields one sentence for each place where a config breaks it: the field by
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
@@ -302,6 +303,17 @@ def _rope_is_read(experiment: Experiment) -> Iterator[str]:
         yield "model.rope: expected None, as no layer of this model reads it; set the rope of its mixers"
 
 
+def _query_scales_act(experiment: Experiment) -> Iterator[str]:
+    model = experiment.model
+    for path, mixer in _attentions(experiment):
+        skipped, slot = getattr(mixer.query_scale, "skip_layers", 0), re.match(r"model\.pattern\[(\d+)\]", path)
+        if skipped and slot is None:
+            yield f"{path}.query_scale.skip_layers = {skipped}: expected 0 outside the layers of the pattern, which are counted"
+        elif skipped and skipped > (last := model.depth - len(model.pattern) + int(slot[1])):
+            expected = f"expected at most {last}, so that some of the {model.depth} layers are scaled"
+            yield f"{path}.query_scale.skip_layers = {skipped}: {expected}"
+
+
 def _rows_fit(experiment: Experiment) -> Iterator[str]:
     data = experiment.data
     for i, kind in enumerate(data.mixture):
@@ -339,6 +351,7 @@ RULES: Mapping[str, Rule] = {
     "a rope that depends on the length finds raw keys in the cache": _keys_are_turned_anew,
     "a distance plan turns by a rope of one axis that no length changes": _regions_turn_by_a_static_rope,
     "a plan that chooses chunks finds all keys of a row": _chunks_are_chosen_from_whole_rows,
+    "a query scale acts in some layer": _query_scales_act,
     "positions of a learned rope meet that rope": _positions_are_the_ropes,
     "ropes that depend on the length agree whether it is frozen or growing": _one_length_policy,
     "a row is long enough for the recall sequences that fill it": _rows_fit,

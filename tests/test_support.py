@@ -18,6 +18,7 @@ from lcx.data.continuous import Continuous
 from lcx.data.recall import Needles
 from lcx.data.skipped import Skipped
 from lcx.data.sources import TextFolder
+from lcx.mixers.attention import Attention
 from lcx.mixers.short_convolution import ShortConvolution
 from lcx.models.position_table import PositionTable
 from lcx.parallel.layout import Contiguous, Zigzag
@@ -32,6 +33,7 @@ from lcx.positions.frequencies import FrequencyRule
 from lcx.positions.length_rule import LengthRule
 from lcx.positions.long_heads import LongHeads
 from lcx.positions.position_rule import PoSE
+from lcx.positions.query_scale import LogN
 from lcx.positions.rerope import ReRoPE
 from lcx.positions.rope import Rope
 from lcx.positions.xpos import XPos
@@ -42,6 +44,7 @@ from lcx.support_table import base, kinds, refusal
 
 LAYER = "model.pattern[0]"
 GROWING = DynamicNTK(original_length=64, length_policy="growing")
+SKIPPING = LogN(original_length=64, skip_layers=1)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +175,14 @@ GROWING = DynamicNTK(original_length=64, length_policy="growing")
             "steps of 0.125 at positions as large as 16777216, where those of float32 are 1: expected a smaller reach",
         ),
         ([("data.positions", PoSE(target=8))], "expected a target of at least data.length"),
+        (
+            [(f"{LAYER}.mixer.query_scale", LogN(original_length=64, skip_layers=2)), ("model.periods", 2)],
+            "model.pattern[0].mixer.query_scale.skip_layers = 2: expected at most 1, so that some of the 2 layers are",
+        ),
+        (
+            [("model.embed_mixer", Attention(heads=4, kv_heads=4, head_dim=8, query_scale=SKIPPING))],
+            "model.embed_mixer.query_scale.skip_layers = 1: expected 0 outside the layers of the pattern",
+        ),
         ([(f"{LAYER}.mixer.head_dim", 5)], "model.pattern[0].mixer.head_dim = 5 does not fit its rope: Rope.rotary"),
     ],
 )
@@ -216,7 +227,9 @@ def test_each_rule_is_broken_by_something_and_the_base_breaks_none():
     )
     reaching = edits(base(), [("data.positions", PoSE(target=1024)), ("model.rope", GROWING)])
     unturned = edits(base(), [("data.positions", PoSE(target=1024)), ("model.rope", None)])
+    skipping = edit(base(), f"{LAYER}.mixer.query_scale", SKIPPING)
     configs = (
+        skipping,
         chunks,
         unturned,
         reaching,
