@@ -19,6 +19,7 @@ from typing import Any
 import fiddle
 from fiddle.experimental import serialization
 
+from lcx.advice import advice, required, shown
 from lcx.parts import parts
 from lcx.spec import Spec, SpecError, describe, matches
 
@@ -66,23 +67,27 @@ def assign(tree: Tree, path: str, value: Any) -> Tree:
     return _assign(tree, tuple(re.findall(r"\w+", path)), value, "")
 
 
-def build(tree: Tree, path: str = "") -> Any:
-    """The specs of a tree. Raises SpecError with the path of the refused part in front."""
+def build(tree: Tree, path: str = "", whole: Tree = None) -> Any:
+    """The specs of a tree, which is all of the config or, at `path`, part of a whole one. Raises SpecError with the path of the
+    refused part in front."""
+    whole = tree if whole is None else whole
     if isinstance(tree, tuple):
-        return tuple(build(element, f"{path}[{i}]") for i, element in enumerate(tree))
+        return tuple(build(element, f"{path}[{i}]", whole) for i, element in enumerate(tree))
     if not isinstance(tree, fiddle.Buildable):
         return tree
     cls, given = fiddle.get_callable(tree), fiddle.ordered_arguments(tree)
-    values = {name: build(value, f"{path}.{name}" if path else name) for name, value in given.items()}
+    values = {name: build(value, f"{path}.{name}" if path else name, whole) for name, value in given.items()}
     try:
         known = [field.name for field in dataclasses.fields(cls)]
         for name in given.keys() - set(known):
             raise SpecError(f"{cls.__name__} has no field {name!r}.{suggestion(name, known)}")
-        for field in dataclasses.fields(cls):
-            if field.name not in values and field.default is field.default_factory is dataclasses.MISSING:
-                raise SpecError(f"{cls.__name__}.{field.name} is missing: expected {accepted(cls, field.name)}")
-            if field.name in values and not matches(value := values[field.name], typing.get_type_hints(cls)[field.name]):
-                raise SpecError(f"{cls.__name__}.{field.name} = {value!r:.120}: expected {accepted(cls, field.name)}")
+        if missing := [name for name in required(cls) if name not in values]:
+            raise SpecError("; ".join(f"{cls.__name__}.{name} is missing: expected {accepted(cls, name)}" for name in missing))
+        hints = typing.get_type_hints(cls)
+        for name, value in values.items():
+            if not matches(value, hints[name]):
+                expected = f"expected {accepted(cls, name)}{advice(value, hints[name], whole)}"
+                raise SpecError(f"{cls.__name__}.{name} = {shown(value)}: {expected}")
         return cls(**values)
     except SpecError as error:
         raise SpecError(f"{path}: {error}" if path else str(error)) from None

@@ -12,6 +12,7 @@ from typing import Any
 
 import fiddle
 
+from lcx.advice import required, written
 from lcx.config import Tree, expand, suggestion
 from lcx.parts import parts
 from lcx.spec import Spec, SpecError
@@ -102,7 +103,7 @@ def _part(node: ast.Call) -> Tree:
     name = ast.unparse(node.func)
     cls = _class(name)
     if node.args or any(keyword.arg is None for keyword in node.keywords):
-        raise SpecError(f"{name}: fields are given by name, such as {name}({_example(cls)})")
+        raise SpecError(f"{name}: fields are given by name, such as {_example(cls)}")
     known = [field.name for field in dataclasses.fields(cls)]
     for keyword in node.keywords:
         if keyword.arg not in known:
@@ -112,7 +113,9 @@ def _part(node: ast.Call) -> Tree:
 
 
 def _example(cls: type[Spec]) -> str:
-    return ", ".join(f"{field.name}=..." for field in dataclasses.fields(cls)[:2])
+    """With the fields that the part needs, or its first ones."""
+    first = ", ".join(f"{field.name}=..." for field in dataclasses.fields(cls)[:2])
+    return written(cls) if required(cls) else f"{cls.__name__}({first})"
 
 
 def _class(name: str) -> type[Spec]:

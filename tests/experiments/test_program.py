@@ -75,6 +75,11 @@ WRONG = {
     "wrong type": (sets("steps=many"), "Experiment.steps = 'many': expected int"),
     "wrong type, deep": (sets("data.length=256.0"), "data: Pipeline.length = 256.0: expected int"),
     "wrong part": (sets("model.rope=Causal()"), "model: Decoder.rope = Causal(): expected FrequencyRule or None"),
+    "part of another field": (sets("model.rope=ALiBi()"), "ALiBi is a LinearBias, for model.pattern[0].mixer.distance_bias"),
+    "two things wrong": (
+        sets("model.rope=YaRN()"),
+        "model.rope: YaRN.factor is missing: expected float; YaRN.original_length is missing: expected int",
+    ),
     "misspelt part": (sets("model.rope=YaRM(factor=2.0)"), "there is no part 'YaRM'. Did you mean YaRN?"),
     "misspelt part in another case": (
         sets("model.rope=Yarn(factor=2.0)"),
