@@ -1,15 +1,18 @@
-"""Reach of frequency rules by hand, the disturbance that DPRoPE publishes, and a picture of both."""
+"""Reach of frequency rules, angles and distances by hand, the disturbance that DPRoPE publishes, and pictures."""
 
 import numpy as np
 import pytest
 
-from lcx.positions.analysis import disturbances, plot, reach
+from lcx.positions.analysis import angles, distances, disturbances, plot, reach
+from lcx.positions.dimension_groups import DimensionGroups
 from lcx.positions.dprope import DPRoPE
 from lcx.positions.linear import LinearInterpolation
 from lcx.positions.llama3 import Llama3
+from lcx.positions.long_heads import LongHeads
 from lcx.positions.ntk import NTK
 from lcx.positions.proportional import Proportional
 from lcx.positions.rope import Rope
+from lcx.positions.self_extend import SelfExtend
 from lcx.positions.yarn import YaRN
 
 
@@ -48,7 +51,27 @@ def test_disturbances_are_the_published_ones():
     np.testing.assert_allclose(means, [0.033, 0.191, 1.586], atol=6e-4)
 
 
+def test_angles_by_hand():
+    """One radian a token: 0, 1 and 2, 3 of the first two quarters of a turn; of eight tokens 4, then 5 and 6, then 7 again."""
+    before, found = angles(Rope(), 2, 4, 8, bins=4)
+    np.testing.assert_allclose(before, [[0.5, 0.5, 0, 0]])
+    np.testing.assert_allclose(found, [[3 / 8, 2 / 8, 1 / 8, 2 / 8]])
+
+
+def test_distances_by_hand():
+    """Of the last of 24 tokens: groups of 4 behind 8 tokens, and pairs that keep theirs beside them."""
+    near, grouped = [7, 6, 5, 4, 3, 2, 1, 0], [n for n in (11, 10, 9, 8) for _ in range(4)]
+    assert distances(SelfExtend(group=4, window=8), 4, 24)[:, 0].tolist() == grouped + near
+    found = distances(DimensionGroups(groups=(1, 4), window=8), 4, 24)
+    np.testing.assert_array_equal(found.T, [[*range(23, -1, -1)], grouped + near])
+
+
 def test_a_picture(tmp_path):
-    rules = {"none": Rope(), "YaRN": YaRN(factor=4.0, original_length=256), "still": Proportional(ratio=0.5)}
-    plot(rules, 16, 256, 1024, tmp_path / "positions.png")
+    parts = {"none": Rope(), "YaRN": YaRN(factor=4.0, original_length=256), "still": Proportional(ratio=0.5)}
+    parts |= {"grouped": SelfExtend(group=8, window=128), "by pairs": DimensionGroups(groups=(1, 8), window=128)}
+    plot(parts, 16, 256, 1024, tmp_path / "positions.png", angles_of=(5,))
     assert (tmp_path / "positions.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"plot: chosen = LongHeads\(.*: expected a frequency rule or a plan of regions"):
+        plot({"chosen": LongHeads()}, 16, 256, 1024, tmp_path / "none.png")
+    with pytest.raises(ValueError, match=r"plot: angles_of = 8: expected pairs of channels below 8"):
+        plot(parts, 16, 256, 1024, tmp_path / "none.png", angles_of=(8,))
