@@ -1,5 +1,6 @@
 """The figures of a plan agree with arrays that are really made, by hand-derived counts and by the compiler."""
 
+import dataclasses
 import importlib.util
 import os
 import subprocess
@@ -12,11 +13,21 @@ import pytest
 
 from experiments import plan
 from experiments.program import run
+from lcx.attention.planner import estimates
 from lcx.data.recall import Needles
 from lcx.data.skipped import Skipped
 from lcx.models.position_figures import position_figures
 from lcx.parallel.mesh import MeshSpec
-from lcx.plan import activation_bytes, compared, compiled, figures, largest_allocations, memory_figures, model_figures
+from lcx.plan import (
+    activation_bytes,
+    communication_report,
+    compared,
+    compiled,
+    figures,
+    largest_allocations,
+    memory_figures,
+    model_figures,
+)
 from lcx.positions.dimension_groups import DimensionGroups
 from lcx.positions.position_rule import PoSE
 from lcx.positions.query_scale import LogN
@@ -108,6 +119,17 @@ def test_skipped_positions_widen_what_training_shows():
     assert "2 turn within 1024; trained window 16, distances to 1024: critical dimension 4, effective window 1024" in yarn
     assert said(edit(base(), "data.positions", PoSE(target=1024, chunks=1))) == said(base())
     assert edit(base(), "data.mixture[0].rows", Skipped(rows_of=Needles(), target=256)).data.spread == 256
+
+
+def test_communication_is_estimated_of_queries_in_as_many_halves_as_there_are(monkeypatch):
+    given, groups = [], DimensionGroups(groups=(2, 4), window=8)
+    told = lambda work, *rest, **rates: given.append(work) or estimates(work, *rest, **rates)
+    monkeypatch.setattr("lcx.plan.estimates", told)
+    shared = edit(base(), "mesh", MeshSpec(context=4))
+    for distances in (None, groups, edit(groups, "dimensions", "chosen.npy")):
+        text = communication_report(edit(shared, "model.pattern[0].mixer.distances", distances), "TPU v5 lite")
+        assert "communication of pattern[0] over context 4" in text
+    assert given == [dataclasses.replace(given[0], halves=halves) for halves in (1, 1, 2)]
 
 
 def test_activations_grow_with_rows_and_shrink_with_rematerialisation_and_accumulation():

@@ -33,11 +33,11 @@ def given(length, seed=0):
     return tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
 
 
-def run(plan, segments, q, k, v, form=attend, repeat=1):
+def run(plan, segments, q, k, v, form=attend, repeat=1, softcap=None):
     info = causal_info(jnp.asarray(segments)[None])
     distances = Distances(plan, Rope(), DIM, q.shape[1])
     k, v = (jnp.repeat(x, repeat, axis=2) for x in (k, v))
-    return form(q, plan.held(q, k), v, info, info, mask=Causal(), scale=SCALE, distances=distances)
+    return form(q, plan.held(q, k), v, info, info, mask=Causal(), scale=SCALE, softcap=softcap, distances=distances)
 
 
 def turned(x, places):
@@ -51,8 +51,9 @@ def softmax(s):
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
-def by_hand(plan, segments, q, k, v):
-    """Query by query: the chosen tokens one behind the other, numbered from 0."""
+def by_hand(plan, segments, q, k, v, softcap=None):
+    """Query by query: the chosen tokens one behind the other, numbered from 0. Logits of summaries are capped too."""
+    capped = lambda s: s if softcap is None else softcap * np.tanh(s / softcap)
     size, out = plan.chunk, np.zeros(q.shape[1:])
     for segment, h in ((s, h) for s in set(segments) - {0} for h in range(HEADS)):
         at, group = np.flatnonzero(segments == segment), HEADS // KV_HEADS
@@ -61,52 +62,54 @@ def by_hand(plan, segments, q, k, v):
         for begin in range(0, len(at) - size + 1, size):
             chunk = slice(begin, begin + size)
             asking, keys = turned(Q[chunk], np.arange(size)), turned(K[chunk], np.arange(size))
-            mean = (softmax(asking @ keys.T * SCALE) @ V[chunk]).mean(axis=0)
-            summary.append(softmax(keys @ mean * SCALE) @ keys)
+            mean = (softmax(capped(asking @ keys.T * SCALE)) @ V[chunk]).mean(axis=0)
+            summary.append(softmax(capped(keys @ mean * SCALE)) @ keys)
         for i in range(len(at)):
             own = i // size
             best = sorted(range(1, own - 1), key=lambda c: -(Q[i] @ summary[c]))[: plan.chunks - 3]
             seen = [c * size + n for c in sorted({0, *best, max(own - 1, 0), own}) for n in range(size) if c * size + n <= i]
-            weights = softmax(turned(K[seen], np.arange(len(seen))) @ turned(Q[i], len(seen) - 1) * SCALE)
+            weights = softmax(capped(turned(K[seen], np.arange(len(seen))) @ turned(Q[i], len(seen) - 1) * SCALE))
             out[at[i], h] = weights @ V[seen]
     return out
 
 
 @pytest.mark.parametrize(
-    "plan",
+    "plan, softcap",
     [
-        LongHeads(chunk=4, chunks=3),
-        LongHeads(chunk=4, chunks=5),
-        pytest.param(LongHeads(chunk=1, chunks=6), marks=pytest.mark.slow),
+        (LongHeads(chunk=4, chunks=3), None),
+        (LongHeads(chunk=4, chunks=5), 0.8),
+        pytest.param(LongHeads(chunk=1, chunks=6), None, marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_attention_equals_the_definition(plan):
+def test_attention_equals_the_definition(plan, softcap):
     """Of two documents and padding, keys of a group and keys of their own, in order and not."""
     q, k, v = given(len(TWO))
-    expected = by_hand(plan, TWO, q, k, v)
-    out = jax.jit(functools.partial(run, plan, TWO))(q, k, v)[0]
+    expected = by_hand(plan, TWO, q, k, v, softcap)
+    out = jax.jit(functools.partial(run, plan, TWO, softcap=softcap))(q, k, v)[0]
     np.testing.assert_allclose(out[0], expected, atol=2e-6)
-    own = jax.jit(functools.partial(run, plan, TWO, repeat=2))(q, k, v)[0]
+    own = jax.jit(functools.partial(run, plan, TWO, repeat=2, softcap=softcap))(q, k, v)[0]
     np.testing.assert_allclose(own, out, atol=1e-6)
     info, order = causal_info(TWO[None]), np.random.default_rng(1).permutation(len(TWO))
     shuffled = jax.tree.map(lambda x: x[:, order], info)
-    options = {"mask": Causal(), "scale": SCALE, "distances": Distances(plan, Rope(), DIM, len(TWO))}
+    options = {"mask": Causal(), "scale": SCALE, "softcap": softcap, "distances": Distances(plan, Rope(), DIM, len(TWO))}
     held = plan.held(q, k)
     out = jax.jit(functools.partial(attend, **options))(q, held[:, order], v[:, order], info, shuffled)[0]
     np.testing.assert_allclose(out[0], expected, atol=2e-6)
 
 
 def test_the_gradient_is_that_of_the_definition():
-    """Along a direction in which no choice changes; the choice itself has none."""
-    plan, rng = LongHeads(chunk=4, chunks=4), np.random.default_rng(2)
+    """Along a direction in which no choice changes; the choice itself has none. Logits are capped."""
+    plan, softcap, rng = LongHeads(chunk=4, chunks=4), 1.5, np.random.default_rng(2)
     arrays, d_out = given(40, seed=2), rng.normal(size=(1, 40, HEADS, DIM))
     segments = np.ones(40, int)
     steps = [rng.normal(size=x.shape) * 1e-6 for x in arrays]
-    loss = lambda *arrays: float((by_hand(plan, segments, *arrays) * d_out[0]).sum())
+    loss = lambda *arrays: float((by_hand(plan, segments, *arrays, softcap) * d_out[0]).sum())
     wide = [np.asarray(x, np.float64) for x in arrays]
     ahead, behind = (loss(*(x + sign * step for x, step in zip(wide, steps, strict=True))) for sign in (1, -1))
-    found = jax.jit(jax.grad(lambda *arrays: jnp.sum(run(plan, segments, *arrays)[0] * d_out), argnums=(0, 1, 2)))(*arrays)
+    found = jax.jit(
+        jax.grad(lambda *arrays: jnp.sum(run(plan, segments, *arrays, softcap=softcap)[0] * d_out), argnums=(0, 1, 2))
+    )(*arrays)
     along = sum(float((g * step).sum()) for g, step in zip(found, steps, strict=True))
     assert along == pytest.approx((ahead - behind) / 2, rel=1e-4)
 
