@@ -6,6 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from configs.recipes import quick_text
+from experiments.program import set_field
+from lcx.config import build, expand
+from lcx.support import broken
+
 DOCS = Path(__file__).parents[1] / "docs"
 
 # Runs with the example files as lcx/positions/partial.py and configs/ablations/p_rope.py, as if they had been added.
@@ -72,3 +79,29 @@ def test_files_that_the_documents_name_exist():
     for document in DOCS.glob("*.md"):
         for path in re.findall(r"`((?:lcx|configs|experiments|tests)/[\w/.]+)`", document.read_text()):
             assert (DOCS.parent / path).exists() or path in ADDS, f"{document.name}: {path}"
+
+
+def set_texts():
+    """Of docs/methods.md, what is written together: the (path, value) pairs of a table's cell, or of a line of text."""
+    for line in (DOCS / "methods.md").read_text().splitlines():
+        for alternative in line.split(" or "):
+            if found := re.findall(r"set:([^=`]+)=([^`]+?)'?`", alternative):
+                yield found
+
+
+@pytest.mark.parametrize("changes", list(set_texts()), ids=lambda changes: changes[0][1])
+def test_what_the_methods_say_to_write_is_accepted(changes):
+    """With heads of 128 channels or of 8, and four layers."""
+    refused = []
+    for head_dim in (128, 8):
+        tree = expand(quick_text.quick.as_buildable())
+        for path, text in (("model.periods", "4"), ("model.pattern[0].mixer.head_dim", str(head_dim)), *changes):
+            tree = set_field(tree, path, text)
+        refused.append(next(broken(build(tree)), None))
+    assert None in refused, refused
+
+
+def test_every_method_of_a_config_says_what_to_write():
+    rows = [line.split(" | ") for line in (DOCS / "methods.md").read_text().splitlines() if line.startswith("| ")]
+    written = [row for row in rows if len(row) == 4 and not row[2].startswith("`--config=`")]
+    assert len(written) > 30 and all(row[2].startswith("`set:") for row in written)
