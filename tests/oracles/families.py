@@ -58,6 +58,18 @@ def arrays(family: str) -> dict[str, np.ndarray]:
     return weights | {"tokens": tokens.numpy().astype(np.int32), "logits": logits.float().numpy()}
 
 
+def golden_llama():
+    """The model of golden/llama.npz, for scripts that put something around it."""
+    import torch
+
+    model = models()["llama"].double().eval()
+    with np.load(Path(__file__).parent / "golden" / "llama.npz") as held:
+        weights = {key: torch.from_numpy(held[key]) for key in held if key.startswith("weights/")}
+    model.load_state_dict({key.removeprefix("weights/"): value for key, value in weights.items()})
+    model.config._attn_implementation = "eager"
+    return model
+
+
 def main() -> None:
     folder = Path(__file__).parent / "golden"
     folder.mkdir(exist_ok=True)
