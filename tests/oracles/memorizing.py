@@ -21,8 +21,8 @@ form:
     weights/<name>                                 H = 2 heads of 4, k = 3, C = 4; to_out has no bias
 
 No array has its relative bias: with a cache, it counts queries from 0 and keys from the cache's first, so that distances are
-short by the length of the cache. The paper's attention (two softmaxes of the same queries, mixed per head by sigmoid(b_h)) is
-not in here.
+short by the length of the cache. The paper's own form (two softmaxes of the same queries, mixed per head by sigmoid(b_h)) is
+in memorizing_layer.npz.
 Written with torch 2.13.0.
 """
 

@@ -1,4 +1,4 @@
-"""Writes golden losses, fast weights and outer gradients of TTT-E2E's authors' code on a tiny model.
+"""Writes golden losses and outer gradients of the code of the authors of TTT-E2E on a tiny model.
 
     python tests/oracles/ttt_e2e.py CHECKOUTS    # Python 3.12, equinox, optax, einops, hydra-core; writes golden/ttt_e2e.npz
 
