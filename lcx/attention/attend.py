@@ -137,7 +137,7 @@ def local_fold(
     decay = None if bias is None else dataclasses.replace(bias.decay(heads or q.shape[2]), axes=head_axes)
     if plan is None:
         return op.Tiled(choose(backend), mask, scale, softcap, decay=decay)
-    check_plan(plan, B=q.shape[0], T=q.shape[1], H=q.shape[2], K=k.shape[2])
+    check_plan(plan, B=q.shape[0], T=q.shape[1], S=k.shape[1], H=q.shape[2], K=k.shape[2])
     return Planned(choose(backend), mask, scale, softcap, plan.block, decay)
 
 

@@ -2,7 +2,8 @@
 
 A plan restricts attention, it never widens it: pairs count that the mask lets through and that the plan lists, in a tile or as
 a column, once however often it lists them. Tiles are `block` = (query, key) tokens of the arrays, in their order; the last of
-an axis may be short. A plan is shared by all heads (G = 1), or stands for each key head (G = K) or query head (G = H).
+an axis may be short, since a plan is for arrays of `lengths` = (T, S) tokens and no others. A plan is shared by all heads
+(G = 1), or stands for each key head (G = K) or query head (G = H).
 """
 
 import jax
@@ -38,6 +39,7 @@ class BlockPlan:
     columns: Int32[Array, "B G Q C"] | None = None
     column_count: Int32[Array, "B G Q"] | None = None
     block: tuple[int, int] = static()
+    lengths: tuple[int, int] = static()
 
     @property
     def tiles(self) -> TileList:
@@ -66,6 +68,7 @@ def dense_plan(
         count=jnp.minimum(listed, most),
         overflow=jnp.maximum(listed - most, 0),
         block=block,
+        lengths=(q_info.index.shape[-1], k_info.index.shape[-1]),
     )
 
 
@@ -76,16 +79,20 @@ def transpose(plan: BlockPlan) -> BlockPlan:
     behind = jnp.arange(plan.rows.shape[-1]) >= plan.count[..., None]
     order = jnp.lexsort((plan.rows, plan.cols, behind), axis=-1)
     rows, cols, kind = (jnp.take_along_axis(x, order, axis=-1) for x in (plan.cols, plan.rows, plan.kind))
-    return BlockPlan(rows=rows, cols=cols, kind=kind, count=plan.count, overflow=plan.overflow, block=plan.block[::-1])
+    turned = {"block": plan.block[::-1], "lengths": plan.lengths[::-1]}
+    return BlockPlan(rows=rows, cols=cols, kind=kind, count=plan.count, overflow=plan.overflow, **turned)
 
 
-def check_plan(plan: BlockPlan, B: int, T: int, H: int, K: int) -> None:
-    """Raises ValueError if a plan is not one for B rows of T queries, H query and K key heads, or disagrees with itself."""
+def check_plan(plan: BlockPlan, B: int, T: int, S: int, H: int, K: int) -> None:
+    """Raises ValueError if a plan is not one for B rows of T queries and S keys, H query and K key heads, or disagrees with
+    itself."""
     rows, groups, _ = plan.rows.shape
     if rows != B or groups not in (1, K, H):
         raise ValueError(f"plan: {rows} rows and {groups} groups: expected {B} rows and 1, {K} or {H} groups")
     if min(plan.block) < 1:
         raise ValueError(f"plan: block = {plan.block}: expected at least 1 token a side")
+    if plan.lengths != (T, S):
+        raise ValueError(f"plan: made for lengths = {plan.lengths} of queries and keys: expected those of q and k, {(T, S)}")
     blocks = -(-T // plan.block[0])
     if plan.columns is not None and (plan.column_count is None or plan.columns.shape[2] != blocks):
         raise ValueError(f"plan: columns of {plan.columns.shape[2]} query blocks: expected {blocks}, and their count")
@@ -98,9 +105,10 @@ def check_plan(plan: BlockPlan, B: int, T: int, H: int, K: int) -> None:
             raise ValueError(f"plan: {name} {getattr(plan, name).shape}: expected {shape}, as rows {lists} have it")
 
 
-def allowed(plan: BlockPlan, T: int, S: int) -> Bool[Array, "B G T S"]:
+def allowed(plan: BlockPlan) -> Bool[Array, "B G T S"]:
     """The pairs that a plan lists, as an array: for the reference alone."""
-    (bq, bk), (nq, nk) = plan.block, (-(-n // size) for n, size in zip((T, S), plan.block, strict=True))
+    (T, S), (bq, bk) = plan.lengths, plan.block
+    nq, nk = -(-T // bq), -(-S // bk)
     B, G, A = plan.rows.shape
     b, g = jnp.arange(B)[:, None, None], jnp.arange(G)[:, None]
     real = (jnp.arange(A) < plan.count[..., None]) & (plan.kind != EMPTY) & (plan.rows >= 0) & (plan.cols >= 0)
@@ -114,12 +122,12 @@ def allowed(plan: BlockPlan, T: int, S: int) -> Bool[Array, "B G T S"]:
     return pairs | jnp.repeat(single, bq, axis=2)[:, :, :T]
 
 
-def lone_columns(plan: BlockPlan, listed: TileList, S: int) -> tuple[Int32[Array, "B G Q C"], Bool[Array, "B G Q C"]]:
+def lone_columns(plan: BlockPlan, listed: TileList) -> tuple[Int32[Array, "B G Q C"], Bool[Array, "B G Q C"]]:
     """The columns of each query block in their order, and whether one counts: once, inside the array, in no tile of its row.
 
     listed: the plan's tiles as `verified` gives them.
     """
-    Q, C = plan.columns.shape[2:]
+    (Q, C), S = plan.columns.shape[2:], plan.lengths[1]
     nk = -(-S // plan.block[1])
     inside = (jnp.arange(C) < plan.column_count[..., None]) & (plan.columns >= 0) & (plan.columns < S)
     column = jnp.sort(jnp.where(inside, plan.columns, NEVER), axis=-1)

@@ -33,7 +33,7 @@ class Planned(op.Fold):
 
     def forward(self, q, k, v, q_tokens, k_tokens, plan):
         if self.form == "reference":
-            return reference.forward(q, k, v, q_tokens, k_tokens, **self._dense(plan, q, k))
+            return reference.forward(q, k, v, q_tokens, k_tokens, **self._dense(plan, q))
         if q.shape[1] == 0 or k.shape[1] == 0:
             return self._whole.forward(q, k, v, q_tokens, k_tokens)
         listed = self._verified(plan, q_tokens, k_tokens)
@@ -53,7 +53,7 @@ class Planned(op.Fold):
 
     def backward(self, q, k, v, q_tokens, k_tokens, lse, delta, d_out, plan):
         if self.form == "reference":
-            return reference.backward(q, k, v, q_tokens, k_tokens, lse, delta, d_out, **self._dense(plan, q, k))
+            return reference.backward(q, k, v, q_tokens, k_tokens, lse, delta, d_out, **self._dense(plan, q))
         if q.shape[1] == 0 or k.shape[1] == 0:
             return self._whole.backward(q, k, v, q_tokens, k_tokens, lse, delta, d_out)
         listed = self._verified(plan, q_tokens, k_tokens)
@@ -81,10 +81,9 @@ class Planned(op.Fold):
     def _tiled(self):
         return op.Tiled(self.form, self.mask, self.scale, self.softcap, self.block, self.decay)
 
-    def _dense(self, plan, q, k):
-        pairs = allowed(plan, q.shape[1], k.shape[1])
+    def _dense(self, plan, q):
         bias = None if self.decay is None else self.decay.bias(q)
-        return {"mask": self.mask, "scale": self.scale, "softcap": self.softcap, "bias": bias, "allowed": pairs}
+        return {"mask": self.mask, "scale": self.scale, "softcap": self.softcap, "bias": bias, "allowed": allowed(plan)}
 
     def _slopes(self, gather, q):
         return None if self.decay is None else gather.cut(self.decay.bias(q).slopes)
@@ -105,7 +104,7 @@ class _Gather:
 
     def __init__(self, plan: BlockPlan, listed: TileList, q, k, v, k_tokens: Tokens):
         self.k, self.v, self.k_tokens, self.T, self.bq = k, v, k_tokens, q.shape[1], plan.block[0]
-        columns, counts = lone_columns(plan, listed, k.shape[1])
+        columns, counts = lone_columns(plan, listed)
         self.B, self.G, self.Q, C = columns.shape
         K = k.shape[2]
         self.heads = jnp.arange(self.G)[:, None] * K // self.G + jnp.arange(max(1, K // self.G))  # key heads of a group

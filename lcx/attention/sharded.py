@@ -68,7 +68,7 @@ def sharded_attend(
 
     heads, kv_heads = q.shape[2], k.shape[2]
     if plan is not None:
-        check_plan(plan, B=q.shape[0], T=q.shape[1], H=heads, K=kv_heads)
+        check_plan(plan, B=q.shape[0], T=q.shape[1], S=k.shape[1], H=heads, K=kv_heads)
     groups = None if plan is None else {heads: "heads", kv_heads: "kv_heads", 1: None}.get(plan.rows.shape[1])
     queries, keys = (rules.partition(("batch", "sequence", heads, None)) for heads in ("heads", "kv_heads"))
     tokens = tokens_of(q_info), tokens_of(k_info)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import types
 
 import jax
@@ -57,6 +58,7 @@ def random_plan(seed, groups, columns=0, block=BLOCK, rows=B, T=T, S=S, A=18) ->
         kind=jnp.asarray(kind, jnp.int8),
         overflow=jnp.zeros(shape, jnp.int32),
         block=block,
+        lengths=(T, S),
     )
     if columns == 0:
         return plan
@@ -203,7 +205,11 @@ def test_the_triton_kernels(groups, columns, T, monkeypatch):
     plan = random_plan(1, groups, columns, block, rows=1, T=max(T, 33), S=99, A=8)
     if T < 33:
         plan = dataclasses.replace(
-            plan, rows=plan.rows * 0, columns=plan.columns[:, :, :1], column_count=plan.column_count[..., :1]
+            plan,
+            rows=plan.rows * 0,
+            columns=plan.columns[:, :, :1],
+            column_count=plan.column_count[..., :1],
+            lengths=(T, 99),
         )
     infos = random_info(rng, 1, T, "documents"), random_info(rng, 1, 99, "special")
     fold = Planned("gpu", mask, 0.4, None, block)
@@ -224,7 +230,7 @@ def test_what_finds_no_place_is_reported():
 def test_a_transposed_plan_lists_the_same_pairs_of_keys_by_queries():
     plan = random_plan(2, K)
     turned = transpose(plan)
-    assert turned.block == BLOCK[::-1]
+    assert turned.block == BLOCK[::-1] and turned.lengths == (S, T)
     np.testing.assert_array_equal(pairs(turned, S, T), np.swapaxes(pairs(plan), -1, -2))
     for b, g in np.ndindex(B, K):
         assert (np.diff(np.asarray(turned.rows[b, g, : plan.count[b, g]])) >= 0).all()
@@ -244,6 +250,7 @@ def test_kinds_are_what_the_bounds_bear_out():
         count=jnp.asarray([[7]], jnp.int32),
         overflow=jnp.zeros((1, 1), jnp.int32),
         block=(16, 16),
+        lengths=(64, 64),
     )
     side = jax.jit(lambda own: tiles(pad_tokens(own, 16), 16))(own)
     found = jax.jit(lambda given, side: verified(given, Causal(), side, side))(plan.tiles, side)
@@ -257,9 +264,9 @@ def test_nothing_to_attend(T, S):
     own = lambda n: info(np.arange(n)[None], np.ones((1, n)))
     zeros = lambda n, heads: jnp.zeros((1, n, heads, 4))
     plan = random_plan(0, 1, 2, rows=1, T=40, S=40)
-    plan = dataclasses.replace(
-        plan, columns=plan.columns[:, :, : -(-T // 16)], column_count=plan.column_count[:, :, : -(-T // 16)]
-    )
+    blocks = -(-T // 16)
+    lists = {"columns": plan.columns[:, :, :blocks], "column_count": plan.column_count[:, :, :blocks]}
+    plan = dataclasses.replace(plan, **lists, lengths=(T, S))
     run = jax.jit(functools.partial(attend, mask=Causal(), scale=1.0, plan=plan, backend="xla"))
     out, lse = run(zeros(T, 2), zeros(S, 1), zeros(S, 1), own(T), own(S))
     assert out.shape == (1, T, 2, 4) and not out.any() and np.isneginf(lse).all()
@@ -304,7 +311,17 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="1 rows and 1 groups"):
         run(random_plan(0, 1, rows=1))
     with pytest.raises(ValueError, match="columns of 4 query blocks: expected 3"):
-        run(random_plan(0, 1, 2, T=64))
+        run(dataclasses.replace(random_plan(0, 1, 2, T=64), lengths=(T, S)))
+
+
+@pytest.mark.parametrize("lengths", [(T + 1, S), (T, S - 1)], ids=["queries", "keys"])
+def test_a_plan_of_other_lengths_is_refused(lengths):
+    """Of as many blocks too, in which its last tile would be another."""
+    q, k, v, _, _, *infos = given(0)
+    plan = random_plan(0, 1, T=lengths[0], S=lengths[1])
+    expected = re.escape(f"plan: made for lengths = {lengths} of queries and keys: expected those of q and k, {(T, S)}")
+    with pytest.raises(ValueError, match=expected):
+        attend(q, k, v, *infos, mask=Causal(), scale=1.0, plan=plan)
 
 
 def test_a_block_without_tokens_is_refused():

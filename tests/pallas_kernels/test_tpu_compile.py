@@ -88,7 +88,7 @@ def planned(device):
         for name, dtype in (("rows", jnp.int32), ("cols", jnp.int32), ("kind", jnp.int8))
     }
     columns = {"columns": array(1, K, blocks, 64), "column_count": array(1, K, blocks)}
-    plan = BlockPlan(**tiles, count=array(1, K), overflow=array(1, K), **columns, block=block)
+    plan = BlockPlan(**tiles, count=array(1, K), overflow=array(1, K), **columns, block=block, lengths=(T, T))
     tokens = Tokens(*(array(1, T),) * 4)
     wide = lambda heads, dtype=jnp.bfloat16: array(1, T, heads, D, dtype=dtype)
     given = wide(H), wide(K), wide(K), tokens, tokens
