@@ -129,11 +129,10 @@ def local_fold(
         for name, other in (("plan", plan), ("bias", bias)):
             if other is not None:
                 raise ValueError(f"attend: {name} and distances: expected one of them")
-        if distances.plan.reads_queries:
-            if backend in KERNELS:
-                raise ValueError(f"attend: backend = {backend!r} with {distances.plan}: expected 'auto', 'xla' or 'reference'")
-            return ChosenChunks(choose(backend), mask, scale, softcap, distances)
-        return Regions(choose(backend), mask, scale, softcap, distances)
+        if distances.plan.reads_queries and backend in KERNELS:
+            raise ValueError(f"attend: backend = {backend!r} with {distances.plan}: expected 'auto', 'xla' or 'reference'")
+        fold = ChosenChunks if distances.plan.reads_queries else Regions
+        return fold(choose(backend), mask, scale, softcap, distances)
     decay = None if bias is None else dataclasses.replace(bias.decay(heads or q.shape[2]), axes=head_axes)
     if plan is None:
         return op.Tiled(choose(backend), mask, scale, softcap, decay=decay)

@@ -1,8 +1,4 @@
-"""Attention whose rotation depends on the region of a pair: one fold a region of a distance plan, merged.
-
-Queries and keys come raw and are turned here, each by its own token's index, so keys may travel over a mesh or lie in a cache
-before they are.
-"""
+"""Attention whose rotation depends on the region of a pair: one fold a region of a distance plan, merged."""
 
 import dataclasses
 import functools
@@ -11,21 +7,14 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from lcx.attention.mask import Mask
+from lcx.attention.distance_fold import DistanceFold
 from lcx.attention.merge import merge
-from lcx.positions.distance_plan import Distances, plain
+from lcx.positions.distance_plan import plain
 from lcx.positions.rotate import rotate
 from pallas_kernels.tile_attention import op
 
 
-@dataclasses.dataclass(frozen=True)
-class Regions(op.Fold):
-    form: str
-    mask: Mask
-    scale: float
-    softcap: float | None
-    distances: Distances
-
+class Regions(DistanceFold):
     def forward(self, q, k, v, q_tokens, k_tokens):
         parts = []
         for region, fold in self._folds():

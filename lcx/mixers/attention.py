@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from lcx.attention.attend import KERNELS, Backend
-from lcx.attention.chosen_chunks import ChosenChunks
+from lcx.attention.chunk_summaries import sum_up
 from lcx.attention.mask import Causal, Mask, tokens_of
 from lcx.attention.merge import with_sinks
 from lcx.attention.sharded import sharded_attend
@@ -169,9 +169,10 @@ class AttentionModule(MixerModule):
         else:
             before, state = state, spec.cache.append(state, k, v, info, frequencies)
             if distances is not None and distances.plan.reads_queries:
-                options["distances"] = distances = dataclasses.replace(distances, summed=True)
-                fold = ChosenChunks("xla", spec.mask, options["scale"], spec.softcap, distances)
-                state = spec.cache.rewrite(state, before, lambda k, v, info, new: fold.sum_up(k, v, tokens_of(info), new))
+                options["distances"] = dataclasses.replace(distances, summed=True)
+                how = {"distances": distances, "scale": options["scale"], "softcap": spec.softcap}
+                keys = lambda k, v, info, new: sum_up(k, v, tokens_of(info), new, **how)
+                state = spec.cache.rewrite(state, before, keys)
             out, lse = spec.cache.attend(state, q, info, frequencies=frequencies, **options)
         if self.sinks is not None:
             out = with_sinks(out, lse, self.sinks[...])

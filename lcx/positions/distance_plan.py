@@ -87,7 +87,7 @@ class RegionPlan(DistancePlan):
 class Distances:
     """A plan with the rope that it turns by, for rows of at most `length` tokens. Hashable and static.
 
-    summed: keys that carry queries carry the summaries of their chunks too (`ChosenChunks.sum_up`).
+    summed: keys that carry queries carry the summaries of their chunks too (`chunk_summaries.sum_up`).
     """
 
     plan: DistancePlan

@@ -14,8 +14,8 @@ class LongHeads(DistancePlan):
     before, and those whose keys fit it best, chosen for each query head. Their tokens are numbered as if nothing stood between
     them, so chunk x chunks is the trained length or less; queries with no more before them see all, as trained.
 
-    Keys of a chunk are summed up by attention within it (`lcx/attention/chosen_chunks.py`), which takes the queries of all its
-    tokens: caches hold them beside the keys, H / K heads more, and sum a chunk up once, when it is whole. Training-free;
+    Keys of a chunk are summed up by attention within it (`lcx/attention/chunk_summaries.py`), which takes the queries of all
+    its tokens: caches hold them beside the keys, H / K heads more, and sum a chunk up once, when it is whole. Training-free;
     published for Llama-2: 16 chunks of 256.
     """
 
