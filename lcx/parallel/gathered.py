@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from lcx.parallel.rules import Rules, ambient_mesh
+from pallas_kernels.target import platform
 
 LANES = 1024  # of a row that a TPU scatters
 
@@ -67,7 +68,12 @@ def gather(share: Array, spread: Spread) -> Array:
 
 
 def scatter(whole: Array, spread: Spread, over: tuple[str, ...] = ()) -> Array:
-    """This device's share of the sum over devices, inside `shard_map`: over the axes of the spread and those of `over`."""
+    """This device's share of the sum over devices, inside `shard_map`: over the axes of the spread and those of `over`.
+
+    On a CPU bfloat16 is summed in float32: XLA does so anyway, but aborts where other mesh axes are left to the compiler.
+    """
+    if whole.dtype == jnp.bfloat16 and platform() == "cpu":
+        return scatter(whole.astype(jnp.float32), spread, over).astype(whole.dtype)
     width = whole.shape[-1] if any(spread[:-1]) and not spread[-1] else 0
     if width > LANES:
         whole = jnp.pad(whole, ((0, 0),) * (whole.ndim - 1) + ((0, -width % LANES),))
