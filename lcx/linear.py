@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,19 @@ from lcx.parallel.gathered import Spread, axes_size, gather, logical_axes, on_sh
 from lcx.parallel.rules import Rules, ambient_mesh
 from pallas_kernels.target import precision
 
+GradientSum = Literal["compute", "float32"]
 
-def linear(x: Float[Array, "B T ..."], weight: nnx.Param, rules: Rules, *, contracted: int = 1) -> Float[Array, "B T ..."]:
+
+def linear(
+    x: Float[Array, "B T ..."], weight: nnx.Param, rules: Rules, *, contracted: int = 1, gradient_sum: GradientSum = "compute"
+) -> Float[Array, "B T ..."]:
     """[B, T, *inputs] by a weight [*inputs, *outputs] over `contracted` input axes, in the precision of `x`.
 
     On one device the tokens are one flat axis: XLA's CPU backend then forms the weight gradient without transposing the
     cotangents element by element (a gated layer is 2.3 times faster). On a mesh a device gathers the weight for the tokens
-    that it holds, and keeps its share of the gradient; neither stays whole. Tokens that do not divide over the devices are
-    left to the compiler.
+    that it holds, and keeps its share of the gradient; neither stays whole. gradient_sum: what devices sum gradients in, the
+    precision of `x` (`compute`) or float32. Tokens that do not divide over the devices are left to the compiler, which sums
+    in the precision of `x`.
     """
     matrix = weight[...]
     if ambient_mesh() is None:
@@ -32,7 +37,9 @@ def linear(x: Float[Array, "B T ..."], weight: nnx.Param, rules: Rules, *, contr
     if x.shape[0] % axes_size(rows) or x.shape[1] % axes_size(sequence):
         return _product(contracted, x, matrix.astype(x.dtype))
     over = (*rows, *sequence)
-    plan = _Gathered(spread_of(logical_axes(weight, matrix.ndim), rules, over), (rows, sequence), over, contracted)
+    plan = _Gathered(
+        spread_of(logical_axes(weight, matrix.ndim), rules, over), (rows, sequence), over, contracted, gradient_sum
+    )
     return _sharded(plan, x, matrix)
 
 
@@ -43,6 +50,7 @@ class _Gathered(NamedTuple):
     tokens: Spread
     over: tuple[str, ...]
     contracted: int
+    gradient_sum: GradientSum
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -60,6 +68,9 @@ def _pull_sharded(plan, saved, slope):
     def local(x, share, slope):
         _, pull = jax.vjp(functools.partial(_product, plan.contracted), x, gather(share.astype(x.dtype), plan.spread))
         by_x, by_matrix = pull(slope)
+        if plan.gradient_sum == "float32":  # not rounded before it is summed
+            tokens = tuple(range(x.ndim - plan.contracted))
+            by_matrix = _wide(x, slope, x.dtype, (tokens, tokens))
         return by_x, scatter(by_matrix, plan.spread, plan.over).astype(share.dtype)
 
     tokens, share = partition(plan.tokens), partition(plan.spread)

@@ -53,5 +53,5 @@ class GLUModule(nnx.Module):
         return shard(y, rules, "batch", "sequence", None), {}
 
     def _affine(self, x, matrix, bias):
-        y = linear(x, matrix, self.inherited.rules)
+        y = linear(x, matrix, self.inherited.rules, gradient_sum=self.inherited.gradient_sum)
         return y if bias is None else y + bias[...].astype(x.dtype)

@@ -176,7 +176,7 @@ class AttentionModule(MixerModule):
             out, lse = spec.cache.attend(state, q, info, frequencies=frequencies, **options)
         if self.sinks is not None:
             out = with_sinks(out, lse, self.sinks[...])
-        y = linear(out.astype(x.dtype), self.output, rules, contracted=2)
+        y = linear(out.astype(x.dtype), self.output, rules, contracted=2, gradient_sum=self.inherited.gradient_sum)
         if self.output_bias is not None:
             y = y + self.output_bias[...].astype(x.dtype)
         return shard(y, rules, "batch", "sequence", None), state, {}
@@ -189,7 +189,7 @@ class AttentionModule(MixerModule):
         return spec.cache.init(batch_size, length, spec.kv_heads, (1 + asking) * spec.head_dim, spec.head_dim, dtype, axes)
 
     def _project(self, x, matrix, bias, norm, heads):
-        y = linear(x, matrix, self.inherited.rules)
+        y = linear(x, matrix, self.inherited.rules, gradient_sum=self.inherited.gradient_sum)
         if bias is not None:
             y = y + bias[...].astype(x.dtype)
         if norm is not None:

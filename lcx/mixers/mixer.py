@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from lcx.attention.all_gather import AllGather
 from lcx.attention.communication import Communication
 from lcx.batch import Batch
+from lcx.linear import GradientSum
 from lcx.parallel.rules import Rules
 from lcx.positions.frequencies import Frequencies, FrequencyRule
 from lcx.spec import Spec
@@ -29,7 +30,7 @@ Aux = dict[str, Float[Array, ""]]
 class Inherited:
     """What a part takes over from its model. gain scales the initial weights that write to the residual stream.
 
-    channel_chunk: tokens of a row of a device that channel mixers see at a time; None is all.
+    channel_chunk: tokens of a row of a device that channel mixers see at a time; None is all. gradient_sum: of `linear`.
     """
 
     width: int
@@ -40,6 +41,7 @@ class Inherited:
     communication: Communication = AllGather()
     gain: float = 1.0
     channel_chunk: int | None = None
+    gradient_sum: GradientSum = "compute"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from lcx.attention.all_gather import AllGather
 from lcx.attention.communication import Communication
 from lcx.batch import Batch, lengths_of
-from lcx.linear import wide_product
+from lcx.linear import GradientSum, wide_product
 from lcx.mixers.attention import Attention
 from lcx.mixers.mixer import Aux, Compute, Inherited, Mixer, Place, weight
 from lcx.models.embedding import lookup
@@ -60,7 +60,8 @@ class Decoder(Spec):
     attention gave, so that no ring runs again (`attention`; `offload` keeps the same two on the host). channel_chunk:
     tokens of each row of a device that channel mixers see at a time, forward and backward; None is all. unroll: periods a scan
     step, or `all` of them (faster on a CPU, longer to compile). rules, communication: how the model lies on a mesh, and how
-    queries meet keys where the sequence is sharded.
+    queries meet keys where the sequence is sharded. gradient_sum: what devices sum the gradients of projections in, `compute`
+    or float32, which sends twice the bytes of bfloat16 (docs/numerics.md).
     """
 
     vocab: int
@@ -80,6 +81,7 @@ class Decoder(Spec):
     unroll: int | Literal["all"] = 1
     rules: Rules = Rules()
     communication: Communication = AllGather()
+    gradient_sum: GradientSum = "compute"
 
     def validate(self):
         for field in ("vocab", "width", "periods"):
@@ -116,6 +118,7 @@ class DecoderModel(nnx.Module):
             rules=spec.rules,
             communication=spec.communication,
             channel_chunk=spec.channel_chunk,
+            gradient_sum=spec.gradient_sum,
         )
         self.rope = _learned_rope(spec, rngs)
         self.embedding = weight(rngs, (spec.vocab, spec.width), ("vocab", "width"), fan_in=spec.width)

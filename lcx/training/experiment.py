@@ -69,10 +69,10 @@ class Experiment(Spec):
 
     def identity(self) -> dict[str, Any]:
         """What a run may not change when it goes on from a checkpoint, field by field. The mesh and whatever only decides how
-        the same numbers are computed (layout, rules, communication, rematerialisation, chunks) may change.
+        the same numbers are computed (layout, rules, communication, rematerialisation, chunks, sums over devices) may change.
         """
         same = [("rules", Rules()), ("communication", AllGather()), ("remat", "none"), ("channel_chunk", None), ("unroll", 1)]
-        model = edits(self.model, same)
+        model = edits(self.model, [*same, ("gradient_sum", "compute")])
         defaults = {field.name: field.default for field in dataclasses.fields(self.objective)}
         objective = edits(self.objective, [(name, defaults[name]) for name in self.objective.free])
         parts = {"model": model, "data": self.data, "objective": objective, "optimizer": self.optimizer}
