@@ -39,3 +39,6 @@ def test_the_training_step_fits_the_slice(name):
     )
     assert run.returncode == 0, run.stderr[-3000:]
     assert re.search(r"^fits +yes, by", run.stdout, re.MULTILINE), run.stdout[-2000:]
+    sent = dict(re.findall(r"^([\w-]+) bytes sent a device and step\D* ([\d,]+)$", run.stdout, re.MULTILINE))
+    gathered, reduced = (int(sent[kind].replace(",", "")) for kind in ("all-gather", "all-reduce"))
+    assert reduced < gathered / 10  # weights are not all-reduced

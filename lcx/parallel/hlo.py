@@ -96,7 +96,7 @@ def overlaps(text: str, kernel: str = "tpu_custom_call") -> list[Overlap]:
         kernels = [place for place, instruction in enumerate(instructions) if is_kernel(instruction)]
         for start, end in _permutes(instructions) if kernels else ():
             between = tuple(instructions[place].name for place in kernels if start < place < end)
-            sent = _operand_bytes(instructions[start], instructions)
+            sent = operand_bytes(instructions[start], instructions)
             found.append(Overlap(name, instructions[start].name, sent, between))
     return found
 
@@ -183,10 +183,10 @@ def _sent(program: Program, name: str, trips: Callable[[str], int]) -> dict[str,
 
 
 def _own(program: Program, name: str, instruction: Instruction) -> dict[str, Collective]:
-    kind, n = instruction.opcode.removesuffix("-start"), _group_size(instruction, program.devices)
+    kind, n = instruction.opcode.removesuffix("-start"), group_size(instruction, program.devices)
     if kind == "all-reduce" and name.startswith("all-reduce-scatter"):  # a fusion of the TPU compiler that keeps a slice
         kind = "reduce-scatter"
-    size = _operand_bytes(instruction, program.computations[name])
+    size = operand_bytes(instruction, program.computations[name])
     parts = {"all-gather": n * (n - 1), "all-reduce": 2 * (n - 1), "collective-permute": n}.get(kind, n - 1)
     return {kind: Collective(1, size * parts // n)}
 
@@ -197,7 +197,8 @@ def _continues(instruction: Instruction, around: tuple[Instruction, ...]) -> boo
     return "chain_id=" in instruction.rest and not starts
 
 
-def _group_size(instruction: Instruction, devices: int) -> int:
+def group_size(instruction: Instruction, devices: int) -> int:
+    """Devices that exchange with each other in a collective."""
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]", instruction.rest):
         return int(found[1])
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", instruction.rest):
@@ -208,7 +209,8 @@ def _group_size(instruction: Instruction, devices: int) -> int:
     return len(found[1].split(",")) if found else devices
 
 
-def _operand_bytes(instruction: Instruction, around: tuple[Instruction, ...]) -> int:
+def operand_bytes(instruction: Instruction, around: tuple[Instruction, ...]) -> int:
+    """Bytes of what it takes, which stands around it."""
     named = (_named(operand, around) for operand in instruction.operands)
     return sum(shape_bytes(operand.shape) for operand in named if operand is not None)
 

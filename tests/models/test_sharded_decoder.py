@@ -1,5 +1,6 @@
 """A sharded decoder equals the unsharded one in hidden states, loss gradient and logits, on every pairing of axes."""
 
+import collections
 import functools
 import itertools
 
@@ -17,14 +18,16 @@ from lcx.mixers.attention import Attention
 from lcx.mixers.short_convolution import ShortConvolution
 from lcx.models.decoder import REMAT, Decoder
 from lcx.models.layer import Layer
+from lcx.parallel.hlo import group_size, operand_bytes, parse
 from lcx.parallel.mesh import AXES, MeshSpec
 from lcx.parallel.rules import Rules
 from lcx.spec import edits
 
 MESHES = [MeshSpec(**{a: 2, b: 4 if b == "context" else 2}) for a, b in itertools.combinations(AXES, 2)]
+SPREAD = Rules(batch=("data",), sequence=("fsdp", "context"), width=("fsdp", "context"), vocab=())  # as pods have it
 MEMORY = {  # what the decoder does about memory on some of the meshes; on the others nothing
     MeshSpec(data=2, context=4): [("channel_chunk", 3), ("remat", "attention")],
-    MeshSpec(fsdp=2, context=4): [("channel_chunk", 1), ("remat", "offload")],
+    MeshSpec(fsdp=2, context=4): [("channel_chunk", 1), ("remat", "offload"), ("rules", SPREAD)],
     MeshSpec(fsdp=2, tensor=2): [("channel_chunk", 5), ("remat", "full")],
 }
 
@@ -60,14 +63,24 @@ def batch() -> Batch:
     return Batch(tokens=jnp.asarray(rng.integers(0, 64, (4, 16)), jnp.int32), info=causal_info(segments))
 
 
-def outputs(model, batch):
+def program(model, batch):
+    """The compiled gradient, and what it takes."""
+
     def scalar(state, graph):
         hidden, _, _ = nnx.merge(graph, state)(batch)
         logits = nnx.merge(graph, state).logits(hidden)
         return jnp.where(batch.info.segments[..., None] > 0, jnp.sin(logits), 0).sum(), logits
 
     graph, state = nnx.split(model)
-    (value, logits), gradient = jax.jit(jax.value_and_grad(scalar, has_aux=True), static_argnums=1)(state, graph)
+    return jax.jit(jax.value_and_grad(scalar, has_aux=True), static_argnums=1).lower(state, graph).compile(), state
+
+
+def outputs(model, batch):
+    return results(*program(model, batch))
+
+
+def results(compiled, state):
+    (value, logits), gradient = compiled(state)
     return value, logits, nnx.to_pure_dict(gradient)
 
 
@@ -85,8 +98,27 @@ def some(cases, suite):
     "spec", some(MESHES, [*MEMORY][1:2]), ids=lambda spec: "-".join(a for a in AXES if getattr(spec, a) > 1)
 )
 def test_sharded_equals_unsharded(spec, unsharded):
+    """Where weights lie on two axes, those of a layer are gathered one axis at a time, and no gradient is summed as a whole."""
+    model = edits(decoder(), MEMORY.get(spec, []))
     with jax.set_mesh(spec.build()):
-        close(outputs(edits(decoder(), MEMORY.get(spec, [])).build(rngs=nnx.Rngs(0)), batch()), unsharded)
+        compiled, state = program(model.build(rngs=nnx.Rngs(0)), batch())
+        close(results(compiled, state), unsharded)
+    if model.rules == SPREAD:
+        smallest = 4 * 16 * 2 * 8  # bytes of a matrix
+        groups = exchanges(compiled.as_text(), least=smallest // 8)
+        assert groups["all-gather"] == groups["reduce-scatter"] == {2, 4}
+        assert not exchanges(compiled.as_text(), least=smallest)["all-reduce"]
+
+
+def exchanges(text, least):
+    """By kind, of how many devices collectives in the layers are that take at least so many bytes."""
+    found, given = collections.defaultdict(set), parse(text)
+    for instructions in given.computations.values():
+        for instruction in instructions:
+            size = group_size(instruction, given.devices)
+            if "while" in instruction.op_name and size > 1 and operand_bytes(instruction, instructions) >= least:
+                found[instruction.opcode.removesuffix("-start")].add(size)
+    return found
 
 
 def ring(remat: str, **options) -> Decoder:
