@@ -13,16 +13,23 @@ from jaxtyping import Array, Float, Int
 from lcx.attention.merge import merge
 from lcx.attention.plan import BlockPlan, allowed, lone_columns
 from pallas_kernels.tile_attention import op, reference
+from pallas_kernels.tile_attention.blocks import LANES
 from pallas_kernels.tile_attention.decay import Decay
 from pallas_kernels.tile_attention.tile_list import TileList, verified
 from pallas_kernels.tile_attention.tokens import Bias, Mask, Tokens, pad_tokens, tiles
+from pallas_kernels.tile_attention.triton_blocks import SMALLEST
 
 GATHERED = 1 << 25  # numbers of keys and values that are gathered at once
+SIDES = {  # tokens of a side of a block where a kernel takes it
+    "tpu": (lambda n: n > 0 and n % LANES == 0, f"multiples of {LANES}"),
+    "gpu": (lambda n: n >= SMALLEST and n & (n - 1) == 0, f"powers of two from {SMALLEST}"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Planned(op.Fold):
-    """The pairs that a plan lists and the mask lets through; `block` is the plan's."""
+    """The pairs that a plan lists and the mask lets through; `block` is the plan's. Raises ValueError for a block that the form
+    does not take."""
 
     form: str
     mask: Mask
@@ -30,6 +37,11 @@ class Planned(op.Fold):
     softcap: float | None
     block: tuple[int, int]
     decay: Decay | None = None
+
+    def __post_init__(self):
+        fits, accepted = SIDES.get(self.form, (lambda n: n >= 1, "at least 1 token a side"))
+        if not all(map(fits, self.block)):
+            raise ValueError(f"plan: block = {self.block} in the form {self.form!r}: expected {accepted}")
 
     def forward(self, q, k, v, q_tokens, k_tokens, plan):
         if self.form == "reference":

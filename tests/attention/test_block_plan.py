@@ -327,3 +327,12 @@ def test_a_plan_of_other_lengths_is_refused(lengths):
 def test_a_block_without_tokens_is_refused():
     with pytest.raises(ValueError, match=r"dense_plan: block = \(0, 64\): expected at least 1 token a side"):
         dense_plan(Causal(), *given(0, "packed")[-2:], block=(0, 64))
+
+
+@pytest.mark.parametrize(
+    "form, block, expected",
+    [("tpu", (128, 192), "multiples of 128"), ("gpu", (48, 16), "powers of two from 16"), ("xla", (16, 0), "at least 1 token")],
+)
+def test_blocks_that_a_form_does_not_take_are_refused(form, block, expected):
+    with pytest.raises(ValueError, match=re.escape(f"plan: block = {block} in the form {form!r}: expected {expected}")):
+        Planned(form, Causal(), 1.0, None, block)
