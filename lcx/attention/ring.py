@@ -55,8 +55,6 @@ def nested_rings(fold: Fold, axes: tuple[str, ...]) -> Fold:
 
 class RingFold(Wrapped):
     def forward(self, q, k, v, q_tokens, k_tokens):
-        keys = _packed(k, v, k_tokens)
-
         def step(_, carry):
             held, part = carry
             arriving = self._send(held)
@@ -66,14 +64,12 @@ class RingFold(Wrapped):
             return arriving, merge(part, (out, lse))
 
         def journey(first, last, part):
+            keys = _packed(k, v, k_tokens, first)
             return self._hop(first, last, step, (self._jump(keys, first, "out"), part))[1]
 
         return self._journeys(q_tokens, k_tokens, journey, _nothing(q, v))
 
     def backward(self, q, k, v, q_tokens, k_tokens, lse, delta, d_out):
-        zeros = lambda x: jnp.zeros(x.shape, jnp.float32)
-        keys = _packed(k, v, k_tokens)
-
         def step(_, carry):
             held, travelling, dq = carry
             sent = self._send((held, travelling))
@@ -84,11 +80,14 @@ class RingFold(Wrapped):
 
         def journey(first, last, sums):
             gradient, dq = sums
+            keys = _packed(k, v, k_tokens, first)
             gradient = self._jump(gradient, jnp.maximum(first - 1, 0), "out")
             _, gradient, dq = self._hop(first, last, step, (self._jump(keys, first, "out"), gradient, dq))
             return self._jump(gradient, -last, "home"), dq
 
-        gradient, dq = self._journeys(q_tokens, k_tokens, journey, (zeros(keys[0]), zeros(q)))
+        zeros = lambda *shape: jnp.zeros(shape, jnp.float32)
+        sums = zeros(*k.shape[:-1], k.shape[-1] + v.shape[-1]), zeros(*q.shape)
+        gradient, dq = self._journeys(q_tokens, k_tokens, journey, sums)
         return dq, *jnp.split(gradient, [k.shape[-1]], axis=-1)
 
     def _journeys(self, q_tokens: Tokens, k_tokens: Tokens, journey: Callable, carry):
@@ -185,8 +184,12 @@ def _statistics(tokens: Tokens):
     return tiles(pad_tokens(tokens, size), size)
 
 
-def _packed(k, v, k_tokens: Tokens):
-    """What travels: keys beside their values [B, S, K, D + E], and the fields of the tokens [4, B, S]."""
+def _packed(k, v, k_tokens: Tokens, first):
+    """What travels from the first place on: keys beside their values [B, S, K, D + E], and the fields of the tokens [4, B, S].
+
+    The barrier keeps the compiler from holding it from one journey to the next, beside what travels.
+    """
+    (k, v, k_tokens), _ = jax.lax.optimization_barrier(((k, v, k_tokens), first))
     return jnp.concatenate([k, v], axis=-1), jnp.stack(k_tokens)
 
 

@@ -158,8 +158,7 @@ def backward(
     queries = tuple(cut(x, q_size, rows, K) for x in (_scaled(plan, q), d_out.astype(v.dtype), lse, delta))
     slopes = None if bias is None else cut(bias.slopes, q_size, rows, K)
     queries = (*queries, slopes, cut_tokens(q_tokens, q_size, rows))
-    k_cut, v_cut = (cut(x, k_size, rows, K) for x in (k, v))
-    keys = (k_cut, jax.lax.optimization_barrier(k_cut.swapaxes(-1, -2)), v_cut, cut_tokens(k_tokens, k_size, rows))
+    keys = (*(cut(x, k_size, rows, K) for x in (k, v)), cut_tokens(k_tokens, k_size, rows))
     dq, dk, dv = jax.lax.map(lambda group: _backward_group(plan, *group), (queries, keys, tiles))
     dk, dv = uncut(dk, k_size, S), uncut(dv, k_size, S)
     return uncut(dq, q_size, T) * scale, dk if q.dtype == jnp.float32 else dk * scale, dv
@@ -167,7 +166,8 @@ def backward(
 
 def _backward_group(plan, queries, keys, tiles):
     def key_tile(dq, tile):
-        (k, k_transposed, v, k_tokens), state = tile
+        (k, v, k_tokens), state = tile
+        k_transposed = jax.lax.optimization_barrier(k.swapaxes(-1, -2))
 
         def step(i, masked, carry):
             dq, dk, dv = carry
