@@ -3,6 +3,7 @@
 Nothing here makes an array: `report` traces, `compiled` compiles for the given devices, real ones or a described topology.
 """
 
+import dataclasses
 import math
 import re
 import time
@@ -33,6 +34,7 @@ from lcx.training.flops import counter, peak, query_halves
 from lcx.training.optimizer import groups
 from lcx.training.placement import batch_shardings
 from lcx.training.step import abstract_model, bind
+from lcx.training.trainable import parted
 
 
 def report(experiment: Experiment) -> str:
@@ -57,17 +59,18 @@ def figures(experiment: Experiment) -> dict[str, Any]:
     model, data = experiment.model, experiment.data
     _, state = abstract_model(model)
     rows, length = data.batch_size, data.length
-    count = counter(model, state)
+    step = experiment.training_step(AbstractMesh(tuple(sizes(experiment.mesh).values()), AXES))
+    held, count = step.abstract_state(), counter(model, state, step.trained)
+    trained, _ = parted(held.params, step.trained)
     work, full = count.documents(rows, length), count.full(rows, length)
-    held = experiment.training_step(AbstractMesh(tuple(sizes(experiment.mesh).values()), AXES)).abstract_state()
     parameters = sum(leaf.size for leaf in jax.tree.leaves(held.params))
     return {
         "parameters": parameters,
         "  of them embeddings": _embeddings(state),
         "parameter bytes": _bytes(held.params),
-        "gradient bytes": _bytes(held.params),
+        "gradient bytes": _bytes(trained),
         "optimizer bytes": _bytes(held.optimizer),
-        "parameter, gradient, optimizer bytes a device": 2 * _device_bytes(held.params) + _device_bytes(held.optimizer),
+        "parameter, gradient, optimizer bytes a device": sum(map(_device_bytes, (held.params, trained, held.optimizer))),
         "activation bytes kept for backward, all devices": activation_bytes(experiment),
         "tokens a step": work.tokens,
         "tokens of the run": work.tokens * experiment.steps,
@@ -125,7 +128,8 @@ def activation_bytes(experiment: Experiment) -> int:
     """Bytes that the forward pass of a micro-batch keeps for its backward pass, by tracing, unsharded; XLA may keep less."""
     graph, state = abstract_model(for_any_platform(experiment.model))
     params = nnx.to_pure_dict(state)
-    batch = abstract_batch(experiment.data.batch_size // experiment.accumulation, experiment.data.length)
+    data = experiment.data
+    batch = abstract_batch(data.batch_size // experiment.accumulation, data.length, data.position_axes)
 
     def kept(params, batch):
         key = jax.random.key(0)
@@ -140,12 +144,14 @@ def for_any_platform(model: Decoder) -> Decoder:
     return edits(model, [(f"{path}.backend", "auto") for path in own])
 
 
-def abstract_batch(rows: int, length: int) -> Batch:
-    """Shapes of a text batch."""
+def abstract_batch(rows: int, length: int, axes: int = 1) -> Batch:
+    """Shapes of a batch of one document a row, with so many position axes."""
 
     def zeros():
         ids = jnp.zeros((rows, length), jnp.int32)
-        return Batch(tokens=ids, info=causal_info(ids), targets=ids, loss_weights=ids.astype(jnp.float32))
+        info = causal_info(ids)
+        info = dataclasses.replace(info, positions=jnp.repeat(info.positions, axes, axis=-1))
+        return Batch(tokens=ids, info=info, targets=ids, loss_weights=ids.astype(jnp.float32))
 
     return jax.eval_shape(zeros)
 
@@ -153,7 +159,8 @@ def abstract_batch(rows: int, length: int) -> Batch:
 def compiled(experiment: Experiment, devices: Sequence[jax.Device]) -> dict[str, Any]:
     """Of the compiled training step, a device: memory by class, what it sends by kind. Raises SpecError if it does not fit."""
     mesh = experiment.mesh.build(devices)
-    batch = abstract_batch(experiment.data.batch_size, experiment.data.length)
+    data = experiment.data
+    batch = abstract_batch(data.batch_size, data.length, data.position_axes)
     place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     batch = jax.tree.map(place, batch, batch_shardings(batch, experiment.model.rules, mesh))
     step, begin = experiment.training_step(mesh), time.perf_counter()

@@ -17,6 +17,7 @@ from lcx.batch import EXACT_POSITIONS
 from lcx.config_text import fields
 from lcx.data.continuous import Continuous
 from lcx.data.recall import TaskDoesNotFit
+from lcx.data.rows import Joined, Rows
 from lcx.data.skipped import Skipped
 from lcx.data.sources import Source, SourceError
 from lcx.mixers.attention import Attention
@@ -197,26 +198,49 @@ def _fractions_are_held(experiment: Experiment) -> Iterator[str]:
 
 
 def _table_holds_rows(experiment: Experiment) -> Iterator[str]:
-    table, length = experiment.model.position_table, experiment.data.length
+    table, length = experiment.model.position_table, max(experiment.data.length, _reach(experiment))
     if table is not None and table.reach is not None and table.reach < length:
-        yield f"data.length = {length}: expected at most the {table.reach} places that model.position_table reads"
+        yield f"data: positions up to {length}: expected at most the {table.reach} places that model.position_table reads"
 
 
 def _positions_are_read(experiment: Experiment) -> Iterator[str]:
     model, given = experiment.model, experiment.data.positions
-    turns = any(model.rope_of(mixer) is not None for _, mixer in _attentions(experiment))
-    skipped = [path for path, part in below(experiment.data, "data") if isinstance(part, Skipped)]
-    for name in ([f"data.positions = {given}"] if given is not None else []) + [f"{path} = Skipped" for path in skipped]:
-        if not turns:
+    reads = model.position_table is not None or any(model.rope_of(mixer) is not None for _, mixer in _attentions(experiment))
+    for name in ([f"data.positions = {given}"] if given is not None else []) + _moved_rows(experiment):
+        if not reads:
             yield f"{name}: expected none of it, as no layer of this model has a rope, which reads positions"
-        if model.position_table is not None:
-            yield f"{name}: expected none of it beside model.position_table, which reads places in a document"
+        elif model.position_table is not None and given is not None and given.step(experiment.data.length) != 1.0:
+            yield f"{name}: expected whole numbers beside model.position_table, which has a row for each"
+
+
+def _placed_rows(experiment: Experiment) -> Iterator[tuple[str, Rows]]:
+    """Kinds of rows that have positions of their own, by path; not those that only hold others."""
+    for path, part in below(experiment.data, "data"):
+        if isinstance(part, Rows) and part.position_axes is not None and not isinstance(part, Joined):
+            yield path, part
+
+
+def _moved_rows(experiment: Experiment) -> list[str]:
+    """Names of those in which a step in the text is not a step of one."""
+    return [f"{path} = {type(part).__name__}" for path, part in _placed_rows(experiment) if not isinstance(part, Continuous)]
+
+
+def _axes_are_turned(experiment: Experiment) -> Iterator[str]:
+    for path, rows in _placed_rows(experiment) if experiment.data.position_axes > 1 else ():
+        if experiment.model.position_table is not None and rows.position_axes > 1:
+            yield f"{path} = {type(rows).__name__}: expected one position axis beside model.position_table"
+        for where, mixer in _attentions(experiment):
+            rule = experiment.model.rope_of(mixer)
+            turned = max(1, len(rule.sections)) if isinstance(rule, FrequencyRule) else 1
+            if rule is not None and rows.position_axes not in (1, turned):
+                axes = f"{path} = {type(rows).__name__} of {rows.position_axes} position axes"
+                yield f"{axes}: expected {turned}, which the rope of {where} turns by"
 
 
 def _lengths_are_those_of_documents(experiment: Experiment) -> Iterator[str]:
     given = experiment.data.positions
     reaching = [f"data.positions = {given}"] if given is not None and not isinstance(given, CLEXPositions | RandomSteps) else []
-    reaching += [f"{path} = Skipped" for path, part in below(experiment.data, "data") if isinstance(part, Skipped)]
+    reaching += _moved_rows(experiment)
     for path, mixer in _attentions(experiment):
         rule = experiment.model.rope_of(mixer)
         if isinstance(rule, LengthRule) and reaching:
@@ -226,9 +250,8 @@ def _lengths_are_those_of_documents(experiment: Experiment) -> Iterator[str]:
 
 
 def _positions_are_given_once(experiment: Experiment) -> Iterator[str]:
-    for path, part in below(experiment.data, "data"):
-        if isinstance(part, Continuous | Skipped) and experiment.data.positions is not None:
-            yield f"data.positions = {experiment.data.positions}: expected None, as {path} has positions of its own"
+    for path, _ in _placed_rows(experiment) if experiment.data.positions is not None else ():
+        yield f"data.positions = {experiment.data.positions}: expected None, as {path} has positions of its own"
 
 
 def _heads_rotate(experiment: Experiment) -> Iterator[str]:
@@ -263,8 +286,8 @@ def _regions_turn_by_a_static_rope(experiment: Experiment) -> Iterator[str]:
             yield f"{path}.distances: expected None where model.rope is None: nothing turns"
         if experiment.data.positions is not None:
             yield f"data.positions = {experiment.data.positions}: expected None, as {path}.distances turns pairs by their index"
-        for where, part in below(experiment.data, "data"):
-            if isinstance(part, Skipped) or (isinstance(part, Continuous) and part.sees != "whole row"):
+        for where, part in _placed_rows(experiment):
+            if not isinstance(part, Continuous) or part.sees != "whole row":
                 expected = f"expected rows whose positions are their indices, by which {path}.distances turns pairs"
                 yield f"{where} = {type(part).__name__}: {expected}"
         if isinstance(rule, LengthRule) or (isinstance(rule, FrequencyRule) and rule.sections):
@@ -346,6 +369,7 @@ RULES: Mapping[str, Rule] = {
     "positions are read by some layer": _positions_are_read,
     "a rope that goes by the length of documents gets no skipped positions": _lengths_are_those_of_documents,
     "positions come from the rows or from a rule": _positions_are_given_once,
+    "positions have as many axes as the rope turns by": _axes_are_turned,
     "every head has channels that its rope can rotate": _heads_rotate,
     "the model's rope is read by some layer": _rope_is_read,
     "a rope that depends on the length finds raw keys in the cache": _keys_are_turned_anew,

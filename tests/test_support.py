@@ -15,6 +15,7 @@ from lcx.attention.ring import Ring
 from lcx.attention.ulysses import RingUlysses, Ulysses
 from lcx.batch import Batch, causal_info
 from lcx.data.continuous import Continuous
+from lcx.data.frames import Frames
 from lcx.data.recall import Needles
 from lcx.data.skipped import Skipped
 from lcx.data.sources import TextFolder
@@ -32,10 +33,11 @@ from lcx.positions.dynamic_ntk import DynamicNTK
 from lcx.positions.frequencies import FrequencyRule
 from lcx.positions.length_rule import LengthRule
 from lcx.positions.long_heads import LongHeads
-from lcx.positions.position_rule import PoSE
+from lcx.positions.position_rule import PoSE, RandomSteps
 from lcx.positions.query_scale import LogN
 from lcx.positions.rerope import ReRoPE
 from lcx.positions.rope import Rope
+from lcx.positions.visual import MRopePositions
 from lcx.positions.xpos import XPos
 from lcx.positions.yarn import YaRN
 from lcx.spec import SpecError, edit, edits
@@ -43,6 +45,7 @@ from lcx.support import RULES, broken, sequence_axes, validate
 from lcx.support_table import base, kinds, refusal
 
 LAYER = "model.pattern[0]"
+FILMS = Frames(positions=MRopePositions())
 GROWING = DynamicNTK(original_length=64, length_policy="growing")
 SKIPPING = LogN(original_length=64, skip_layers=1)
 
@@ -136,6 +139,14 @@ SKIPPING = LogN(original_length=64, skip_layers=1)
             "data.mixture[0].rows = Continuous: expected rows whose positions are their indices, by which model.pattern[0]",
         ),
         (
+            [("data.mixture[0].rows", FILMS)],
+            "data.mixture[0].rows = Frames of 3 position axes: expected 1, which the rope of model.pattern[0].mixer turns by",
+        ),
+        (
+            [("data.mixture[0].rows", FILMS), ("model.rope", None)],
+            "data.mixture[0].rows = Frames: expected none of it, as no layer of this model has a rope, which reads positions",
+        ),
+        (
             [("data.positions", PoSE(target=1024)), ("model.rope", None)],
             "expected none of it, as no layer of this model has a rope, which reads positions",
         ),
@@ -149,10 +160,14 @@ SKIPPING = LogN(original_length=64, skip_layers=1)
         ),
         (
             [
-                ("data.mixture[0].rows", Skipped(rows_of=Needles(), target=256)),
-                ("model.position_table", PositionTable(rows=64)),
+                ("data.mixture[0].rows", Skipped(rows_of=Needles(), target=2048)),
+                ("model.position_table", PositionTable(rows=1024)),
             ],
-            "data.mixture[0].rows = Skipped: expected none of it beside model.position_table, which reads places in a document",
+            "data: positions up to 2048: expected at most the 1024 places that model.position_table reads",
+        ),
+        (
+            [("data.positions", RandomSteps()), ("model.position_table", PositionTable(rows=1024))],
+            "expected whole numbers beside model.position_table, which has a row for each",
         ),
         (
             [(f"{LAYER}.mixer.distances", DimensionGroups(groups=(1, 2, 4), window=8))],
@@ -230,6 +245,7 @@ def test_each_rule_is_broken_by_something_and_the_base_breaks_none():
     skipping = edit(base(), f"{LAYER}.mixer.query_scale", SKIPPING)
     configs = (
         skipping,
+        edit(base(), "data.mixture[0].rows", FILMS),
         chunks,
         unturned,
         reaching,

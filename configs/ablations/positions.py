@@ -6,6 +6,8 @@
     python -m experiments.ablate --config=config:ablations.positions.dimensions
     python -m experiments.ablate --config=config:ablations.positions.trained_anew
     python -m experiments.ablate --config=config:ablations.positions.tables
+    python -m experiments.ablate --config=config:ablations.positions.packed
+    python -m experiments.ablate --config=config:ablations.positions.clex
 
 `zero_shot` measures all methods without training; `fine_tuned` trains each of the methods that need it, for a few steps at 512
 tokens or, those with positions of their own, on rows of 128. Both read `copier`, shipped with the package, which
@@ -31,9 +33,11 @@ import dataclasses
 from configs.models import byte
 from lcx.attention.mask import Window
 from lcx.cache.dense import DenseCache
+from lcx.data.continuous import Continuous
 from lcx.data.copying import Copies, Tiles
 from lcx.data.pipeline import Pipeline, Weighted
 from lcx.data.recall import Needles
+from lcx.data.rows import Joined
 from lcx.data.sources import StandardLibrary
 from lcx.evaluation.ablation import Ablation, Arm, Variant
 from lcx.evaluation.key_dimensions import RANDOM
@@ -195,9 +199,55 @@ def tables(steps: int = 800) -> Ablation:
         ways["interpolated"] = table(reading="interpolated", factor=scale)
         lengths = (scale * TRAINED,)
         variants += [Variant(method=way, scale=float(scale), lengths=lengths, edits=changes) for way, changes in ways.items()]
+    tuned = table(reading="interpolated", factor=4, between="learned")
+    tuning = (
+        ("trainable", ("position_table/between",)),
+        ("optimizer.learning_rate", Constant(peak=3e-3, warmup=10)),
+        ("optimizer.decay", 0.0),
+        ("steps", 400),
+        ("data.positions", PoSE(target=4 * TRAINED, chunks=1)),
+        ("data.seed", 1),
+    )
+    variants.append(Variant(method="interpolated, tuned", scale=4.0, lengths=FAR[:1], edits=tuned, finetune=tuning))
     anew = trained_anew(steps)
     arm = Arm(name="table", edits=(("model.rope", None), *table()))
     return edits(anew, [("arms", (arm,)), ("variants", tuple(variants))])
+
+
+def packed(steps: int = 800) -> Ablation:
+    """AnchorAttention and its baselines: four documents of 128 tokens a row in training, one of up to 1,024 afterwards. Counted
+    anew they are packed as ever; the other ways count through, and see their own document, it and an anchor, or all."""
+    anew = trained_anew(steps)
+    joined = lambda rows: Joined(rows_of=rows, parts=4)
+    through = lambda sees: lambda rows: Continuous(rows_of=joined(rows), sees=sees)
+    ways = {"counted anew": joined, "own document": through("own document"), "anchor": through("anchor")}
+    ways["whole row"] = through("whole row")
+    arms = []
+    for name, way in ways.items():
+        mixture = tuple(edits(kind, [("rows", way(kind.rows))]) for kind in _mixture(longest=64, copies=12.0))
+        length = ("data.length", 4 * TRAINED + (name == "anchor"))
+        arms.append(Arm(name=name, edits=(("data.mixture", mixture), length, ("data.batch_size", 6))))
+    return edits(anew, [("arms", tuple(arms))])
+
+
+def clex(steps: int = 3000, model: str = "copier") -> Ablation:
+    """CLEX's training positions with its equation learned, and with it left at its beginning, which is NTK; longer than in
+    `fine_tuned`."""
+    changes, more, scale = _trained_short()["CLEX"]
+    learning = ("optimizer.learning_rate", Cosine(peak=5e-4, warmup=10))
+    frozen = ("trainable", ("embedding", "slots/*", "final_norm/*"))
+    variants = [
+        Variant(
+            method=method,
+            stage=f"{steps} steps",
+            scale=float(scale),
+            lengths=(TRAINED, *FAR),
+            edits=changes,
+            finetune=(*_tuning(steps, TRAINED), learning, *more, *also),
+        )
+        for method, also in (("CLEX", ()), ("CLEX, its equation frozen", (frozen,)))
+    ]
+    return _ablation(model, variants)
 
 
 def _panels() -> tuple[Panel, ...]:

@@ -23,10 +23,15 @@ class Continuous(Rows):
     sees: Literal["own document", "whole row", "anchor"] = "anchor"
 
     def check_fit(self, tokenizer, length):
+        self.check(self.rows_of.position_axes is None, "rows_of", "rows whose positions are the index")
         self.check(
             self.sees != "anchor" or hasattr(tokenizer, "bos"), "sees", "another than 'anchor': the tokenizer has no bos"
         )
         self.rows_of.check_fit(tokenizer, length - self._anchors)
+
+    @property
+    def position_axes(self):
+        return 1
 
     def rows(self, tokenizer, length, seed):
         self.check_fit(tokenizer, length)
@@ -57,7 +62,7 @@ class ContinuousRows(RowSet):
         positions = np.where(real, np.cumsum(real) - 1, 0).astype(np.float32)
         if self._sees == "whole row":
             row = row._replace(segments=real.astype(np.int32))
-        return row._replace(positions=positions)
+        return row._replace(positions=positions[:, None])
 
     def counts(self) -> dict[str, int]:
         return self._rows.counts()

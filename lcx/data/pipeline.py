@@ -55,6 +55,11 @@ class Pipeline(Spec):
             return self.positions.spread(self.length)
         return max(kind.rows.spread(self.length) for kind in self.mixture)
 
+    @property
+    def position_axes(self) -> int:
+        """Of its batches: the most that a kind of rows has."""
+        return max(kind.rows.position_axes or 1 for kind in self.mixture)
+
     def row_sets(self) -> list[RowSet]:
         """The rows of every kind, tokenised and planned."""
         sets = [kind.rows.rows(self.tokenizer, self.length, self.seed + n) for n, kind in enumerate(self.mixture)]
@@ -81,7 +86,8 @@ class Pipeline(Spec):
             mixed = mixed.map_with_index(alike)
         share = self.batch_size // hosts
         dealt = MapDataset.source(_HostRows(mixed, self.batch_size, share, host * share))
-        return dealt.batch(share, batch_fn=collate).to_iter_dataset(ReadOptions(num_threads=1, prefetch_buffer_size=4))
+        batched = functools.partial(collate, axes=self.position_axes)
+        return dealt.batch(share, batch_fn=batched).to_iter_dataset(ReadOptions(num_threads=1, prefetch_buffer_size=4))
 
     def counts(self, sets: Sequence[RowSet] | None = None) -> dict[str, int]:
         """Tokens kept, split, padded and dropped in one pass over each packed kind, and in a sample of an endless one, named by

@@ -22,6 +22,7 @@ from jaxtyping import Int
 from lcx.data.rows import Row, Rows, RowSet
 from lcx.data.sources import Source
 from lcx.data.tokenizers import Tokenizer
+from lcx.positions.visual import Placed
 from lcx.spec import Spec
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
@@ -47,11 +48,13 @@ class TaskDoesNotFit(ValueError):
 
 
 class RecallExample(NamedTuple):
-    """ids: the whole sequence. answers: token ranges [start, stop) to be predicted. depths: of each answer's source, 0 to 1."""
+    """ids: the whole sequence. answers: token ranges [start, stop) to be predicted. depths: of each answer's source, 0 to 1.
+    placed: positions of visual documents; None is the index."""
 
     ids: Int[np.ndarray, "T"]
     answers: tuple[tuple[int, int], ...]
     depths: tuple[float, ...]
+    placed: Placed | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,10 +87,14 @@ class Recall(Rows, abc.ABC):
         self.check_fit(tokenizer, length)
         return RecallRows(self, tokenizer, length, seed)
 
+    @property
+    def content(self) -> "Recall":
+        """What decides the examples."""
+        return dataclasses.replace(self, loss="answers", answer_weight=1.0)
+
     def generator(self, i: int, seed: int, split: str) -> np.random.Generator:
         """The random stream of example i."""
-        content = dataclasses.replace(self, loss="answers", answer_weight=1.0)
-        key = hashlib.sha256(f"{content!r}/{seed}/{split}/{i}".encode()).digest()[:16]
+        key = hashlib.sha256(f"{self.content!r}/{seed}/{split}/{i}".encode()).digest()[:16]
         return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "big")))
 
 
@@ -101,7 +108,8 @@ class RecallRows(RowSet):
         return STREAM
 
     def __getitem__(self, i: int) -> Row:
-        ids, answers, _ = self._spec.example(self._tokenizer, self._length, i, seed=self._seed, split="train")
+        example = self._spec.example(self._tokenizer, self._length, i, seed=self._seed, split="train")
+        ids, answers, placed = example.ids, example.answers, example.placed
         tokens = np.full(self._length, self._tokenizer.pad, np.int32)
         targets, segments, weights = tokens.copy(), np.zeros_like(tokens), np.zeros(self._length, np.float32)
         tokens[: len(ids)], targets[: len(ids) - 1], segments[: len(ids)] = ids, ids[1:], 1
@@ -109,7 +117,11 @@ class RecallRows(RowSet):
             weights[: len(ids) - 1] = 1
         for start, stop in answers:
             weights[start - 1 : stop - 1] = self._spec.answer_weight
-        return Row(tokens, targets, weights, segments)
+        if placed is None:
+            return Row(tokens, targets, weights, segments)
+        positions = np.zeros((self._length, placed.positions.shape[1]), np.float32)
+        positions[: len(ids)] = placed.positions
+        return Row(tokens, targets, weights, segments, positions)
 
     def counts(self) -> dict[str, int]:
         """Of the first rows of the endless stream; an example is never split or cut."""

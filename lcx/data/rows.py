@@ -18,7 +18,7 @@ from lcx.spec import Spec
 class Row(NamedTuple):
     """One row of T tokens. targets[t] is the token to predict at t; weights[t] is 0 where nothing is to be predicted.
 
-    positions: what the rotation reads; None is the index. lengths: what a length-dependent rope takes each token's document
+    positions: what the rotation reads, a column an axis; None is the index. lengths: what a length-dependent rope takes each token's document
     for; None is its own.
     """
 
@@ -26,7 +26,7 @@ class Row(NamedTuple):
     targets: Int[np.ndarray, "T"]
     weights: Float[np.ndarray, "T"]
     segments: Int[np.ndarray, "T"]
-    positions: Float[np.ndarray, "T"] | None = None
+    positions: Float[np.ndarray, "T P"] | None = None
     lengths: Int[np.ndarray, "T"] | None = None
 
 
@@ -59,6 +59,11 @@ class Rows(Spec, abc.ABC):
     def rows(self, tokenizer: Tokenizer, length: int, seed: int) -> RowSet:
         """The rows of `length` tokens."""
 
+    @property
+    def position_axes(self) -> int | None:
+        """Of rows that have positions of their own; None where these are the index."""
+        return None
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Joined(Rows):
@@ -73,6 +78,10 @@ class Joined(Rows):
     def check_fit(self, tokenizer, length):
         self.check(length % self.parts == 0, "parts", f"a divisor of length = {length}")
         self.rows_of.check_fit(tokenizer, length // self.parts)
+
+    @property
+    def position_axes(self):
+        return self.rows_of.position_axes
 
     def rows(self, tokenizer, length, seed):
         self.check_fit(tokenizer, length)
@@ -91,7 +100,13 @@ class JoinedRows(RowSet):
         tokens, targets, weights = (np.concatenate([row[field] for row in rows]) for field in range(3))
         places = itertools.accumulate([0, *(int(row.segments.max()) for row in rows[:-1])])
         segments = [np.where(row.segments > 0, row.segments + first, 0) for row, first in zip(rows, places, strict=True)]
-        return Row(tokens, targets, weights, np.concatenate(segments).astype(np.int32))
+        given = [row.positions for row in rows if row.positions is not None]
+        if given and len(given) < len(rows):
+            raise ValueError(
+                f"Joined: {len(given)} of {len(rows)} short rows have positions of their own: expected all or none"
+            )
+        positions = np.concatenate(given) if given else None
+        return Row(tokens, targets, weights, np.concatenate(segments).astype(np.int32), positions)
 
     def counts(self) -> dict[str, int]:
         """Those of the short rows, less the ones that fill no whole row, which are dropped; a sample stays what it is."""
@@ -116,20 +131,23 @@ def positioned_alike(index: int, row: Row, *, rule: PositionRule, batch_size: in
 
 
 def _positioned(row: Row, rule: PositionRule, generator: Callable[[], np.random.Generator]) -> Row:
-    positions, lengths = np.zeros(row.segments.shape, np.float32), np.zeros(row.segments.shape, np.int32)
+    positions, lengths = np.zeros((*row.segments.shape, 1), np.float32), np.zeros(row.segments.shape, np.int32)
     for segment in dict.fromkeys(row.segments[row.segments > 0].tolist()):
         places = np.flatnonzero(row.segments == segment)
-        positions[places], length = rule.placed(len(places), generator())
+        positions[places, 0], length = rule.placed(len(places), generator())
         lengths[places] = length or 0
     return row._replace(positions=positions, lengths=lengths if lengths.any() else None)
 
 
-def collate(rows: Sequence[Row]) -> Batch:
-    """A batch of NumPy arrays. Index and order, and positions where rows have none, restart in every segment of a row."""
+def collate(rows: Sequence[Row], *, axes: int = 1) -> Batch:
+    """A batch of NumPy arrays. Index and order, and positions where rows have none, restart in every segment of a row.
+
+    Rows of one axis beside those of more stand at the same place of each of the `axes`, as text does beside video.
+    """
     tokens, targets, weights, segments = (np.stack([row[field] for row in rows]) for field in range(4))
     index = document_index(segments)
-    given = [own if row.positions is None else row.positions for row, own in zip(rows, index, strict=True)]
-    positions = np.stack(given).astype(np.float32)[..., None]
+    given = [own[:, None] if row.positions is None else row.positions for row, own in zip(rows, index, strict=True)]
+    positions = np.stack([np.broadcast_to(row, (len(row), axes)) for row in given]).astype(np.float32)
     told = [row.lengths for row in rows]
     lengths = np.stack([np.zeros_like(own) if row is None else row for row, own in zip(told, index, strict=True)])
     info = TokenInfo(

@@ -27,11 +27,16 @@ class Skipped(Rows):
         self.check(self.times >= 1, "times", "at least 1")
 
     def check_fit(self, tokenizer, length):
+        self.check(self.rows_of.position_axes is None, "rows_of", "rows whose positions are the index")
         self.check(self.target >= length, "target", f"at least the {length} tokens of a row")
         self.rows_of.check_fit(tokenizer, self.times * length)
 
     def spread(self, length):
         return max(length, self.target)
+
+    @property
+    def position_axes(self):
+        return 1
 
     def rows(self, tokenizer, length, seed):
         self.check_fit(tokenizer, length)
@@ -65,7 +70,7 @@ class SkippedRows(RowSet):
             targets=pad(targets),
             weights=pad(weights),
             segments=pad(np.ones(size, np.int32)),
-            positions=pad(places.astype(np.float32)),
+            positions=pad(places.astype(np.float32))[:, None],
         )
 
     def counts(self) -> dict[str, int]:

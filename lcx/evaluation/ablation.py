@@ -32,7 +32,7 @@ from lcx.evaluation.report import append_rows, read_rows
 from lcx.evaluation.stopwatch import Stopwatch
 from lcx.evaluation.tasks.task import Row, Task
 from lcx.inference.language_model import LocalModel
-from lcx.models.decoder import LEARNED_ROPE, Decoder
+from lcx.models.decoder import Decoder
 from lcx.spec import Spec, SpecError, fingerprint
 from lcx.training.checkpoint import latest, load_model
 from lcx.training.experiment import Experiment
@@ -40,6 +40,7 @@ from lcx.training.loop import train
 from lcx.training.run_folder import CONFIG, check_config, check_not_shipped, open_run, read_config
 from lcx.training.shipped import run_folder
 from lcx.training.step import abstract_model
+from lcx.training.trainable import added_paths
 
 
 class Stopped(Exception):
@@ -205,8 +206,8 @@ class _Run:
             if variant.finetune:
                 check_not_shipped(self._folder(arm, variant))
             mine, theirs = _parameters(trained.model), _parameters(used.model)
-            new = lambda path, variant=variant: variant.finetune and path[0] == LEARNED_ROPE  # begins as it is built
-            if differing := sorted(str(path) for path, _ in mine.items() ^ theirs.items() if not new(path)):
+            added = added_paths(abstract_model(used.model)[1]) if variant.finetune else ()
+            if differing := sorted(str(path) for path, _ in mine.items() ^ theirs.items() if path not in added):
                 raise SpecError(f"ablation, {arm.name}, {variant.name}: other parameters than the arm's: {differing[0]}")
         for arm in self.ablation.arms:
             self._check_named(arm)

@@ -6,7 +6,8 @@
 rounded to bfloat16 after, as `rotate` does; with tables of cosines and sines rounded to bfloat16 first, as elsewhere.
 `columns`: attention of the shipped `copier` on held-out source code, each layer's in bfloat16; the change of what a key
 receives from all queries, a query, summed over keys, heads and layers (Wang et al. 2024); and which share of it is the first
-token's.
+token's. So small a model has no attention sink, which large ones have; in the second table one is planted: the first key of every
+head is what its queries have in common in the slower half of the channels, as long as a mean logit of 8 or 16 needs.
 """
 
 import functools
@@ -32,6 +33,7 @@ from lcx.training.shipped import run_folder
 
 LENGTHS, SHIFTS, ROWS = (64, 128, 256, 512, 1024), (16, 1000, 100_000), 16
 HEAD_DIM, SCALE = 64, 64**-0.5
+SINKS = (0.0, 8.0, 16.0)  # mean logits of the first key
 
 
 def rounded_tables(x: Float[Array, "B T H D"], positions: Float[Array, "B T P"]) -> Float[Array, "B T H D"]:
@@ -62,23 +64,34 @@ def logits(turn, shift: int) -> float:
     return float(jnp.abs(found(shift) - found(0))[np.tril_indices(512)].mean())
 
 
-def columns(model, tokens: np.ndarray, shift: int) -> tuple[float, float]:
-    """(the summed change, the share of it that the first token has), mean over rows."""
+def columns(model, tokens: np.ndarray, shift: int, sink: float = 0.0) -> tuple[float, float]:
+    """(the summed change, the share of it that the first token has), mean over rows. sink: mean logit of one that is planted,
+    0 is none."""
     info = causal_info(np.ones_like(tokens))
     length = tokens.shape[1]
     total, first = 0.0, 0.0
     for layer in range(model.spec.depth):
-        moved, still = (_received(model, jnp.asarray(tokens), info, layer, n) for n in (shift, 0))
+        moved, still = (_received(model, jnp.asarray(tokens), info, layer, n, sink) for n in (shift, 0))
         changed = moved - still
         each = jnp.abs(changed) / (length - jnp.arange(length))
         total, first = total + each.sum(), first + each[..., 0].sum()
     return float(total) / len(tokens), float(first / total)
 
 
-@functools.partial(jax.jit, static_argnames=("layer", "shift"))
-def _received(model, tokens, info: TokenInfo, layer: int, shift: int) -> Float[Array, "B K S"]:
+def planted(q: Float[Array, "B T H D"], k: Float[Array, "B T H D"], logit: float) -> Float[Array, "B T H D"]:
+    """The keys with another first one, to which queries have this logit on average where nothing is turned."""
+    pairs = q.shape[-1] // 2
+    slow = jnp.arange(q.shape[-1]) % pairs >= pairs // 2
+    common = jnp.where(slow, q.mean(axis=1), 0.0)
+    squared = jnp.sum(common**2, axis=-1, keepdims=True)
+    return k.at[:, 0].set(common / squared * logit * q.shape[-1] ** 0.5)
+
+
+@functools.partial(jax.jit, static_argnames=("layer", "shift", "sink"))
+def _received(model, tokens, info: TokenInfo, layer: int, shift: int, sink: float) -> Float[Array, "B K S"]:
     """Attention that each key of a layer receives from all queries, a query head a key head."""
     q, k = raw_heads(model, Batch(tokens=tokens, info=info), layer)
+    k = planted(q, k, sink) if sink else k
     q, k = (rounded_after(part, info.positions + shift) for part in (q, k))
     options = {"mask": Causal(), "scale": q.shape[-1] ** -0.5}
     _, lse = attend(q, k, k, info, info, **options)
@@ -93,10 +106,12 @@ def main() -> None:
     folder = run_folder("copier")
     model = load_model(folder, read_config(folder).model)
     text = Perplexity(source=StandardLibrary(split="heldout"), windows=ROWS)
-    print("\n| tokens | change of what keys receive | the first token's share |\n| ---: | ---: | ---: |")
-    for length in LENGTHS:
-        total, share = columns(model, np.asarray(text.inputs(ByteTokenizer(), length), np.int32), 16)
-        print(f"| {length:,} | {total:.4f} | {share:.2f} |", flush=True)
+    print("\n| tokens | sink | change of what keys receive | the first token's share |\n| ---: | ---: | ---: | ---: |")
+    for sink in SINKS:
+        for length in LENGTHS:
+            tokens = np.asarray(text.inputs(ByteTokenizer(), length), np.int32)
+            total, share = columns(model, tokens, 16, sink)
+            print(f"| {length:,} | {sink:g} | {total:.4f} | {share:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """One forward pass over padded rows: log-probabilities of their own tokens, and embeddings."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -12,13 +14,19 @@ HEAD_TOKENS = 1024  # tokens whose logits exist at once
 
 @jax.jit
 def token_logprobs(
-    model: DecoderModel, tokens: Int[Array, "B T"], segments: Int[Array, "B T"]
+    model: DecoderModel,
+    tokens: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+    positions: Float[Array, "B T P"] | None = None,
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
     """Log-probability of the token after each place, and whether it is the likeliest (ties: the lowest id).
 
-    The last place means nothing. Logits exist for `HEAD_TOKENS` tokens at once.
+    The last place means nothing. positions: None is the index. Logits exist for `HEAD_TOKENS` tokens at once.
     """
-    hidden, _, _ = model(Batch(tokens=tokens, info=causal_info(segments)))
+    info = causal_info(segments)
+    if positions is not None:
+        info = dataclasses.replace(info, positions=positions)
+    hidden, _, _ = model(Batch(tokens=tokens, info=info))
     targets = jnp.roll(tokens, -1, axis=1)
     rows, length = tokens.shape
     chunk = min(length, max(1, HEAD_TOKENS // rows))

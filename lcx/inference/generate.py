@@ -14,15 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from lcx.batch import EXACT_POSITIONS, PADDING, Batch, causal_info
+from lcx.batch import PADDING, Batch, causal_info
+from lcx.inference.placed import behind, padded_positions
 from lcx.inference.sampling import Sampling
 from lcx.inference.shapes import bucket, right_padded
-from lcx.mixers.attention import Attention
-from lcx.models.decoder import Decoder, DecoderModel, settled
+from lcx.models.decoder import DecoderModel, settled
 from lcx.positions.length_rule import length_policy
 from lcx.positions.visual import Placed
 from lcx.record import record
-from lcx.spec import SpecError, below
+from lcx.spec import SpecError
 
 ASK_EVERY = 32  # tokens decoded before `until` is asked again
 
@@ -126,47 +126,15 @@ def prefill(
     longest = bucket(max(map(len, prompts)))
     tokens, segments = right_padded(prompts, longest, rows, model.spec.vocab)
     most = np.asarray([*map(len, prompts), *[0] * (rows - len(prompts))], np.int32) + max_new
+    positions, following, since = None, np.zeros(rows, np.float32), np.zeros(rows, np.int32)
     if placed is not None:
-        _check_axes(model.spec, [row.positions.shape[1] for row in placed])
-    positions, following, since = _placed(prompts, placed, longest, rows, max_new)
+        positions = padded_positions(model.spec, prompts, placed, longest, rows)
+        following, since = behind(placed, rows, max_new)
     read = _nothing_read(model, rows, longest + bucket(max_new), most, following, since)
     for start in range(0, longest, chunk):
         part = slice(start, start + chunk)
         read = feed(model, tokens[:, part], segments[:, part], read, None if positions is None else positions[:, part])
     return read
-
-
-def _placed(prompts: Sequence[Sequence[int]], placed: Sequence[Placed] | None, longest: int, rows: int, max_new: int):
-    """Positions [rows, longest, P] of right-padded prompts, None if they are the index; what follows, and from which index."""
-    if placed is None:
-        return None, np.zeros(rows, np.float32), np.zeros(rows, np.int32)
-    sizes = [len(prompt) for prompt in prompts]
-    if [len(row.positions) for row in placed] != sizes or len({row.positions.shape[1] for row in placed}) > 1:
-        found = [row.positions.shape for row in placed]
-        raise ValueError(f"generate: placed of {found}: expected a position for each of {sizes} tokens, with as many axes")
-    if (following := max(row.following for row in placed)) + max_new > EXACT_POSITIONS:
-        expected = f"expected new tokens up to 2^24 = {EXACT_POSITIONS}, where positions are exact"
-        raise ValueError(f"generate: placed.following = {following} and max_new = {max_new}: {expected}")
-    positions = np.zeros((rows, longest, placed[0].positions.shape[1]), np.float32)
-    for n, row in enumerate(placed):
-        positions[n, : sizes[n]] = row.positions
-    more = [0] * (rows - len(prompts))
-    return positions, np.asarray([row.following for row in placed] + more, np.float32), np.asarray(sizes + more, np.int32)
-
-
-def _check_axes(spec: Decoder, axes: Sequence[int]) -> None:
-    """Raises ValueError if the model does not read positions of so many axes."""
-    mixers = {path: part for path, part in below(spec, "model") if isinstance(part, Attention)}
-    ropes = {path: rope for path, mixer in mixers.items() if (rope := spec.rope_of(mixer)) is not None}
-    if not ropes:
-        raise ValueError("generate: placed: expected None, as no layer of the model has a rope, which reads positions")
-    for path, rope in ropes.items():
-        if mixers[path].distances is not None:
-            raise ValueError(f"generate: placed: expected None, as {path}.distances turns pairs by their index")
-        most = max(1, len(rope.sections))
-        if wrong := set(axes) - {1, most}:
-            accepted = "1" if most == 1 else f"1 or {most}"
-            raise ValueError(f"generate: placed of {wrong.pop()} axes: expected {accepted}, which the rope of {path} reads")
 
 
 def checked_seed(seed: int) -> int:

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from lcx.data.tokenizers import Tokenizer
 from lcx.inference.forward import embeddings, token_logprobs
 from lcx.inference.generate import Generated, Until, checked_seed, generate
+from lcx.inference.placed import padded_positions
 from lcx.inference.requests import (
     Embed,
     EmbedOut,
@@ -29,6 +30,7 @@ from lcx.inference.requests import (
 from lcx.inference.sampling import Sampling
 from lcx.inference.shapes import bucket, right_padded
 from lcx.models.decoder import DecoderModel
+from lcx.positions.visual import Placed
 
 
 class LanguageModel(Protocol):
@@ -51,8 +53,12 @@ class TokenModel(Protocol):
     window: int
 
     def encode(self, text: str) -> list[int]: ...
-    def logprobs(self, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list["Scored"]: ...
-    def generate(self, prompts: Sequence[Sequence[int]], max_new: int) -> list[Generated]: ...
+    def logprobs(
+        self, rows: Sequence[Sequence[int]], starts: Sequence[int], *, placed: Sequence[Placed] | None = None
+    ) -> list["Scored"]: ...
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new: int, *, placed: Sequence[Placed] | None = None
+    ) -> list[Generated]: ...
 
 
 class Scored(NamedTuple):
@@ -103,15 +109,22 @@ class LocalModel:
             results |= dict(zip(chosen, served, strict=True))
         return [results[n] for n in range(len(requests))]
 
-    def logprobs(self, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Scored]:
-        """Log-probabilities of `row[start:]` given what stands before each token; every start is at least 1."""
+    def logprobs(
+        self, rows: Sequence[Sequence[int]], starts: Sequence[int], *, placed: Sequence[Placed] | None = None
+    ) -> list[Scored]:
+        """Log-probabilities of `row[start:]` given what stands before each token; every start is at least 1. placed: positions
+        of each row; None is the index."""
         for row, start in zip(rows, starts, strict=True):
             self._fit(len(row), 0)
             if not 1 <= start <= len(row):
                 raise ValueError(f"logprobs: start = {start} in a row of {len(row)} tokens: expected from 1 to its length")
         found: dict[int, Scored] = {}
         for members, length, size in self._batches(rows):
-            padded = right_padded([rows[n] for n in members], length, size, self.model.spec.vocab)
+            mine = [rows[n] for n in members]
+            padded = right_padded(mine, length, size, self.model.spec.vocab)
+            if placed is not None:
+                own = [placed[n] for n in members]
+                padded = (*padded, padded_positions(self.model.spec, mine, own, length, size))
             logprobs, greedy = map(np.asarray, token_logprobs(self.model, *padded))
             for b, n in enumerate(members):
                 here = slice(starts[n] - 1, len(rows[n]) - 1)
@@ -125,6 +138,7 @@ class LocalModel:
         sampling: Sampling = Sampling(),
         seeds: Sequence[int] | None = None,
         until: Sequence[Until | None] | None = None,
+        placed: Sequence[Placed] | None = None,
     ) -> list[Generated]:
         """New tokens after each prompt of ids, ended by the tokenizer's end token or after `max_new`; see `generate`."""
         for prompt in prompts:
@@ -135,6 +149,7 @@ class LocalModel:
         options = {"max_new": max_new, "sampling": sampling, "stop": (self.tokenizer.eos,)}
         for members, _, _ in self._batches(prompts, extra=max_new):
             own = {"seeds": [seeds[n] for n in members], "until": [until[n] for n in members]}
+            own["placed"] = None if placed is None else [placed[n] for n in members]
             made = generate(self.model, [prompts[n] for n in members], **own, **options)
             found |= dict(zip(members, made, strict=True))
         return [found[n] for n in range(len(prompts))]

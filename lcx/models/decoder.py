@@ -31,7 +31,6 @@ from lcx.positions.rope import Rope
 from lcx.spec import Spec, SpecError, below
 from pallas_kernels.tile_attention.op import SAVED
 
-LEARNED_ROPE = "rope"  # the name of its parameters
 STREAM = "stream"  # the checkpoint name of what enters a period of layers
 
 _policies = jax.checkpoint_policies

@@ -72,8 +72,10 @@ class CLEXModule(nnx.Module):
         pairs = spec.rotated(head_dim) // 2
         hidden = max(1, int(2 * pairs * spec.expansion))
         bound = 1 / math.sqrt(pairs)  # Kaiming's uniform with a = sqrt(5)
-        self.up = nnx.Param(jax.random.uniform(rngs.params(), (pairs, hidden), minval=-bound, maxval=bound), axes=(None, None))
-        self.down = nnx.Param(jnp.zeros((hidden, pairs)), axes=(None, None))
+        self.up = nnx.Param(
+            jax.random.uniform(rngs.params(), (pairs, hidden), minval=-bound, maxval=bound), axes=(None, None), added=True
+        )
+        self.down = nnx.Param(jnp.zeros((hidden, pairs)), axes=(None, None), added=True)
 
     def settled(self) -> "Settled":
         """The same, solved once and for all: for models that are used, not trained."""

@@ -75,6 +75,9 @@ class PoSE(PositionRule):
         passed = np.searchsorted(starts, np.arange(length), side="right")
         return np.float32(np.arange(length) + np.concatenate([[0], skips])[passed])
 
+    def placed(self, length, rng):
+        return self.positions(length, rng), self.target
+
     @classmethod
     def examples(cls):
         return (cls(target=64), cls(target=64, chunks=1), cls(target=64, chunks=4))

@@ -65,6 +65,15 @@ class Placed:
                 "or larger steps"
             )
 
+    def cut(self, tokens: int) -> "Placed":
+        """The first `tokens`, behind which text goes on; those cut off have to be text."""
+        rest = self.positions[tokens:]
+        if not len(rest):
+            return self
+        if (rest != rest[:1] + np.arange(len(rest))[:, None]).any() or (rest[0] != rest[0, 0]).any():
+            raise ValueError(f"Placed.cut: tokens = {tokens}: expected a place from which on all tokens are text")
+        return Placed(self.positions[:tokens], float(rest[0, 0]))
+
     def extended(self, tokens: int) -> Float[np.ndarray, "T P"]:
         """Of so many text tokens more."""
         return np.repeat((self.following + np.arange(tokens))[:, None], self.positions.shape[1], axis=1)

@@ -31,6 +31,7 @@ class Experiment(Spec):
     """steps: optimizer updates. layout: of the tokens of a row over the devices that share it. accumulation: micro-batches
     that each update splits the rows of a batch into. seed: of the initial parameters. log_every: steps a record; a checkpoint
     ends one early. init_from: folder of a run, or the name of a shipped model, whose newest parameters are the initial ones.
+    trainable: patterns of the parameters that are trained, None all (`lcx.training.trainable`).
     """
 
     model: Decoder
@@ -45,6 +46,7 @@ class Experiment(Spec):
     log_every: int = 10
     checkpoint: Checkpointing = Checkpointing()
     init_from: str | None = None
+    trainable: tuple[str, ...] | None = None
 
     def validate(self):
         for field in ("steps", "accumulation", "log_every"):
@@ -65,6 +67,7 @@ class Experiment(Spec):
             steps=self.steps,
             accumulation=self.accumulation,
             seed=self.seed,
+            trainable=self.trainable,
         )
 
     def identity(self) -> dict[str, Any]:
@@ -79,6 +82,7 @@ class Experiment(Spec):
         return {name: fingerprint(part) for name, part in parts.items()} | {
             "accumulation": self.accumulation,
             "seed": self.seed,
+            "trainable": None if self.trainable is None else list(self.trainable),
         }
 
     def origin(self, run_dir: Path) -> list[str] | None:

@@ -8,11 +8,11 @@ addition are two operations; a backward pass is two forward passes; recomputatio
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
-import jax
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict
 
 from lcx.attention.count import document_pairs, visible_pairs
 from lcx.attention.mask import Causal, Chunk, Mask, Window
@@ -22,6 +22,7 @@ from lcx.mixers.mixer import Mixer
 from lcx.mixers.short_convolution import ShortConvolution
 from lcx.models.decoder import Decoder
 from lcx.training.optimizer import groups
+from lcx.training.trainable import Path
 
 # Dense bf16 peak of one JAX device, FLOP/s, by the start of its `device_kind` (data sheets). A tpu7x chip is two devices.
 PEAKS: Mapping[str, float] = {
@@ -53,10 +54,12 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Counter:
-    """FLOPs of one model. per_token: of the forward pass. per_pair: of the forward pass for one visible pair, by mask."""
+    """FLOPs of one model. per_token: of the forward pass; trained_per_token: of it, by matrices that are trained. per_pair: of the
+    forward pass for one visible pair, by mask."""
 
     per_token: int
     per_pair: Mapping[Mask, int]
+    trained_per_token: int
 
     def masked(self, info: TokenInfo) -> Work:
         """The real tokens and visible pairs of a batch (on the host)."""
@@ -76,24 +79,27 @@ class Counter:
         return work.tokens * self.per_token + sum(pairs * self.per_pair[mask] for mask, pairs in work.pairs.items())
 
     def train(self, work: Work) -> int:
-        """FLOPs of a forward and a backward pass."""
-        return 3 * self.forward(work)
+        """FLOPs of a forward and a backward pass. Frozen matrices have no gradient; one through all layers is counted."""
+        return 3 * self.forward(work) - work.tokens * (self.per_token - self.trained_per_token)
 
 
-def counter(spec: Decoder, state: nnx.State) -> Counter:
-    """The counter of a decoder; `state` may be abstract. Raises TypeError for a mixer whose FLOPs are not known here."""
-    names, sizes = groups(state), jax.tree.map(lambda leaf: math.prod(leaf.shape), nnx.to_pure_dict(state))
-    matrices = sum(
-        size for name, size in zip(jax.tree.leaves(names), jax.tree.leaves(sizes), strict=True) if name == "matrices"
-    )
-    head = spec.vocab * spec.width if spec.head == "tied" else 0
+def counter(spec: Decoder, state: nnx.State, trained: Collection[Path] | None = None) -> Counter:
+    """The counter of a decoder; `state` may be abstract. trained: paths of the parameters that are trained, None all.
+
+    Raises TypeError for a mixer whose FLOPs are not known here.
+    """
+    flat, names = nnx.to_flat_state(state), flatten_dict(groups(state))
+    matrices = {path: math.prod(leaf.shape) for path, leaf in flat if names[path] == "matrices"}
+    if spec.head == "tied":
+        matrices |= {path: spec.vocab * spec.width for path in names if path[0] == "embedding"}
     mixers = [(layer.mixer, spec.periods) for layer in spec.pattern]
     mixers += [(spec.embed_mixer, 1)] if spec.embed_mixer else []
     per_pair: dict[Mask, int] = {}
     for mixer, times in mixers:
         for mask, flops in pair_flops(mixer).items():
             per_pair[mask] = per_pair.get(mask, 0) + times * flops
-    return Counter(2 * (matrices + head), per_pair)
+    learned = sum(size for path, size in matrices.items() if trained is None or path in trained)
+    return Counter(2 * sum(matrices.values()), per_pair, 2 * learned)
 
 
 @functools.singledispatch

@@ -23,7 +23,6 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from lcx.data.sources import contents
-from lcx.models.decoder import LEARNED_ROPE
 from lcx.spec import SpecError
 from lcx.training.checkpoint import Checkpoints, restore_params
 from lcx.training.experiment import Experiment
@@ -32,7 +31,8 @@ from lcx.training.metrics import Meter, Pending
 from lcx.training.placement import host_rows, place_batch
 from lcx.training.run_folder import check_config, claim, read_config, record_start
 from lcx.training.shipped import run_folder
-from lcx.training.step import TrainState, TrainStep
+from lcx.training.step import TrainState, TrainStep, abstract_model
+from lcx.training.trainable import added_paths, joined, parted
 from lcx.training.writers import JsonLines, Record, TensorBoard, Writer, read_records, terminal
 
 METRICS, DATA = "metrics.jsonl", "data.json"
@@ -110,7 +110,7 @@ class _Run:
         self.experiment, self.step, self.checkpoints = experiment, step, checkpoints
         self.batches, self.hosts, self.run_dir = batches, hosts, run_dir
         self.tokens = tokens  # of the run so far, where they were counted
-        self.counter = counter(experiment.model, step.abstract)
+        self.counter = counter(experiment.model, step.abstract, step.trained)
         self.shards = math.prod(step.mesh.shape[axis] for axis in experiment.model.rules.sequence)
 
     def go(self, state: TrainState, start: int, stop: "_Stop", stack: contextlib.ExitStack) -> TrainResult:
@@ -201,13 +201,15 @@ def _begin(
 
 
 def _initial(experiment: Experiment, step: TrainStep) -> Any:
-    """The parameters of `init_from`; a learned rope that the model had none of begins as it is built, which is NTK."""
+    """The parameters of `init_from`; those that a method adds and that model has none of begin as they are built."""
     run_dir, target = run_folder(experiment.init_from), step.abstract_state().params
-    held = read_config(run_dir).model.rope
-    if LEARNED_ROPE not in target or (held is not None and held.learned):
+    added = added_paths(step.abstract)
+    if added:
+        held = nnx.to_flat_state(abstract_model(read_config(run_dir).model)[1])
+        added -= {path for path, _ in held}
+    if not added:
         return restore_params(run_dir, target)
-    others = {name: leaf for name, leaf in target.items() if name != LEARNED_ROPE}
-    return restore_params(run_dir, others) | {LEARNED_ROPE: step.init().params[LEARNED_ROPE]}
+    return joined(parted(step.init().params, added)[0], restore_params(run_dir, parted(target, added)[1]))
 
 
 def _check_data(path: Path, counts: dict[str, int]) -> None:

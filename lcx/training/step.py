@@ -5,6 +5,7 @@ optimizer state are created and kept sharded by the model's rules.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from lcx.record import record
 from lcx.spec import SpecError
 from lcx.training.optimizer import Optimizer
 from lcx.training.placement import parameter_shardings, replicated
+from lcx.training.trainable import joined, parted, trained_paths, trained_state
 
 LONGEST = (1 << 31) - 1  # what an int32 index reaches
 
@@ -38,8 +40,9 @@ class TrainStep:
 
     On an abstract mesh, of devices that are not there, only `abstract_state` can be asked.
 
-    results: `sums` (the objective's, with `total_sum`, over the whole batch) and `values` (gradient_norm before clipping,
-    parameter_norm after the update, learning_rate), all f32[].
+    trainable: patterns of the parameters that are trained, None all; the others are frozen (`lcx.training.trainable`).
+    results: `sums` (the objective's, with `total_sum`, over the whole batch) and `values` (gradient_norm of what is trained, before
+    clipping, parameter_norm after the update, learning_rate), all f32[].
     """
 
     def __init__(
@@ -52,11 +55,13 @@ class TrainStep:
         steps: int,
         accumulation: int = 1,
         seed: int = 0,
+        trainable: Sequence[str] | None = None,
     ):
         self.spec, self.objective, self.mesh = model, objective, mesh
         self.accumulation, self.seed = accumulation, seed
         self.graph, self.abstract = abstract_model(model)
-        self.optimizer = optimizer.build(self.abstract, steps)
+        self.trained = trained_paths(self.abstract, trainable)
+        self.optimizer = optimizer.build(trained_state(self.abstract, self.trained), steps)
         self.learning_rate = optimizer.learning_rate.build(steps)
         self.shardings = self._state_shardings()
 
@@ -69,14 +74,18 @@ class TrainStep:
     def start(self, params: Any) -> TrainState:
         """The state before the first update from given parameters (fine-tuning)."""
         with jax.set_mesh(self.mesh):
-            optimizer = jax.jit(self.optimizer.init, out_shardings=self.shardings.optimizer)(params)
+            trained, _ = parted(params, self.trained)
+            optimizer = jax.jit(self.optimizer.init, out_shardings=self.shardings.optimizer)(trained)
             step = jax.device_put(jnp.zeros((), jnp.int32), self.shardings.step)
             return TrainState(params=params, optimizer=optimizer, step=step)
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state: what a checkpoint is restored to and a plan is compiled with."""
         params = nnx.to_pure_dict(self.abstract)
-        optimizer, step = jax.eval_shape(self.optimizer.init, params), jax.ShapeDtypeStruct((), jnp.int32)
+        optimizer, step = (
+            jax.eval_shape(self.optimizer.init, parted(params, self.trained)[0]),
+            jax.ShapeDtypeStruct((), jnp.int32),
+        )
         shapes = TrainState(params=params, optimizer=optimizer, step=step)
         place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         return jax.tree.map(place, shapes, self.shardings)
@@ -93,20 +102,22 @@ class TrainStep:
         return bind(self.graph, self.abstract, params)
 
     def totals(self, params: Any, batch: Batch, key: Any) -> tuple[Any, dict[str, Any]]:
-        """(gradient of the total, sums) over the micro-batches of `batch`; neither is divided by the weight."""
-        loss = jax.value_and_grad(self._total, has_aux=True)
+        """(gradient of the total in what is trained, sums) over the micro-batches of `batch`; neither is divided by the weight."""
+        trained, frozen = parted(params, self.trained)
+        total = lambda trained, *given: self._total(joined(trained, frozen), *given)
+        loss = jax.value_and_grad(total, has_aux=True)
         if self.accumulation == 1:
-            (_, sums), gradient = loss(params, batch, key)
+            (_, sums), gradient = loss(trained, batch, key)
             return gradient, sums
 
         def body(carry, micro):
             rows, number = micro
-            (_, sums), gradient = loss(params, rows, jax.random.fold_in(key, number))
+            (_, sums), gradient = loss(trained, rows, jax.random.fold_in(key, number))
             return jax.tree.map(jnp.add, carry, (self._sharded(gradient), sums)), None
 
         micro = jax.tree.map(functools.partial(_split, parts=self.accumulation), batch)
         first = jax.tree.map(lambda leaf: leaf[0], micro)
-        (_, sums), gradient = jax.eval_shape(loss, params, first, key)
+        (_, sums), gradient = jax.eval_shape(loss, trained, first, key)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (gradient, sums))
         carry = (self._sharded(zeros[0]), zeros[1])
         return jax.lax.scan(body, carry, (micro, jnp.arange(self.accumulation)))[0]
@@ -115,8 +126,9 @@ class TrainStep:
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
         gradient, sums = self.totals(state.params, batch, key)
         gradient = jax.tree.map(lambda leaf: leaf / sums["weight"], gradient)
-        updates, optimizer = self.optimizer.update(gradient, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        trained, frozen = parted(state.params, self.trained)
+        updates, optimizer = self.optimizer.update(gradient, state.optimizer, trained)
+        params = joined(optax.apply_updates(trained, updates), frozen)
         values = {
             "gradient_norm": optax.tree.norm(gradient),
             "parameter_norm": optax.tree.norm(params),
@@ -131,17 +143,17 @@ class TrainStep:
     def _build(self):
         return nnx.to_pure_dict(nnx.state(self.spec.build(rngs=nnx.Rngs(self.seed))))
 
-    def _sharded(self, params):
-        return jax.lax.with_sharding_constraint(params, self.shardings.params)
+    def _sharded(self, trained):
+        return jax.lax.with_sharding_constraint(trained, parted(self.shardings.params, self.trained)[0])
 
     def _state_shardings(self) -> TrainState:
-        params = nnx.to_pure_dict(self.abstract)
+        trained, _ = parted(nnx.to_pure_dict(self.abstract), self.trained)
         sharded, whole = parameter_shardings(self.abstract, self.spec.rules, self.mesh), replicated(self.mesh)
         optimizer = optax.tree_utils.tree_map_params(
             self.optimizer,
             lambda _, sharding: sharding,
-            jax.eval_shape(self.optimizer.init, params),
-            sharded,
+            jax.eval_shape(self.optimizer.init, trained),
+            parted(sharded, self.trained)[0],
             transform_non_params=lambda _: whole,
         )
         return TrainState(params=sharded, optimizer=optimizer, step=whole)

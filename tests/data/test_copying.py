@@ -21,7 +21,7 @@ def make(spec, length, i=0, **options):
 def test_what_is_asked_for_was_written_before(length, far):
     spec, found = Copies(far=far, haystack=StandardLibrary(split="heldout")), []
     for i in range(20):
-        ids, ((start, stop),), _ = make(spec, length, i)
+        ids, ((start, stop),), *_ = make(spec, length, i)
         assert len(ids) == length and stop - start == 20
         text = bytes(ids.astype(np.uint8))
         span = text[start - 4 : stop]
@@ -41,7 +41,7 @@ def test_depth_places_the_source():
 def test_tiles_repeat(length):
     periods = set()
     for i in range(20):
-        ids, ((start, stop),), _ = make(Tiles(), length, i)
+        ids, ((start, stop),), *_ = make(Tiles(), length, i)
         assert len(ids) == stop == length and 8 <= start <= 64
         np.testing.assert_array_equal(ids[start:], ids[:-start])
         periods.add(start)

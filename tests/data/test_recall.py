@@ -22,7 +22,7 @@ def make(spec, length, i=0, **options):
 @pytest.mark.parametrize("length", [201, 512])
 def test_needles_are_answered_by_their_text(spec, length):
     for i in range(5):
-        ids, answers, depths = make(spec, length, i)
+        ids, answers, depths, _ = make(spec, length, i)
         assert len(ids) == length
         text = bytes(ids.astype(np.uint8))
         for (start, stop), depth in zip(answers, depths, strict=True):
@@ -49,7 +49,7 @@ def test_content_does_not_depend_on_length():
 
 @pytest.mark.parametrize("length", [10, 128, 131, 1024])
 def test_records_fill_the_length(length):
-    ids, answers, _ = make(Records(), length)
+    ids, answers, *_ = make(Records(), length)
     pairs = length // 10
     assert len(ids) == pairs * 10 and len(answers) == pairs
     text = bytes(ids.astype(np.uint8)).decode()
@@ -81,7 +81,7 @@ def test_record_rows_weigh_every_answer_and_nothing_else():
 
 
 def test_depths_of_records_are_where_their_sources_stand():
-    ids, answers, depths = make(Records(pairs=7), 100)
+    ids, answers, depths, _ = make(Records(pairs=7), 100)
     text = bytes(ids.astype(np.uint8))
     for (start, _), depth in zip(answers, depths, strict=True):
         assert text.index(text[start - 3 : start]) == round(depth * 7) * 5
@@ -102,7 +102,7 @@ def test_records_of_a_subword_tokenizer_fit(tmp_path):
     Tokenizer(models.BPE(vocab, merges)).save(str(tmp_path / "tokenizer.json"))
     tokenizer = HFTokenizer(path=str(tmp_path / "tokenizer.json"), eos_token=" ")
     for i in range(40):  # "aa" is one token, "xy" two: the first guess of the number of pairs is too high
-        ids, answers, _ = Records().example(tokenizer, 150, i, seed=0, split="train")
+        ids, answers, *_ = Records().example(tokenizer, 150, i, seed=0, split="train")
         assert 140 <= len(ids) <= 150
         text = "".join(map(tokenizer.decode, ids[:, None].tolist()))
         half = len(text) // 2

@@ -18,9 +18,9 @@ def test_a_row_is_two_parts_of_a_text(seam):
     skips, ends = set(), set()
     for i in range(60):
         row, text = rows[i], texts[i]
-        steps = np.diff(row.positions)
+        steps = np.diff(row.positions[:, 0])
         (cuts,) = np.nonzero(steps != 1)
-        assert row.positions[0] == 0 and len(cuts) <= 1 and row.positions[-1] < 320
+        assert row.positions[0, 0] == 0 and len(cuts) <= 1 and row.positions[-1, 0] < 320
         first = int(cuts[0]) + 1 if len(cuts) else None
         if first is not None:
             assert first <= 20

@@ -15,10 +15,10 @@ class Uniform:
     def encode(self, text):
         return self.tokenizer.encode(text).tolist()
 
-    def logprobs(self, rows, starts):
+    def logprobs(self, rows, starts, *, placed=None):
         return [Scored(np.full(len(r) - s, -np.log(259)), np.asarray(r[s:]) == 0) for r, s in zip(rows, starts, strict=True)]
 
-    def generate(self, prompts, max_new):
+    def generate(self, prompts, max_new, *, placed=None):
         return [Generated([0] * max_new, [0.0] * max_new, "length") for _ in prompts]
 
 
@@ -36,14 +36,14 @@ class Copier(Uniform):
                 break
         return found
 
-    def logprobs(self, rows, starts):
+    def logprobs(self, rows, starts, *, placed=None):
         scored = []
         for row, start in zip(rows, starts, strict=True):
             hits = np.asarray([self._next(row[:i]) == row[i] for i in range(start, len(row))])
             scored.append(Scored(np.where(hits, 0.0, -2.0), hits))
         return scored
 
-    def generate(self, prompts, max_new):
+    def generate(self, prompts, max_new, *, placed=None):
         made = []
         for prompt in prompts:
             ids = list(prompt)

@@ -114,7 +114,7 @@ def test_intervals_are_bootstrap_and_deterministic():
 
 def test_a_broken_model_is_not_averaged_away():
     class Broken(Uniform):
-        def logprobs(self, rows, starts):
+        def logprobs(self, rows, starts, *, placed=None):
             scored = super().logprobs(rows, starts)
             scored[1].logprobs[0] = np.nan
             return scored

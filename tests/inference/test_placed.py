@@ -10,7 +10,8 @@ from flax import nnx
 from lcx.batch import Batch, causal_info
 from lcx.cache.dense import DenseCache
 from lcx.channels.glu import GLU
-from lcx.inference.generate import _placed, generate
+from lcx.inference.generate import generate
+from lcx.inference.placed import behind
 from lcx.mixers.attention import Attention
 from lcx.models.decoder import Decoder
 from lcx.models.layer import Layer
@@ -84,5 +85,5 @@ def test_positions_that_no_layer_reads_are_refused(changes, axes, message):
 def test_new_text_keeps_the_fraction_of_its_place():
     """What follows 70,000 tokens at 602.7 stands at 602.7, which 602.7 - 70,000 in float32 would lose."""
     far = Placed(np.linspace(0, 602, 70_000)[:, None], 602.7)
-    _, following, since = _placed([[1] * 70_000], [far], 70_000, 2, 1)
+    following, since = behind([far], 2, 1)
     assert following.tolist() == [np.float32(602.7), 0] and since.tolist() == [70_000, 0]

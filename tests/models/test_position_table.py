@@ -1,5 +1,7 @@
 """Learned positions: what is added, what is read beyond the table, and that documents and steps do not change it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,6 +45,28 @@ def test_rows_between_two_old_ones_are_interpolated():
     np.testing.assert_array_equal(long[7], table[3])
 
 
+def test_learned_rows_begin_interpolated_and_old_rows_are_no_part_of_them():
+    spec = PositionTable(rows=4, reading="interpolated", factor=3, between="learned")
+    module, plain = (s.build(2, rngs=nnx.Rngs(0)) for s in (spec, dataclasses.replace(spec, between="interpolated")))
+    info = causal_info(np.ones((1, 12), np.int32))
+    np.testing.assert_array_equal(module(info), plain(info))
+    module.between[...] = jnp.arange(16.0).reshape(8, 2)
+    added = np.asarray(module(info) - plain(info))[0]
+    np.testing.assert_array_equal(added[::3], 0)
+    np.testing.assert_allclose(added[np.arange(12) % 3 > 0], np.arange(16.0).reshape(8, 2), atol=1e-5)
+    short = causal_info(np.ones((1, 4), np.int32))
+    np.testing.assert_array_equal(module(short), plain(short))
+
+
+def test_a_moved_document_reads_the_long_table():
+    """LongEmbed's tuning: 3 tokens from place 5 on read thirds of rows 5 to 7."""
+    module = PositionTable(rows=4, reading="interpolated", factor=3).build(2, rngs=nnx.Rngs(0))
+    info = causal_info(np.ones((1, 3), np.int32), lengths=jnp.full((1, 3), 12))
+    moved = module(dataclasses.replace(info, positions=info.positions + 5))
+    whole = module(causal_info(np.ones((1, 12), np.int32)))
+    np.testing.assert_array_equal(moved[0], whole[0, 5:8])
+
+
 @pytest.mark.parametrize("reading", ["grouped", "recurrent", "interpolated"])
 def test_a_document_reads_as_it_does_alone_and_a_trained_table_serves(reading):
     """Packed beside another one; documents that fit read as before."""
@@ -72,6 +96,8 @@ def test_generation_equals_one_pass(reading):
 def test_a_factor_without_interpolation_is_refused():
     with pytest.raises(SpecError, match="factor = 2: expected 1 where reading is not 'interpolated'"):
         edit(decoder(PositionTable(rows=6)), "position_table.factor", 2)
+    with pytest.raises(SpecError, match="between = 'learned': expected 'interpolated' where factor is 1"):
+        PositionTable(rows=6, reading="interpolated", between="learned")
 
 
 @pytest.mark.slow

@@ -24,6 +24,6 @@ def test_rows(held, mode, reading, factor):
     """The interpolated table is counted in old rows here, in new ones there."""
     spec = PositionTable(rows=authors.ROWS, reading=reading, factor=factor)
     for tokens in authors.DOCUMENTS:
-        index = jnp.arange(tokens)[None]
-        found = spec.places(index, jnp.full((1, tokens), tokens))[0]
+        places = jnp.arange(tokens, dtype=jnp.float32)[None]
+        found = spec.places(places, jnp.full((1, tokens), tokens))[0]
         np.testing.assert_array_equal(np.asarray(found) * factor, held[f"tables/{mode}/{tokens}"])

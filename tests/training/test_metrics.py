@@ -14,7 +14,7 @@ from lcx.training.flops import Counter, Work
 from lcx.training.metrics import Meter, Pending, TrainingDiverged
 from lcx.training.writers import Bar, JsonLines, Lines, TensorBoard, Writer, read_records
 
-COUNT = Counter(per_token=10, per_pair={Causal(): 2})
+COUNT = Counter(per_token=10, per_pair={Causal(): 2}, trained_per_token=10)
 
 
 class Kept(Writer):

@@ -5,6 +5,7 @@ import itertools
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from lcx.objectives.language_modeling import LanguageModeling
 from lcx.parallel.mesh import AXES, MeshSpec
@@ -118,3 +119,28 @@ def test_rows_and_parameters_that_do_not_divide_are_refused(decoder):
 
 def test_rows_of_one_process_are_all_rows():
     assert host_rows(8, Rules(), MeshSpec(data=2, context=2).build()) == (0, 1)
+
+
+def test_frozen_parameters_keep_their_bits_and_have_no_optimizer_state(decoder, params, batch, on_one):
+    """What is trained gets the gradient that it gets when all is."""
+    step = step_of(decoder, trainable=("slots/*/channel/*", "final_norm/*"))
+    gradient, results, state = first_updates(step, params, batch)[0]
+    whole, before, after = flatten_dict(on_one[0][0]), flatten_dict(params), flatten_dict(state.params)
+    gradient = flatten_dict(gradient)
+    trained = {path for path in before if "channel" in path or path[0] == "final_norm"}
+    assert set(gradient) == trained and 0 < len(trained) < len(before)
+    norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in gradient.values()))
+    np.testing.assert_allclose(results["values"]["gradient_norm"], norm, rtol=1e-5)
+    for path, leaf in before.items():
+        same = np.array_equal(leaf, after[path])
+        assert same != (path in trained)
+        if path in trained:
+            np.testing.assert_allclose(gradient[path], whole[path], atol=5e-6 * max(np.abs(x).max() for x in whole.values()))
+
+
+@pytest.mark.parametrize(
+    "patterns, message", [(("slots/nothing",), "'slots/nothing' matches no parameter"), ((), "at least one")]
+)
+def test_patterns_that_train_nothing_are_refused(decoder, patterns, message):
+    with pytest.raises(SpecError, match=f"trainable: .*{message}"):
+        step_of(decoder, trainable=patterns)

@@ -15,6 +15,7 @@ from lcx.data.recall import Needles, Recall, RecallExample, Records, TaskDoesNot
 from lcx.evaluation.scorers import first_integer, forced_exact, forced_nll, forced_token_accuracy, prefix_match
 from lcx.evaluation.tasks.task import ANSWERS, NLL, TOKENS, Row, Task
 from lcx.inference.language_model import TokenModel
+from lcx.positions.visual import Placed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ class Retrieval(Task):
 
     def _forced(self, model: TokenModel, examples: list[RecallExample], length: int, more: dict) -> list[Row]:
         first = [min(start for start, _ in example.answers) for example in examples]
-        scored = model.logprobs([example.ids.tolist() for example in examples], first)
+        scored = model.logprobs([example.ids.tolist() for example in examples], first, placed=_placed(examples))
         exact, accuracy, losses, counts = [], [], [], []
         for example, start, found in zip(examples, first, scored, strict=True):
             answers = example.answers[:1] if self.depths else example.answers
@@ -80,7 +81,10 @@ class Retrieval(Task):
             start, stop = example.answers[0]
             prompts.append(example.ids[:start].tolist())
             answers.append(example.ids[start:stop].tolist())
-        made = [row.ids for row in model.generate(prompts, max(map(len, answers)) + self.room)]
+        placed = _placed(examples)
+        if placed is not None:
+            placed = [own.cut(len(prompt)) for own, prompt in zip(placed, prompts, strict=True)]
+        made = [row.ids for row in model.generate(prompts, max(map(len, answers)) + self.room, placed=placed)]
         decode = model.tokenizer.decode
         pairs = list(zip(made, answers, strict=True))
         exact = [prefix_match(ids, answer) for ids, answer in pairs]
@@ -95,3 +99,8 @@ class Retrieval(Task):
             cls(name="multi_key", generator=Needles(needles=3, queries=2), examples_each=2),
             cls(name="records", generator=Records(), examples_each=2),
         )
+
+
+def _placed(examples: list[RecallExample]) -> list[Placed] | None:
+    """The positions of examples that have some of their own."""
+    return None if examples[0].placed is None else [example.placed for example in examples]

@@ -1,0 +1,58 @@
+"""Rows whose tokens have positions of their own, from a rule for visual documents (`lcx.positions.visual`)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from lcx.batch import EXACT_POSITIONS
+from lcx.mixers.attention import Attention
+from lcx.models.decoder import Decoder
+from lcx.positions.visual import Placed
+from lcx.spec import below
+
+
+def padded_positions(
+    spec: Decoder, rows: Sequence[Sequence[int]], placed: Sequence[Placed], length: int, count: int
+) -> Float[np.ndarray, "B T P"]:
+    """Positions of `count` right-padded rows, those behind the given ones empty.
+
+    Raises ValueError for positions that are not those of the rows, or that no layer of the model reads.
+    """
+    sizes = [len(row) for row in rows]
+    if [len(row.positions) for row in placed] != sizes or len({row.positions.shape[1] for row in placed}) > 1:
+        found = [row.positions.shape for row in placed]
+        raise ValueError(f"placed of {found}: expected a position for each of {sizes} tokens, with as many axes")
+    check_axes(spec, placed[0].positions.shape[1])
+    positions = np.zeros((count, length, placed[0].positions.shape[1]), np.float32)
+    for n, row in enumerate(placed):
+        positions[n, : sizes[n]] = row.positions
+    return positions
+
+
+def behind(placed: Sequence[Placed], count: int, new: int) -> tuple[Float[np.ndarray, "B"], Int[np.ndarray, "B"]]:
+    """Where `new` tokens behind each of `count` rows begin: the place of the first, and its index.
+
+    Raises ValueError where positions are no longer exact.
+    """
+    if (following := max(row.following for row in placed)) + new > EXACT_POSITIONS:
+        expected = f"expected new tokens up to 2^24 = {EXACT_POSITIONS}, where positions are exact"
+        raise ValueError(f"placed.following = {following} and max_new = {new}: {expected}")
+    empty = [0] * (count - len(placed))
+    places = np.asarray([*(row.following for row in placed), *empty], np.float32)
+    return places, np.asarray([*(len(row.positions) for row in placed), *empty], np.int32)
+
+
+def check_axes(spec: Decoder, axes: int) -> None:
+    """Raises ValueError if the model does not read positions of so many axes."""
+    mixers = {path: part for path, part in below(spec, "model") if isinstance(part, Attention)}
+    ropes = {path: rope for path, mixer in mixers.items() if (rope := spec.rope_of(mixer)) is not None}
+    if not ropes:
+        raise ValueError("placed: expected None, as no layer of the model has a rope, which reads positions")
+    for path, rope in ropes.items():
+        if mixers[path].distances is not None:
+            raise ValueError(f"placed: expected None, as {path}.distances turns pairs by their index")
+        most = max(1, len(rope.sections))
+        if axes not in (1, most):
+            accepted = "1" if most == 1 else f"1 or {most}"
+            raise ValueError(f"placed of {axes} axes: expected {accepted}, which the rope of {path} reads")
