@@ -144,7 +144,7 @@ def _ablation(
 def _base(rope: FrequencyRule, rule: VisualPositions | None, steps: int) -> Experiment:
     return edits(
         Experiment(
-            model=byte.toy(width=96, layers=3),
+            model=byte.toy(width=64, layers=2),
             data=Pipeline(mixture=(Weighted(rows=_films(rule)),), length=LENGTH, batch_size=32),
             optimizer=AdamW(learning_rate=Cosine(peak=3e-3, warmup=100, final=0.1), decay=0.05),
             steps=steps,

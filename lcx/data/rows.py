@@ -18,8 +18,8 @@ from lcx.spec import Spec
 class Row(NamedTuple):
     """One row of T tokens. targets[t] is the token to predict at t; weights[t] is 0 where nothing is to be predicted.
 
-    positions: what the rotation reads, a column an axis; None is the index. lengths: what a length-dependent rope takes each token's document
-    for; None is its own.
+    positions: what the rotation reads, a column an axis; None is the index. lengths: what a length-dependent rope takes each
+    token's document for; None is its own.
     """
 
     tokens: Int[np.ndarray, "T"]

@@ -6,8 +6,8 @@
 rounded to bfloat16 after, as `rotate` does; with tables of cosines and sines rounded to bfloat16 first, as elsewhere.
 `columns`: attention of the shipped `copier` on held-out source code, each layer's in bfloat16; the change of what a key
 receives from all queries, a query, summed over keys, heads and layers (Wang et al. 2024); and which share of it is the first
-token's. So small a model has no attention sink, which large ones have; in the second table one is planted: the first key of every
-head is what its queries have in common in the slower half of the channels, as long as a mean logit of 8 or 16 needs.
+token's. So small a model has no attention sink, which large ones have; below one is planted: the first key of every head is
+what its queries have in common in the slower half of the channels, as long as a mean logit of 8 or 16 needs.
 """
 
 import functools

@@ -54,8 +54,8 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Counter:
-    """FLOPs of one model. per_token: of the forward pass; trained_per_token: of it, by matrices that are trained. per_pair: of the
-    forward pass for one visible pair, by mask."""
+    """FLOPs of one model. per_token: of the forward pass; trained_per_token: of it, by matrices that are trained. per_pair: of
+    the forward pass for one visible pair, by mask."""
 
     per_token: int
     per_pair: Mapping[Mask, int]

@@ -41,8 +41,8 @@ class TrainStep:
     On an abstract mesh, of devices that are not there, only `abstract_state` can be asked.
 
     trainable: patterns of the parameters that are trained, None all; the others are frozen (`lcx.training.trainable`).
-    results: `sums` (the objective's, with `total_sum`, over the whole batch) and `values` (gradient_norm of what is trained, before
-    clipping, parameter_norm after the update, learning_rate), all f32[].
+    results: `sums` (the objective's, with `total_sum`, over the whole batch) and `values` (gradient_norm of what is trained,
+    before clipping, parameter_norm after the update, learning_rate), all f32[].
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class TrainStep:
         return bind(self.graph, self.abstract, params)
 
     def totals(self, params: Any, batch: Batch, key: Any) -> tuple[Any, dict[str, Any]]:
-        """(gradient of the total in what is trained, sums) over the micro-batches of `batch`; neither is divided by the weight."""
+        """(gradient of the total by what is trained, sums) over the micro-batches of `batch`; neither divided by the weight."""
         trained, frozen = parted(params, self.trained)
         total = lambda trained, *given: self._total(joined(trained, frozen), *given)
         loss = jax.value_and_grad(total, has_aux=True)

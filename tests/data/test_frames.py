@@ -85,5 +85,5 @@ def test_wrong_settings_are_refused():
             Frames(**options)
     video = Frames(positions=MRopePositions())
     for rows in (Continuous(rows_of=video), Skipped(rows_of=video, target=4096)):
-        with pytest.raises(SpecError, match="rows_of = .*: expected rows whose positions are the index"):
+        with pytest.raises(SpecError, match=r"rows_of = .*: expected rows whose positions are the index"):
             rows.check_fit(BYTES, 512)
