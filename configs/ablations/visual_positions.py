@@ -1,4 +1,4 @@
-"""Positions of video on synthetic frames: trained on 2 to 8 of them, asked about up to 64.
+"""Positions of video on synthetic frames: trained on 3 to 8 of them, asked about up to 64.
 
     python -m experiments.ablate --config=config:ablations.visual_positions.one_axis
     python -m experiments.ablate --config=config:ablations.visual_positions.m_rope
@@ -8,8 +8,8 @@
     python -m experiments.ablate --config=config:ablations.visual_positions.far
     python -m experiments.ablate --config=config:ablations.visual_positions.visual_window
 
-A frame is 4 by 4 random symbols, a token each; questions behind the video name a symbol that it has once and ask what stands on
-its right, below it, or at its place in the next frame (`lcx.data.frames`). A question is 1 in 91 by chance.
+A frame is 3 by 3 random symbols, a token each; questions behind the video name a symbol that it has once and ask what stands on
+its right, below it, or at its place in the next frame (`lcx.data.frames`). A question is 1 in 36 by chance.
 
 Expected of the papers at lengths beyond training: HoPE above VideoRoPE above M-RoPE above one axis (HoPE 2025); M-RoPE++ above
 interpolation (GIRAFFE 2025); V2PE with a smaller step where one place a token leaves the trained range (2024); YaRN by the
@@ -41,12 +41,14 @@ from lcx.spec import edits
 from lcx.training.checkpoint import Checkpointing
 from lcx.training.experiment import Experiment
 from lcx.training.optimizer import AdamW
-from lcx.training.schedules import Cosine
+from lcx.training.schedules import WSD
 
-FRAMES = 8  # most in training
-VISUAL = FRAMES * 16  # tokens of them
-LENGTH = VISUAL + 24  # and 8 questions
-SECTIONS = (4, 6, 6)  # of 16 pairs: the 16, 24 and 24 of 64
+FRAMES, SIDE = 8, 3  # most in training, of 3 by 3 symbols
+SIZE, ASKED = SIDE**2, 8
+QUESTIONS = 3 * 3 * ASKED  # tokens of three questions for each symbol
+VISUAL = FRAMES * SIZE
+LENGTH = VISUAL + QUESTIONS
+SECTIONS = (2, 3, 3)  # of 8 pairs: the 16, 24 and 24 of 64
 FAR = (16, 32, 64)
 
 
@@ -123,7 +125,7 @@ def _ablation(
     *,
     read: VisualPositions | None = None,
 ) -> Ablation:
-    at = lambda frames: frames * 16 + 24
+    at = lambda frames: frames * SIZE + QUESTIONS // 3  # one step is asked for at a time
     variants = [Variant(method="none", lengths=tuple(map(at, (FRAMES, *FAR))))]
     for frames in FAR:
         for method, rule in extended.items():
@@ -146,14 +148,20 @@ def _base(rope: FrequencyRule, rule: VisualPositions | None, steps: int) -> Expe
         Experiment(
             model=byte.toy(width=64, layers=2),
             data=Pipeline(mixture=(Weighted(rows=_films(rule)),), length=LENGTH, batch_size=32),
-            optimizer=AdamW(learning_rate=Cosine(peak=3e-3, warmup=100, final=0.1), decay=0.05),
+            optimizer=AdamW(learning_rate=WSD(peak=3e-3, warmup=100, decay=300), decay=0.05),
             steps=steps,
             checkpoint=Checkpointing(every=200),
             log_every=100,
         ),
-        [("model.embed_mixer", None), ("model.rope", rope)],
+        [
+            ("model.embed_mixer", None),
+            ("model.rope", rope),
+            ("model.pattern[0].mixer.heads", 4),
+            ("model.pattern[0].mixer.kv_heads", 4),
+            ("model.pattern[0].mixer.head_dim", 16),
+        ],
     )
 
 
 def _films(rule: VisualPositions | None) -> Frames:
-    return Frames(frames=(2, FRAMES), positions=rule)
+    return Frames(height=SIDE, width=SIDE, frames=(3, FRAMES), asked=ASKED, positions=rule)

@@ -83,6 +83,9 @@ class Joined(Rows):
     def position_axes(self):
         return self.rows_of.position_axes
 
+    def spread(self, length):
+        return self.rows_of.spread(length // self.parts)
+
     def rows(self, tokenizer, length, seed):
         self.check_fit(tokenizer, length)
         return JoinedRows(self.rows_of.rows(tokenizer, length // self.parts, seed), self.parts)

@@ -22,33 +22,37 @@ def make(spec, length, i=0, **options):
     return spec.example(BYTES, length, i, **({"seed": 0, "split": "test"} | options))
 
 
-@pytest.mark.parametrize("rows, columns, questions", [(2, 2, 4), (4, 4, 8), (3, 5, 1)])
-@pytest.mark.parametrize("frames", [None, (2, 3)])
-def test_answers_stand_one_step_from_a_symbol_that_is_there_once(rows, columns, questions, frames):
-    spec, counts = Frames(height=rows, width=columns, questions=questions, frames=frames), set()
-    kinds = {mark: step for step, mark in MARKS.items()}
+@pytest.mark.parametrize("height, width, asked", [(2, 2, 1), (4, 4, 8), (3, 5, 2)])
+@pytest.mark.parametrize("frames", [None, (2, 4)])
+@pytest.mark.parametrize("steps", [("next",), tuple(STEPS)])
+def test_answers_stand_one_step_from_a_symbol_that_is_there_once(height, width, asked, frames, steps):
+    spec, counts = Frames(height=height, width=width, asked=asked, frames=frames, steps=steps), set()
+    kinds, questions = {mark: step for step, mark in MARKS.items()}, asked * len(steps)
     for i in range(20):
-        example = make(spec, 150, i)
+        example = make(spec, 170, i)
         text = bytes(example.ids.astype(np.uint8)).decode()
-        video = np.array(list(text[: -3 * questions])).reshape(-1, rows, columns)
+        video = np.array(list(text[: -3 * questions])).reshape(-1, height, width)
         counts.add(len(video))
-        assert set(video.ravel()) <= set(SYMBOLS)
+        assert set(video.ravel()) <= set(SYMBOLS) and len(example.answers) == questions
+        seen = set()
         for start, stop in example.answers:
             mark, symbol, answer = text[start - 2 : stop]
             (place,) = np.argwhere(video == symbol)
             assert video[tuple(place + STEPS[kinds[mark]])] == answer
-    assert counts == ({(150 - 3 * questions) // (rows * columns)} if frames is None else {2, 3})
+            seen.add((mark, symbol))
+        assert len(seen) == questions
+    assert counts == ({(170 - 3 * questions) // (height * width)} if frames is None else {2, 3, 4})
 
 
 def test_depth_places_the_first_source():
     spec = Frames(steps=("right",))
-    for depth, frame in ((0.0, 0), (0.5, 5), (1.0, 10)):
-        ids = make(spec, 200, depth=depth).ids
-        assert np.flatnonzero(ids[:176] == ids[177])[0] // 16 == frame
+    for depth, frame in ((0.0, 0), (0.5, 4), (1.0, 8)):
+        example = make(spec, 184, depth=depth)
+        assert np.flatnonzero(example.ids[:160] == example.ids[161])[0] // 16 == frame and example.depths[0] == frame / 8
 
 
 def test_every_rule_places_the_same_video():
-    plain = Frames(height=3, width=2, questions=2, frames=(2, 8))
+    plain = Frames(height=3, width=2, asked=2, frames=(2, 8))
     assert plain.position_axes is None and make(plain, 60).placed is None
     for rule, axes in ((MRopePositions(), 3), (V2PEPositions(strides=(64,)), 1), (DiagonalPositions(gammas=(0.5, 1.5)), 3)):
         spec = dataclasses.replace(plain, positions=rule)
@@ -56,13 +60,13 @@ def test_every_rule_places_the_same_video():
             mine, theirs = make(spec, 60, i), make(plain, 60, i)
             np.testing.assert_array_equal(mine.ids, theirs.ids)
             assert mine.answers == theirs.answers and mine.placed.positions.shape == (len(mine.ids), axes)
-    grid = Grid((len(mine.ids) - 6) // 6, 3, 2)
-    expected = [DiagonalPositions(gammas=(gamma,)).place((grid, Text(6))).positions for gamma in (0.5, 1.5)]
+    grid = Grid((len(mine.ids) - 18) // 6, 3, 2)
+    expected = [DiagonalPositions(gammas=(gamma,)).place((grid, Text(18))).positions for gamma in (0.5, 1.5)]
     assert any(np.array_equal(mine.placed.positions, positions) for positions in expected)
 
 
 def test_batches_carry_the_positions_and_text_stands_on_every_axis():
-    video = Frames(height=2, width=2, questions=1, positions=MRopePositions())
+    video = Frames(height=2, width=2, asked=1, steps=("next",), positions=MRopePositions())
     mixture = (Weighted(rows=Joined(rows_of=video, parts=2)), Weighted(rows=Needles()))
     pipeline = Pipeline(mixture=mixture, length=64, batch_size=8)
     batch = next(iter(pipeline.dataset()))
@@ -78,9 +82,14 @@ def test_batches_carry_the_positions_and_text_stands_on_every_axis():
 
 
 def test_wrong_settings_are_refused():
-    with pytest.raises(TaskDoesNotFit, match="expected at least 56 tokens"):
-        make(Frames(), 55)
-    for options, field in (({"questions": 17}, "questions"), ({"frames": (1, 4)}, "frames"), ({"steps": ()}, "steps")):
+    with pytest.raises(TaskDoesNotFit, match="expected at least 104 tokens"):
+        make(Frames(), 103)
+    for options, field in (
+        ({"asked": 19}, "asked"),
+        ({"asked": 10, "frames": (2, 4)}, "asked"),
+        ({"frames": (1, 4)}, "frames"),
+        ({"steps": ()}, "steps"),
+    ):
         with pytest.raises(SpecError, match=rf"Frames.{field} = "):
             Frames(**options)
     video = Frames(positions=MRopePositions())
