@@ -1,10 +1,12 @@
 """Test settings: eight forced CPU devices, float32 matmuls, shapes checked at run time, slow and oracle tests on request.
 
 Nearly all of a test's time is compiling: LLVM is told not to optimise, which halves it; XLA's own passes run as ever. What is
-compiled is kept for the run: other tests, the other worker and programs that tests start read it.
+compiled is kept for the run: other tests, the other worker and programs that tests start read it. Tracing makes many objects
+that live long, so they are looked through for cycles more seldom.
 """
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -27,6 +29,8 @@ from jaxtyping import install_import_hook
 jax.config.update("jax_default_matmul_precision", "highest")
 _shapes_checked = install_import_hook(["lcx", "pallas_kernels"], "beartype.beartype")
 _shapes_checked.__enter__()
+gc.freeze()
+gc.set_threshold(100_000, 20, 20)
 
 
 def pytest_addoption(parser):

@@ -56,7 +56,7 @@ def test_copier_finds_the_needle_and_uniform_does_not(mode):
 
 def test_the_first_integer_counts_where_the_exact_answer_does_not():
     class Wordy(Uniform):
-        def generate(self, prompts, max_new):
+        def generate(self, prompts, max_new, *, placed=None):
             values = [re.search(r"Key \w+ is (\d+)", self.tokenizer.decode(prompt))[1] for prompt in prompts]
             answers = [self.encode(f"It is {value}.")[:max_new] for value in values]
             return [Generated(answer, [0.0] * len(answer), "stop") for answer in answers]
@@ -67,7 +67,7 @@ def test_the_first_integer_counts_where_the_exact_answer_does_not():
 
 def test_prompt_and_greedy_answer_fit_the_length():
     class Window(Uniform):
-        def generate(self, prompts, max_new):
+        def generate(self, prompts, max_new, *, placed=None):
             assert all(len(prompt) + max_new <= 50 for prompt in prompts) and max_new == 5 + 16
             return super().generate(prompts, max_new)
 
@@ -84,7 +84,7 @@ def test_forced_scores_by_hand():
     assert rows["exact"]["count"] == 20
     examples = [Records(pairs=4).example(Copier.tokenizer, 40, i, seed=0, split="test") for i in range(5)]
     hits = []
-    for ids, answers, _ in examples:
+    for ids, answers, *_ in examples:
         for start, _ in answers:
             hits.append(Copier()._next(ids[:start].tolist()) == ids[start])
     assert rows["exact"]["value"] == pytest.approx(np.mean(hits))

@@ -264,7 +264,7 @@ def test_help_lists_flags_and_configs(capsys):
 @pytest.mark.parametrize(
     ("argv", "status", "message"),
     [
-        (sets("model.rope.bse=3"), 2, "Did you mean base?"),
+        pytest.param(sets("model.rope.bse=3"), 2, "Did you mean base?", marks=pytest.mark.slow),
         (sets("mesh.data=2"), 2, "expected at most the 1 there are; on a CPU JAX_NUM_CPU_DEVICES sets how many"),
         ([QUICK, "--dry_run"], 0, ""),
     ],

@@ -10,8 +10,9 @@ from flax import nnx
 from lcx.batch import Batch, causal_info
 from lcx.cache.dense import DenseCache
 from lcx.channels.glu import GLU
+from lcx.inference.forward import token_logprobs
 from lcx.inference.generate import generate
-from lcx.inference.placed import behind
+from lcx.inference.placed import behind, padded_positions
 from lcx.mixers.attention import Attention
 from lcx.models.decoder import Decoder
 from lcx.models.layer import Layer
@@ -52,6 +53,27 @@ def test_steps_equal_one_pass(name):
         batch = Batch(tokens=whole, info=dataclasses.replace(info, positions=positions))
         best = logits_of(model, batch)[0].argmax(axis=-1)
         assert row.ids == best[len(prompt) - 1 : -1].tolist()
+
+
+def test_log_probabilities_of_rows_with_positions():
+    rope, rule, keys = RULES["m-rope"]
+    model, tokens = decoder(rope, keys).build(rngs=nnx.Rngs(0)), np.asarray(PROMPTS[:1], np.int32)
+    placed = [rule.place(PARTS[0])]
+    ones, positions = np.ones_like(tokens), padded_positions(model.spec, PROMPTS[:1], placed, tokens.shape[1], 1)
+    batch = Batch(tokens=tokens, info=dataclasses.replace(causal_info(ones), positions=positions))
+    wanted = jax.nn.log_softmax(logits_of(model, batch))[0, np.arange(10), tokens[0, 1:]]
+    found, _ = token_logprobs(model, tokens, ones, positions)
+    np.testing.assert_allclose(found[0, :-1], wanted, atol=1e-5)
+    assert np.abs(np.asarray(token_logprobs(model, tokens, ones)[0])[0, :-1] - wanted).max() > 1e-3
+
+
+def test_a_document_is_cut_within_its_last_text():
+    whole = MRopePositions().place([Text(2), Grid(1, 2, 2), Text(3)])
+    cut = whole.cut(7)
+    np.testing.assert_array_equal(cut.positions, whole.positions[:7])
+    assert cut.following == whole.positions[7, 0] and whole.cut(9) is whole
+    with pytest.raises(ValueError, match=r"tokens = 4: expected a place from which on all tokens are text"):
+        whole.cut(4)
 
 
 def test_positions_of_other_prompts_are_refused():
