@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from lcx.batch import PADDING, Batch
+from lcx.batch import PADDING, Batch, TokenInfo
 from lcx.mixers.mixer import Inherited, Mixer, MixerModule, Place
 from lcx.record import record
 
@@ -55,43 +55,67 @@ class ShortConvolutionModule(MixerModule):
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), shape) / jnp.sqrt(spec.taps), axes=(None, "width"))
 
     def __call__(self, x: Float[Array, "B T M"], batch: Batch, state: Any = None, *, place: Place = Place()):
-        index, segments = batch.info.index, batch.info.segments
-        if state is None:
-            return jnp.where(_torn(index, segments)[..., None], jnp.nan, self._convolve(x, index, segments)), None, {}
-        x = jnp.concatenate([state.x.astype(x.dtype), x], axis=1)
-        index = jnp.concatenate([state.index, index], axis=1)
-        segments = jnp.concatenate([state.segments, segments], axis=1)
-        # Padding is moved to the front, so that the tokens before and after it are neighbours.
-        order = jnp.argsort(segments != PADDING, axis=1, stable=True)
-        take = lambda field: jnp.take_along_axis(field, order.reshape(order.shape + (1,) * (field.ndim - 2)), axis=1)
-        x, index, segments = take(x), take(index), take(segments)
-        y = self._convolve(x, index, segments)
-        back = jnp.argsort(order, axis=1)[:, self.spec.taps :]
-        taps = self.spec.taps
-        state = ConvolutionState(x=x[:, -taps:].astype(state.x.dtype), index=index[:, -taps:], segments=segments[:, -taps:])
-        return jnp.take_along_axis(y, back[..., None], axis=1), state, {}
+        y, state = convolved(x, batch.info, state, self.kernel[...], nearest=1)
+        return y, state, {}
 
     def init_state(self, batch_size, length):
-        empty = jnp.zeros((batch_size, self.spec.taps), jnp.int32)
-        x = jnp.zeros((*empty.shape, self.inherited.width), self.inherited.compute)
-        return ConvolutionState(x=x, index=empty, segments=empty)
-
-    def _convolve(self, x, index, segments):
-        """A tap counts where the token k places before in the array is the token k places before in the document."""
-        kernel, y = self.kernel[...].astype(x.dtype), jnp.zeros_like(x)
-        for k in range(1, self.spec.taps + 1):
-            before = lambda field, k=k: jnp.pad(field, ((0, 0), (k, 0)) + ((0, 0),) * (field.ndim - 2))[:, : field.shape[1]]
-            linked = (before(segments) == segments) & (segments != PADDING) & (before(index) == index - k)
-            y = y + jnp.where(linked[..., None], before(x), 0) * kernel[k - 1]
-        return y
+        return empty_convolution(batch_size, self.spec.taps, self.inherited.width, self.inherited.compute)
 
 
-def _torn(index: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+def convolved(
+    x: Float[Array, "B T M"],
+    info: TokenInfo,
+    state: ConvolutionState | None,
+    kernel: Float[Array, "taps M"],
+    *,
+    nearest: int,
+) -> tuple[Float[Array, "B T M"], ConvolutionState | None]:
+    """sum over n of kernel[n] * x_{t - nearest - n}, and the state behind the chunk; `nearest` 0 begins with the token itself.
+
+    A state holds the last `taps + nearest - 1` tokens.
+    """
+    index, segments = info.index, info.segments
+    if state is None:
+        return jnp.where(torn(info)[..., None], jnp.nan, _convolve(x, index, segments, kernel, nearest)), None
+    taps = state.index.shape[1]
+    x = jnp.concatenate([state.x.astype(x.dtype), x], axis=1)
+    index = jnp.concatenate([state.index, index], axis=1)
+    segments = jnp.concatenate([state.segments, segments], axis=1)
+    # Padding is moved to the front, so that the tokens before and after it are neighbours.
+    order = jnp.argsort(segments != PADDING, axis=1, stable=True)
+    take = lambda field: jnp.take_along_axis(field, order.reshape(order.shape + (1,) * (field.ndim - 2)), axis=1)
+    x, index, segments = take(x), take(index), take(segments)
+    y = _convolve(x, index, segments, kernel, nearest)
+    back = jnp.argsort(order, axis=1)[:, taps:]
+    last = lambda field: field[:, field.shape[1] - taps :]
+    state = ConvolutionState(x=last(x).astype(state.x.dtype), index=last(index), segments=last(segments))
+    return jnp.take_along_axis(y, back[..., None], axis=1), state
+
+
+def empty_convolution(batch_size: int, taps: int, width: int, dtype: str) -> ConvolutionState:
+    """The state before any token, of the last `taps`."""
+    empty = jnp.zeros((batch_size, taps), jnp.int32)
+    return ConvolutionState(x=jnp.zeros((*empty.shape, width), dtype), index=empty, segments=empty)
+
+
+def torn(info: TokenInfo) -> Bool[Array, "B T"]:
     """From the first token of a row that goes on with a document, but not right behind that document's last token, to the
     row's end. A row may begin within a document."""
+    index, segments = info.index, info.segments
     before = lambda field: jnp.pad(field, ((0, 0), (1, 0)))[:, :-1]
     real = segments != PADDING
     follows = (before(segments) == segments) & (before(index) == index - 1)
     begun = before(jax.lax.cummax(real.astype(jnp.int32), axis=1)) > 0
-    torn = real & (index > 0) & begun & ~follows
-    return jax.lax.cummax(torn.astype(jnp.int32), axis=1) > 0
+    broken = real & (index > 0) & begun & ~follows
+    return jax.lax.cummax(broken.astype(jnp.int32), axis=1) > 0
+
+
+def _convolve(x, index, segments, kernel, nearest):
+    """A tap counts where the token k places before in the array is the token k places before in the document."""
+    kernel, y = kernel.astype(x.dtype), jnp.zeros_like(x)
+    for n in range(len(kernel)):
+        k = n + nearest
+        before = lambda field, k=k: jnp.pad(field, ((0, 0), (k, 0)) + ((0, 0),) * (field.ndim - 2))[:, : field.shape[1]]
+        linked = (before(segments) == segments) & (segments != PADDING) & (before(index) == index - k)
+        y = y + jnp.where(linked[..., None], before(x), 0) * kernel[n]
+    return y
