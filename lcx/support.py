@@ -237,6 +237,14 @@ def _axes_are_turned(experiment: Experiment) -> Iterator[str]:
                 yield f"{axes}: expected {turned}, which the rope of {where} turns by"
 
 
+def _shared_tokens_are_seen(experiment: Experiment) -> Iterator[str]:
+    anchors = [path for path, part in _placed_rows(experiment) if isinstance(part, Continuous) and part.sees == "anchor"]
+    for path, part in below(experiment.model, "model") if anchors else ():
+        if getattr(part, "recurrent", False):
+            begins = f"{path}, a {type(part).__name__}, begins each document with an empty state"
+            yield f"{anchors[0]}.sees = 'anchor': expected another, as {begins}"
+
+
 def _lengths_are_those_of_documents(experiment: Experiment) -> Iterator[str]:
     given = experiment.data.positions
     reaching = [f"data.positions = {given}"] if given is not None and not isinstance(given, CLEXPositions | RandomSteps) else []
@@ -370,6 +378,7 @@ RULES: Mapping[str, Rule] = {
     "a rope that goes by the length of documents gets no skipped positions": _lengths_are_those_of_documents,
     "positions come from the rows or from a rule": _positions_are_given_once,
     "positions have as many axes as the rope turns by": _axes_are_turned,
+    "a token that all documents see is seen by every layer": _shared_tokens_are_seen,
     "every head has channels that its rope can rotate": _heads_rotate,
     "the model's rope is read by some layer": _rope_is_read,
     "a rope that depends on the length finds raw keys in the cache": _keys_are_turned_anew,

@@ -20,6 +20,7 @@ from lcx.data.recall import Needles
 from lcx.data.skipped import Skipped
 from lcx.data.sources import TextFolder
 from lcx.mixers.attention import Attention
+from lcx.mixers.delta_net import GatedDeltaNet
 from lcx.mixers.short_convolution import ShortConvolution
 from lcx.models.position_table import PositionTable
 from lcx.parallel.layout import Contiguous, Zigzag
@@ -47,6 +48,7 @@ from lcx.support_table import base, kinds, refusal
 LAYER = "model.pattern[0]"
 FILMS = Frames(positions=MRopePositions())
 GROWING = DynamicNTK(original_length=64, length_policy="growing")
+RECURRENT = [(f"{LAYER}.mixer", GatedDeltaNet(heads=2, head_dim=8)), ("data.mixture[0].rows", Continuous(rows_of=Needles()))]
 SKIPPING = LogN(original_length=64, skip_layers=1)
 
 
@@ -137,6 +139,10 @@ SKIPPING = LogN(original_length=64, skip_layers=1)
         (
             [("data.mixture[0].rows", Continuous(rows_of=Needles())), (f"{LAYER}.mixer.distances", ReRoPE(window=8))],
             "data.mixture[0].rows = Continuous: expected rows whose positions are their indices, by which model.pattern[0]",
+        ),
+        (
+            RECURRENT,
+            "data.mixture[0].rows.sees = 'anchor': expected another, as model.pattern[0].mixer, a GatedDeltaNet, begins each",
         ),
         (
             [("data.mixture[0].rows", FILMS)],
@@ -246,6 +252,7 @@ def test_each_rule_is_broken_by_something_and_the_base_breaks_none():
     configs = (
         skipping,
         edit(base(), "data.mixture[0].rows", FILMS),
+        edits(base(), RECURRENT),
         chunks,
         unturned,
         reaching,

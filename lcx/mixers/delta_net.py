@@ -53,6 +53,7 @@ class GatedDeltaNet(Mixer):
     chunk: int = 64
     norm_eps: float = 1e-5
     sequential = True
+    recurrent = True
 
     def validate(self):
         for field in ("heads", "head_dim", "chunk"):

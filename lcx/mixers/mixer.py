@@ -55,9 +55,11 @@ class Place:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mixer(Spec, abc.ABC):
-    """Base of every token mixer. `sequential`: reads array neighbours, so the layout must keep their order."""
+    """Base of every token mixer. `sequential`: reads array neighbours, so the layout must keep their order. `recurrent`: knows
+    the past by a state that every document begins empty, and so nothing of tokens that all documents see."""
 
     sequential: ClassVar[bool] = False
+    recurrent: ClassVar[bool] = False
 
     @abc.abstractmethod
     def build(self, inherited: Inherited, *, rngs: nnx.Rngs) -> "MixerModule":

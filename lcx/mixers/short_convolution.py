@@ -55,8 +55,8 @@ class ShortConvolutionModule(MixerModule):
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), shape) / jnp.sqrt(spec.taps), axes=(None, "width"))
 
     def __call__(self, x: Float[Array, "B T M"], batch: Batch, state: Any = None, *, place: Place = Place()):
-        y, state = convolved(x, batch.info, state, self.kernel[...], nearest=1)
-        return y, state, {}
+        y, after = convolved(x, batch.info, state, self.kernel[...], nearest=1)
+        return y if state is not None else jnp.where(torn(batch.info)[..., None], jnp.nan, y), after, {}
 
     def init_state(self, batch_size, length):
         return empty_convolution(batch_size, self.spec.taps, self.inherited.width, self.inherited.compute)
@@ -72,11 +72,11 @@ def convolved(
 ) -> tuple[Float[Array, "B T M"], ConvolutionState | None]:
     """sum over n of kernel[n] * x_{t - nearest - n}, and the state behind the chunk; `nearest` 0 begins with the token itself.
 
-    A state holds the last `taps + nearest - 1` tokens.
+    A state holds the last `taps + nearest - 1` tokens. Without one, what is `torn` lacks taps.
     """
     index, segments = info.index, info.segments
     if state is None:
-        return jnp.where(torn(info)[..., None], jnp.nan, _convolve(x, index, segments, kernel, nearest)), None
+        return _convolve(x, index, segments, kernel, nearest), None
     taps = state.index.shape[1]
     x = jnp.concatenate([state.x.astype(x.dtype), x], axis=1)
     index = jnp.concatenate([state.index, index], axis=1)

@@ -18,6 +18,7 @@ from lcx.attention.count import document_pairs, visible_pairs
 from lcx.attention.mask import Causal, Chunk, Mask, Window
 from lcx.batch import PADDING, TokenInfo
 from lcx.mixers.attention import Attention
+from lcx.mixers.delta_net import GatedDeltaNet
 from lcx.mixers.mixer import Mixer
 from lcx.mixers.short_convolution import ShortConvolution
 from lcx.models.decoder import Decoder
@@ -99,7 +100,8 @@ def counter(spec: Decoder, state: nnx.State, trained: Collection[Path] | None = 
         for mask, flops in pair_flops(mixer).items():
             per_pair[mask] = per_pair.get(mask, 0) + times * flops
     learned = sum(size for path, size in matrices.items() if trained is None or path in trained)
-    return Counter(2 * sum(matrices.values()), per_pair, 2 * learned)
+    recurrent = sum(times * token_flops(mixer) for mixer, times in mixers)
+    return Counter(2 * sum(matrices.values()) + recurrent, per_pair, 2 * learned + recurrent)
 
 
 @functools.singledispatch
@@ -122,6 +124,19 @@ def _(mixer: Attention) -> dict[Mask, int]:
 @pair_flops.register
 def _(mixer: ShortConvolution) -> dict[Mask, int]:
     return {}
+
+
+@pair_flops.register
+def _(mixer: GatedDeltaNet) -> dict[Mask, int]:
+    return {}
+
+
+def token_flops(mixer: Mixer) -> int:
+    """FLOPs for one token beside those of matrices and pairs: of a recurrence as it is written, whatever chunks cost."""
+    if isinstance(mixer, GatedDeltaNet):  # write and read, and the read of what the delta rule corrects
+        products = 3 if mixer.rule == "delta" else 2
+        return products * 2 * mixer.heads * mixer.head_dim * mixer.values
+    return 0
 
 
 def query_halves(mixer: Attention) -> int:
