@@ -33,6 +33,7 @@ from lcx.spec import SpecError, below
 from lcx.training.experiment import Experiment
 from lcx.training.placement import parameter_shardings
 from lcx.training.step import abstract_model
+from lcx.training.trainable import trained_paths
 from pallas_kernels.target import platform
 
 _PARAMETER_AXES = ("width", "heads", "kv_heads", "hidden", "vocab")
@@ -199,7 +200,15 @@ def _fractions_are_held(experiment: Experiment) -> Iterator[str]:
 
 def _table_holds_rows(experiment: Experiment) -> Iterator[str]:
     table, length = experiment.model.position_table, max(experiment.data.length, _reach(experiment))
-    if table is not None and table.reach is not None and table.reach < length:
+    if table is None:
+        return
+    given = experiment.data.positions
+    if table.reads_lengths and given is not None and not given.tells_length:
+        yield f"data.positions = {given}: expected None or a rule that tells a length, which model.position_table reads"
+    for path, rows in _placed_rows(experiment):
+        if table.reads_lengths or not isinstance(rows, Continuous | Skipped):
+            yield f"{path} = {type(rows).__name__}: expected rows whose positions are the index beside model.position_table"
+    if table.reach is not None and table.reach < length:
         yield f"data: positions up to {length}: expected at most the {table.reach} places that model.position_table reads"
 
 
@@ -227,8 +236,6 @@ def _moved_rows(experiment: Experiment) -> list[str]:
 
 def _axes_are_turned(experiment: Experiment) -> Iterator[str]:
     for path, rows in _placed_rows(experiment) if experiment.data.position_axes > 1 else ():
-        if experiment.model.position_table is not None and rows.position_axes > 1:
-            yield f"{path} = {type(rows).__name__}: expected one position axis beside model.position_table"
         for where, mixer in _attentions(experiment):
             rule = experiment.model.rope_of(mixer)
             turned = max(1, len(rule.sections)) if isinstance(rule, FrequencyRule) else 1
@@ -238,11 +245,19 @@ def _axes_are_turned(experiment: Experiment) -> Iterator[str]:
 
 
 def _shared_tokens_are_seen(experiment: Experiment) -> Iterator[str]:
-    anchors = [path for path, part in _placed_rows(experiment) if isinstance(part, Continuous) and part.sees == "anchor"]
+    anchors = [path for path, part in _placed_rows(experiment) if part.shares]
     for path, part in below(experiment.model, "model") if anchors else ():
         if getattr(part, "recurrent", False):
             begins = f"{path}, a {type(part).__name__}, begins each document with an empty state"
             yield f"{anchors[0]}.sees = 'anchor': expected another, as {begins}"
+
+
+def _trained_parameters_are_there(experiment: Experiment) -> Iterator[str]:
+    if experiment.trainable is not None:
+        try:
+            trained_paths(abstract_model(experiment.model)[1], experiment.trainable)
+        except SpecError as error:
+            yield str(error)
 
 
 def _lengths_are_those_of_documents(experiment: Experiment) -> Iterator[str]:
@@ -250,7 +265,11 @@ def _lengths_are_those_of_documents(experiment: Experiment) -> Iterator[str]:
     reaching = [f"data.positions = {given}"] if given is not None and not isinstance(given, CLEXPositions | RandomSteps) else []
     reaching += _moved_rows(experiment)
     for path, mixer in _attentions(experiment):
-        rule = experiment.model.rope_of(mixer)
+        rule, scale = experiment.model.rope_of(mixer), mixer.query_scale
+        if scale is not None and scale.reads_lengths and reaching:
+            expected = f"expected none of it, as {path}.query_scale, {type(scale).__name__}, goes by how long a document is"
+            yield f"{reaching[0]}: {expected}, which skipped positions are not"
+            return
         if isinstance(rule, LengthRule) and reaching:
             expected = f"expected none of it, as the rope of {path}, {type(rule).__name__}, goes by how long a document is"
             yield f"{reaching[0]}: {expected}, which skipped positions are not"
@@ -274,7 +293,7 @@ def _heads_rotate(experiment: Experiment) -> Iterator[str]:
 
 def _reach(experiment: Experiment) -> int:
     """A bound of the positions that rules and rows give, 0 if that of the rows' lengths is all."""
-    rows = [part.target for _, part in below(experiment.data, "data") if isinstance(part, Skipped)]
+    rows = [part.spread(experiment.data.length) for _, part in _placed_rows(experiment)]
     return max([0 if experiment.data.positions is None else experiment.data.positions.reach or 0, *rows])
 
 
@@ -379,6 +398,7 @@ RULES: Mapping[str, Rule] = {
     "positions come from the rows or from a rule": _positions_are_given_once,
     "positions have as many axes as the rope turns by": _axes_are_turned,
     "a token that all documents see is seen by every layer": _shared_tokens_are_seen,
+    "what is to be trained is there": _trained_parameters_are_there,
     "every head has channels that its rope can rotate": _heads_rotate,
     "the model's rope is read by some layer": _rope_is_read,
     "a rope that depends on the length finds raw keys in the cache": _keys_are_turned_anew,

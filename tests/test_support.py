@@ -34,8 +34,8 @@ from lcx.positions.dynamic_ntk import DynamicNTK
 from lcx.positions.frequencies import FrequencyRule
 from lcx.positions.length_rule import LengthRule
 from lcx.positions.long_heads import LongHeads
-from lcx.positions.position_rule import PoSE, RandomSteps
-from lcx.positions.query_scale import LogN
+from lcx.positions.position_rule import PoSE, RandomPositions, RandomSteps
+from lcx.positions.query_scale import LogLength, LogN
 from lcx.positions.rerope import ReRoPE
 from lcx.positions.rope import Rope
 from lcx.positions.visual import MRopePositions
@@ -48,6 +48,7 @@ from lcx.support_table import base, kinds, refusal
 LAYER = "model.pattern[0]"
 FILMS = Frames(positions=MRopePositions())
 GROWING = DynamicNTK(original_length=64, length_policy="growing")
+GROUPED = PositionTable(rows=64, reading="grouped")
 RECURRENT = [(f"{LAYER}.mixer", GatedDeltaNet(heads=2, head_dim=8)), ("data.mixture[0].rows", Continuous(rows_of=Needles()))]
 SKIPPING = LogN(original_length=64, skip_layers=1)
 
@@ -139,6 +140,22 @@ SKIPPING = LogN(original_length=64, skip_layers=1)
         (
             [("data.mixture[0].rows", Continuous(rows_of=Needles())), (f"{LAYER}.mixer.distances", ReRoPE(window=8))],
             "data.mixture[0].rows = Continuous: expected rows whose positions are their indices, by which model.pattern[0]",
+        ),
+        (
+            [("data.positions", RandomPositions(target=512)), ("model.position_table", GROUPED)],
+            "expected None or a rule that tells a length, which model.position_table reads",
+        ),
+        (
+            [("data.mixture[0].rows", Continuous(rows_of=Needles())), ("model.position_table", GROUPED)],
+            "data.mixture[0].rows = Continuous: expected rows whose positions are the index beside model.position_table",
+        ),
+        (
+            [("data.positions", PoSE(target=512)), (f"{LAYER}.mixer.query_scale", LogLength(original_length=64))],
+            "expected none of it, as model.pattern[0].mixer.query_scale, LogLength, goes by how long a document is",
+        ),
+        (
+            [("trainable", ("layers/*",))],
+            "Experiment.trainable: 'layers/*' matches no parameter: expected patterns of embedding",
         ),
         (
             RECURRENT,
@@ -253,6 +270,7 @@ def test_each_rule_is_broken_by_something_and_the_base_breaks_none():
         skipping,
         edit(base(), "data.mixture[0].rows", FILMS),
         edits(base(), RECURRENT),
+        edit(base(), "trainable", ("nothing",)),
         chunks,
         unturned,
         reaching,

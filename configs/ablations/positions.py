@@ -6,7 +6,6 @@
     python -m experiments.ablate --config=config:ablations.positions.dimensions
     python -m experiments.ablate --config=config:ablations.positions.trained_anew
     python -m experiments.ablate --config=config:ablations.positions.tables
-    python -m experiments.ablate --config=config:ablations.positions.packed
 
 `zero_shot` measures all methods without training; `fine_tuned` trains each of the methods that need it, for a few steps at 512
 tokens or, those with positions of their own, on rows of 128. Both read `copier`, shipped with the package, which
@@ -33,11 +32,9 @@ import dataclasses
 from configs.models import byte
 from lcx.attention.mask import Window
 from lcx.cache.dense import DenseCache
-from lcx.data.continuous import Continuous
 from lcx.data.copying import Copies, Tiles
 from lcx.data.pipeline import Pipeline, Weighted
 from lcx.data.recall import Needles
-from lcx.data.rows import Joined
 from lcx.data.sources import StandardLibrary
 from lcx.evaluation.ablation import Ablation, Arm, Variant
 from lcx.evaluation.key_dimensions import RANDOM
@@ -212,22 +209,6 @@ def tables(steps: int = 800) -> Ablation:
     anew = trained_anew(steps)
     arm = Arm(name="table", edits=(("model.rope", None), *table()))
     return edits(anew, [("arms", (arm,)), ("variants", tuple(variants))])
-
-
-def packed(steps: int = 800) -> Ablation:
-    """AnchorAttention and its baselines: four documents of 128 tokens a row in training, one of up to 1,024 afterwards. Counted
-    anew they are packed as ever; the other ways count through, and see their own document, it and an anchor, or all."""
-    anew = trained_anew(steps)
-    joined = lambda rows: Joined(rows_of=rows, parts=4)
-    through = lambda sees: lambda rows: Continuous(rows_of=joined(rows), sees=sees)
-    ways = {"counted anew": joined, "own document": through("own document"), "anchor": through("anchor")}
-    ways["whole row"] = through("whole row")
-    arms = []
-    for name, way in ways.items():
-        mixture = tuple(edits(kind, [("rows", way(kind.rows))]) for kind in _mixture(longest=64, copies=12.0))
-        length = ("data.length", 4 * TRAINED + (name == "anchor"))
-        arms.append(Arm(name=name, edits=(("data.mixture", mixture), length, ("data.batch_size", 6))))
-    return edits(anew, [("arms", tuple(arms))])
 
 
 def _panels() -> tuple[Panel, ...]:

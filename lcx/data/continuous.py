@@ -33,6 +33,10 @@ class Continuous(Rows):
     def position_axes(self):
         return 1
 
+    @property
+    def shares(self):
+        return self.sees == "anchor"
+
     def rows(self, tokenizer, length, seed):
         self.check_fit(tokenizer, length)
         rows = self.rows_of.rows(tokenizer, length - self._anchors, seed)

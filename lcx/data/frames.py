@@ -6,6 +6,7 @@ there is one of a single place on one axis. So the synthetic video of HoPE's and
 """
 
 import dataclasses
+import math
 import string
 from typing import Literal
 
@@ -58,6 +59,18 @@ class Frames(Recall):
     @property
     def position_axes(self):
         return None if self.positions is None else self.positions.axes
+
+    def spread(self, length):
+        asked = 3 * self.asked * len(self.steps)
+        most = (length - asked) // (self.height * self.width)
+        if self.positions is None or most < 1:
+            return length
+        count = most if self.frames is None else min(most, self.frames[1])
+        drawn = (
+            self.positions.place((Grid(count, self.height, self.width), Text(asked)), np.random.default_rng(n))
+            for n in range(8)
+        )
+        return max(length, *(math.ceil(np.ptp(placed.positions)) + 1 for placed in drawn))
 
     @property
     def content(self):

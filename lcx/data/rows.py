@@ -51,6 +51,11 @@ class Rows(Spec, abc.ABC):
     def check_fit(self, tokenizer: Tokenizer, length: int) -> None:
         """Raises ValueError (SpecError, TaskDoesNotFit) if rows of `length` tokens cannot be made, before any is."""
 
+    @property
+    def shares(self) -> bool:
+        """Whether all documents of a row see one of its tokens."""
+        return False
+
     def spread(self, length: int) -> int:
         """Any two tokens of a document in rows of `length` tokens stand less than so many positions apart."""
         return length
@@ -77,6 +82,9 @@ class Joined(Rows):
 
     def check_fit(self, tokenizer, length):
         self.check(length % self.parts == 0, "parts", f"a divisor of length = {length}")
+        self.check(
+            not self.rows_of.shares, "rows_of", "rows without a token that all documents see, which would be one of several"
+        )
         self.rows_of.check_fit(tokenizer, length // self.parts)
 
     @property

@@ -40,7 +40,7 @@ from lcx.training.loop import train
 from lcx.training.run_folder import CONFIG, check_config, check_not_shipped, open_run, read_config
 from lcx.training.shipped import run_folder
 from lcx.training.step import abstract_model
-from lcx.training.trainable import added_paths
+from lcx.training.trainable import added_paths, trained_paths
 
 
 class Stopped(Exception):
@@ -206,9 +206,15 @@ class _Run:
             if variant.finetune:
                 check_not_shipped(self._folder(arm, variant))
             mine, theirs = _parameters(trained.model), _parameters(used.model)
-            added = added_paths(abstract_model(used.model)[1]) if variant.finetune else ()
-            if differing := sorted(str(path) for path, _ in mine.items() ^ theirs.items() if path not in added):
+            state = abstract_model(used.model)[1]
+            new = added_paths(state) - set(mine) if variant.finetune else ()
+            if differing := sorted(str(path) for path, _ in mine.items() ^ theirs.items() if path not in new):
                 raise SpecError(f"ablation, {arm.name}, {variant.name}: other parameters than the arm's: {differing[0]}")
+            read = _parameters(self.ablation.measured(arm, variant).model)
+            if differing := sorted(str(path) for path, _ in read.items() ^ theirs.items()):
+                expected = f"{differing[0]} in `edits` as in `finetune`, since what is trained is measured"
+                raise SpecError(f"ablation, {arm.name}, {variant.name}: expected {expected}")
+            trained_paths(state, used.trainable)
         for arm in self.ablation.arms:
             self._check_named(arm)
         self._check_rows()

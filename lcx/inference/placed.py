@@ -24,6 +24,8 @@ def padded_positions(
         found = [row.positions.shape for row in placed]
         raise ValueError(f"placed of {found}: expected a position for each of {sizes} tokens, with as many axes")
     check_axes(spec, placed[0].positions.shape[1])
+    if spec.position_table is not None and any((row.positions != np.round(row.positions)).any() for row in placed):
+        raise ValueError("placed: expected whole numbers beside model.position_table, which has a row for each")
     positions = np.zeros((count, length, placed[0].positions.shape[1]), np.float32)
     for n, row in enumerate(placed):
         positions[n, : sizes[n]] = row.positions
@@ -45,9 +47,11 @@ def behind(placed: Sequence[Placed], count: int, new: int) -> tuple[Float[np.nda
 
 def check_axes(spec: Decoder, axes: int) -> None:
     """Raises ValueError if the model does not read positions of so many axes."""
+    if spec.position_table is not None and axes > 1:
+        raise ValueError(f"placed of {axes} axes: expected 1 beside model.position_table")
     mixers = {path: part for path, part in below(spec, "model") if isinstance(part, Attention)}
     ropes = {path: rope for path, mixer in mixers.items() if (rope := spec.rope_of(mixer)) is not None}
-    if not ropes:
+    if not ropes and spec.position_table is None:
         raise ValueError("placed: expected None, as no layer of the model has a rope, which reads positions")
     for path, rope in ropes.items():
         if mixers[path].distances is not None:

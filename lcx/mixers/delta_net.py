@@ -11,7 +11,8 @@ q, k and v are SiLU of a causal convolution of `taps` tokens behind their projec
 sigmoid(W x), doubled where `beta` is 2 (negative eigenvalues, Grazzi et al. 2024); g = -exp(A) softplus(W x + b). A head's
 output passes an RMSNorm and is multiplied by SiLU(W x). The state is float32, whatever the model computes in.
 
-It reads array neighbours, as the convolution does: padding stands outside of documents unless a state is given.
+It reads array neighbours, as the convolution does: padding stands outside of documents unless a state is given. On a mesh a
+device has whole rows of its share of the heads, over the axes of the sequence too where heads divide; else these repeat work.
 """
 
 import dataclasses
@@ -22,14 +23,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lcx.batch import PADDING, Batch
 from lcx.linear import linear
 from lcx.mixers.mixer import Inherited, Mixer, MixerModule, Place, residual_gain, weight
-from lcx.mixers.short_convolution import ConvolutionState, convolved, empty_convolution, torn
+from lcx.mixers.short_convolution import ConvolutionState, convolved, empty_convolution, resumed, torn
 from lcx.norms import RMSNorm
-from lcx.parallel.rules import shard
+from lcx.parallel.rules import Rules, ambient_mesh, shard
 from lcx.record import record
 from pallas_kernels.fast_weight.coefficients import LEAST, decayed
 from pallas_kernels.fast_weight.network import Network, Weights
@@ -81,9 +82,12 @@ class GatedDeltaNet(Mixer):
 
 @record
 class DeltaState:
-    """memory: of every head, float32. The convolutions' last tokens, None where there are none."""
+    """memory: of every head, float32. index, segments: of the newest token; segment 0 before any. The convolutions' last
+    tokens, None where there are none."""
 
     memory: Float[Array, "B H D E"]
+    index: Int[Array, "B"]
+    segments: Int[Array, "B"]
     query: ConvolutionState | None
     key: ConvolutionState | None
     value: ConvolutionState | None
@@ -116,7 +120,7 @@ class GatedDeltaNetModule(MixerModule):
         k, at_key = self._local(project(self.key), "key", info, state)
         v, at_value = self._local(project(self.value), "value", info, state)
         unit = lambda y: y * jax.lax.rsqrt(jnp.sum(y * y, axis=-1, keepdims=True) + 1e-6)
-        whole_rows = lambda y: shard(y.astype(jnp.float32), rules, "batch", None, "heads", *[None] * (y.ndim - 3))
+        whole_rows = functools.partial(_whole_rows, rules=rules, heads=spec.heads)
         q, k, v = map(whole_rows, (q, k, v))
         beta = spec.beta * jax.nn.sigmoid(whole_rows(project(self.beta)))
         log_decay = jnp.zeros_like(beta)
@@ -129,7 +133,7 @@ class GatedDeltaNetModule(MixerModule):
         before = Weights((empty if state is None else state.memory,))
         out, after, _ = fast_weight(
             NETWORKS[spec.rule],
-            State(before, Weights((empty,))),
+            State(before),
             unit(q) * spec.head_dim**-0.5,
             unit(k),
             v,
@@ -139,9 +143,12 @@ class GatedDeltaNetModule(MixerModule):
         )
         out = self.norm(out) * jax.nn.silu(whole_rows(project(self.gate)))
         if state is None:
-            out = jnp.where(torn(info)[..., None, None], jnp.nan, out)
+            broken = torn(info)
         else:
-            state = DeltaState(memory=after.weights.matrices[0], query=at_query, key=at_key, value=at_value)
+            broken, index, segments = resumed(info, state.index, state.segments)
+            newest = {"index": index, "segments": segments}
+            state = DeltaState(memory=after.weights.matrices[0], **newest, query=at_query, key=at_key, value=at_value)
+        out = jnp.where(broken[..., None, None], jnp.nan, out)
         y = linear(out.astype(x.dtype), self.output, rules, contracted=2, gradient_sum=self.inherited.gradient_sum)
         return shard(y, rules, "batch", "sequence", None), state, {}
 
@@ -159,8 +166,18 @@ class GatedDeltaNetModule(MixerModule):
         spec, compute = self.spec, self.inherited.compute
         empty = lambda size: empty_convolution(batch_size, spec.taps - 1, spec.heads * size, compute) if spec.taps else None
         memory = jnp.zeros((batch_size, spec.heads, spec.head_dim, spec.values), jnp.float32)
-        key = empty(spec.head_dim)
-        return DeltaState(memory=memory, query=empty(spec.head_dim), key=key, value=empty(spec.values))
+        none = jnp.zeros(batch_size, jnp.int32)
+        local = {"query": empty(spec.head_dim), "key": empty(spec.head_dim), "value": empty(spec.values)}
+        return DeltaState(memory=memory, index=none, segments=none, **local)
+
+
+def _whole_rows(y: Float[Array, "B T H ..."], *, rules: Rules, heads: int) -> Float[Array, "B T H ..."]:
+    """In float32, all tokens of a row of a share of the heads on each device."""
+    mesh = ambient_mesh()
+    spread = (*rules.heads, *rules.sequence)
+    if mesh is not None and heads % math.prod(mesh.shape[axis] for axis in spread) == 0:
+        rules = dataclasses.replace(rules, heads=spread)
+    return shard(y.astype(jnp.float32), rules, "batch", None, "heads", *[None] * (y.ndim - 3))
 
 
 def _coefficients(beta, log_decay, _, real):

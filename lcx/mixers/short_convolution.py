@@ -110,6 +110,23 @@ def torn(info: TokenInfo) -> Bool[Array, "B T"]:
     return jax.lax.cummax(broken.astype(jnp.int32), axis=1) > 0
 
 
+def resumed(
+    info: TokenInfo, index: Int[Array, "B"], segments: Int[Array, "B"]
+) -> tuple[Bool[Array, "B T"], Int[Array, "B"], Int[Array, "B"]]:
+    """Of a chunk behind a token of this index and segment (0: none): what `torn` is of a row, padding left out wherever it
+    stands; and index and segment of the newest token now."""
+    real = info.segments != PADDING
+    wide = lambda first, field: jnp.concatenate([first[:, None], field], axis=1)
+    all_index, all_segments = wide(index, info.index), wide(segments, info.segments)
+    places = jnp.arange(real.shape[1] + 1)
+    newest = jax.lax.cummax(jnp.where(wide(jnp.ones(len(index), bool), real), places, 0), axis=1)
+    before = lambda field: jnp.take_along_axis(field, newest[:, :-1], axis=1)
+    follows = (before(all_segments) == info.segments) & (before(all_index) == info.index - 1)
+    broken = real & (info.index > 0) & (before(all_segments) != PADDING) & ~follows
+    last = lambda field: jnp.take_along_axis(field, newest[:, -1:], axis=1)[:, 0]
+    return jax.lax.cummax(broken.astype(jnp.int32), axis=1) > 0, last(all_index), last(all_segments)
+
+
 def _convolve(x, index, segments, kernel, nearest):
     """A tap counts where the token k places before in the array is the token k places before in the document."""
     kernel, y = kernel.astype(x.dtype), jnp.zeros_like(x)

@@ -56,14 +56,18 @@ class PositionTable(Spec):
     def build(self, width: int, *, rngs: nnx.Rngs) -> "PositionTableModule":
         return PositionTableModule(self, width, rngs)
 
-    def places(self, positions: Float[Array, "B T"], lengths: Int[Array, "B T"]) -> Float[Array, "B T"]:
-        """The row of each token, fractions between two; -1 where the table has none."""
+    def places(self, positions: Float[Array, "B T"], lengths: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+        """The old row of each token, -1 where the table has none, and how many of `factor` steps to the next."""
+        place = jnp.round(positions).astype(jnp.int32)
+        steps = jnp.zeros_like(place)
         if self.reading == "grouped":
-            return positions // jnp.maximum(1, -(-lengths // self.rows))
-        if self.reading == "recurrent":
-            return positions % self.rows
-        step = jnp.where(lengths <= self.rows, 1.0, 1 / self.factor) if self.reading == "interpolated" else 1.0
-        return jnp.where((positions >= 0) & (positions < self.rows * self.factor), positions * step, -1.0)
+            place = place // jnp.maximum(1, -(-lengths // self.rows))
+        elif self.reading == "recurrent":
+            place = place % self.rows
+        elif self.reading == "interpolated":
+            factor = jnp.where(lengths <= self.rows, 1, self.factor)
+            place, steps = place // factor, place % factor
+        return jnp.where((place >= 0) & (place < self.rows), place, -1), steps
 
 
 class PositionTableModule(nnx.Module):
@@ -77,14 +81,12 @@ class PositionTableModule(nnx.Module):
     def __call__(self, info: TokenInfo) -> Float[Array, "B T M"]:
         """What is added to each token. Behind the last old row an interpolated table ends level."""
         positions = jnp.asarray(info.positions)[..., 0]
-        place = self.spec.places(positions, lengths_of(info) if self.spec.reads_lengths else jnp.zeros(info.shape, jnp.int32))
-        low = jnp.clip(jnp.floor(place), 0, self.spec.rows - 1).astype(jnp.int32)
-        high = jnp.minimum(low + 1, self.spec.rows - 1)
-        share = (place - low)[..., None]
-        table = self.table[...]
-        read = table[low] * (1 - share) + table[high] * share
+        lengths = lengths_of(info) if self.spec.reads_lengths else jnp.zeros(info.shape, jnp.int32)
+        place, steps = self.spec.places(positions, lengths)
+        low, table, factor = jnp.maximum(place, 0), self.table[...], self.spec.factor
+        share = (steps / factor)[..., None]
+        read = table[low] * (1 - share) + table[jnp.minimum(low + 1, self.spec.rows - 1)] * share
         if self.spec.between == "learned":
-            factor = self.spec.factor
-            step = jnp.round(share[..., 0] * factor).astype(jnp.int32)
-            read += jnp.where(share > 0, self.between[...][low * (factor - 1) + jnp.maximum(step - 1, 0)], 0.0)
+            added = self.between[...][low * (factor - 1) + jnp.maximum(steps - 1, 0)]
+            read += jnp.where((steps > 0)[..., None], added, 0.0)
         return jnp.where((place < 0)[..., None], jnp.nan, read)

@@ -31,6 +31,10 @@ class CLEXPositions(PositionRule):
     def step(self, length):
         return 1 / max(1, length // self.original_length)
 
+    @property
+    def tells_length(self):
+        return True
+
     def placed(self, length, rng):
         t = int(rng.integers(1, self.largest, endpoint=True))
         together = max(1, length // self.original_length)

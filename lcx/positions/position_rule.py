@@ -35,6 +35,11 @@ class PositionRule(Spec, abc.ABC):
         """Any two tokens of a document of at most `length` tokens are given less than so many positions apart."""
         return max(length, self.reach or 0)
 
+    @property
+    def tells_length(self) -> bool:
+        """Whether it gives documents a length that is not their own."""
+        return False
+
     def step(self, length: int) -> float | None:
         """What the positions of a document of so many tokens are multiples of; None if they are any numbers."""
         return 1.0
@@ -74,6 +79,10 @@ class PoSE(PositionRule):
         skips = np.sort(rng.integers(0, free, len(starts), endpoint=True))
         passed = np.searchsorted(starts, np.arange(length), side="right")
         return np.float32(np.arange(length) + np.concatenate([[0], skips])[passed])
+
+    @property
+    def tells_length(self):
+        return True
 
     def placed(self, length, rng):
         return self.positions(length, rng), self.target

@@ -209,7 +209,7 @@ def _initial(experiment: Experiment, step: TrainStep) -> Any:
         added -= {path for path, _ in held}
     if not added:
         return restore_params(run_dir, target)
-    return joined(parted(step.init().params, added)[0], restore_params(run_dir, parted(target, added)[1]))
+    return joined(step.built(added), restore_params(run_dir, parted(target, added)[1]))
 
 
 def _check_data(path: Path, counts: dict[str, int]) -> None:

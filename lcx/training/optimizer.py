@@ -81,8 +81,8 @@ class AdamW(Optimizer):
 def groups(state: nnx.State) -> dict[Any, Any]:
     """The group of every parameter, in the shape of `nnx.to_pure_dict(state)`.
 
-    A look-up table of the vocabulary is an embedding, also where the head is tied to it; an untied head is a matrix. Short
-    vectors that are neither norms nor named biases (a learned sink, a gate a head) count as biases.
+    A look-up table, of the vocabulary or of positions, is an embedding, also where the head is tied to it; an untied head is a
+    matrix. Short vectors that are neither norms nor named biases (a learned sink, a gate a head) count as biases.
     """
     found = nnx.map_state(lambda path, leaf: leaf.replace(group_of(path, leaf.get_metadata().get("axes"), leaf.ndim)), state)
     return nnx.to_pure_dict(found)
@@ -96,6 +96,6 @@ def group_of(path: tuple[Any, ...], axes: tuple[str | None, ...] | None, rank: i
         return "biases"
     if any("norm" in name for name in names):
         return "norms"
-    if own and own[0] == "vocab":
+    if (own and own[0] == "vocab") or names[0] == "position_table":
         return "embeddings"
     return "matrices" if len(own) >= 2 else "biases"

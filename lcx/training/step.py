@@ -5,7 +5,7 @@ optimizer state are created and kept sharded by the model's rules.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from lcx.record import record
 from lcx.spec import SpecError
 from lcx.training.optimizer import Optimizer
 from lcx.training.placement import parameter_shardings, replicated
-from lcx.training.trainable import joined, parted, trained_paths, trained_state
+from lcx.training.trainable import Path, joined, parted, trained_paths, trained_state
 
 LONGEST = (1 << 31) - 1  # what an int32 index reaches
 
@@ -70,6 +70,12 @@ class TrainStep:
         with jax.set_mesh(self.mesh):
             params = jax.jit(self._build, out_shardings=self.shardings.params)()
             return self.start(params)
+
+    def built(self, paths: Collection[Path]) -> Any:
+        """Of the parameters before the first update, those of `paths` alone."""
+        with jax.set_mesh(self.mesh):
+            shardings, _ = parted(self.shardings.params, paths)
+            return jax.jit(lambda: parted(self._build(), paths)[0], out_shardings=shardings)()
 
     def start(self, params: Any) -> TrainState:
         """The state before the first update from given parameters (fine-tuning)."""

@@ -1,6 +1,6 @@
 """Which parameters a training changes: the rest of the model is frozen, has no gradient and no optimizer state.
 
-Parameters are named by their paths in the model, `layers/0/mixer/query` for one; a pattern names all that it matches as file
+Parameters are named by their paths in the model, `slots/0/mixer/query` for one; a pattern names all that it matches as file
 names are matched (`*` for any text, `/` included).
 """
 
@@ -28,10 +28,11 @@ def trained_paths(state: nnx.State, patterns: Sequence[str] | None) -> frozenset
     if patterns is None:
         return frozenset(names)
     if not patterns:
-        raise SpecError("trainable: (): expected at least one pattern, or None for all parameters")
+        raise SpecError("Experiment.trainable = (): expected at least one pattern, or None for all parameters")
     for pattern in patterns:
         if not fnmatch.filter(names.values(), pattern):
-            raise SpecError(f"trainable: {pattern!r} matches no parameter: expected patterns of {', '.join(names.values())}")
+            accepted = f"expected patterns of {', '.join(names.values())}"
+            raise SpecError(f"Experiment.trainable: {pattern!r} matches no parameter: {accepted}")
     return frozenset(path for path, name in names.items() if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
 
 

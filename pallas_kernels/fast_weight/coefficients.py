@@ -10,6 +10,8 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from pallas_kernels.fast_weight.network import product
+
 LEAST = -60.0  # of the logarithm of a factor: nothing is left
 
 Gradient = Literal["start", "previous", "decayed"]
@@ -59,8 +61,8 @@ def decayed(
         log_momentum = jnp.where(real, jnp.maximum(log_momentum, LEAST), 0.0)
         momentum = jnp.exp(_sums(log_momentum))
         through = momentum[..., 0] * jnp.exp(log_momentum[..., :1])
-        gain = (added @ momentum) * step[..., None, :]
-        carry = jnp.einsum("...ir,...r->...i", added, through)
+        gain = product(added, momentum) * step[..., None, :]
+        carry = product(added, through[..., None])[..., 0]
         last, left = momentum[..., -1:, :] * step[..., None, :], through[..., -1:]
     read = Rows(keep, carry, gain)
     state = Rows(keep[..., -1:], carry[..., -1:], gain[..., -1:, :])

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.target import precision
+
 
 class Weights(NamedTuple):
     """Fast weights of one head. matrices: [in,out] of each layer. biases: of each layer, or none. gain: of the output."""
@@ -35,6 +37,11 @@ ACTIVATIONS = {
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
 }
+
+
+def product(a: Float[Array, "*b i j"], b: Float[Array, "*b j k"]) -> Float[Array, "*b i k"]:
+    """Of matrices, float32 ones multiplied as such on every platform."""
+    return jnp.matmul(a, b, precision=precision(a.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +71,7 @@ class Network:
         """f of rows of keys or queries."""
         first = x
         for n, matrix in enumerate(weights.matrices):
-            z = x @ matrix + (weights.biases[n] if weights.biases else 0.0)
+            z = product(x, matrix) + (weights.biases[n] if weights.biases else 0.0)
             x = self.act(z)
         return self.finish(z, first, weights.gain, fixed)
 
@@ -89,7 +96,7 @@ def steps(network: Network, weights: Weights, k: Array, v: Array, fixed: Fixed |
     inputs, backward, x = [], [], k
     for n, matrix in enumerate(weights.matrices):
         inputs.append(x)
-        z = x @ matrix + (weights.biases[n] if weights.biases else 0.0)
+        z = product(x, matrix) + (weights.biases[n] if weights.biases else 0.0)
         if n + 1 < len(weights.matrices):
             x, vjp = jax.vjp(network.act, z)
             backward.append(vjp)
@@ -100,7 +107,7 @@ def steps(network: Network, weights: Weights, k: Array, v: Array, fixed: Fixed |
     e, d_gain = vjp(error)
     gradients = [e]
     for n in range(len(weights.matrices) - 1, 0, -1):
-        (e,) = backward[n - 1](e @ weights.matrices[n].T)
+        (e,) = backward[n - 1](product(e, weights.matrices[n].T))
         gradients.append(e)
     loss = -jnp.sum(found * v, axis=-1) if hebbian else jnp.sum(error**2, axis=-1) / 2
     return Steps(tuple(inputs), tuple(reversed(gradients)), d_gain), loss

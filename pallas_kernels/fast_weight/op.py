@@ -17,10 +17,10 @@ from pallas_kernels.fast_weight.network import Fixed, Network, Weights
 
 
 class State(NamedTuple):
-    """weights, momentum: float32, leaves [B,H,...]."""
+    """weights, momentum: float32, leaves [B,H,...]; momentum None where the coefficients have none."""
 
     weights: Weights
-    momentum: Weights
+    momentum: Weights | None = None
 
 
 def fast_weight(

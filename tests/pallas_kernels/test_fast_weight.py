@@ -1,4 +1,4 @@
-"""A fast weight in chunks equals the recurrence as it is written: value, gradient and state, in float64 to 1e-11."""
+"""A fast weight in chunks equals the recurrence as it is written: value, gradient and state, in float64 to 1e-10."""
 
 import functools
 import itertools
@@ -108,6 +108,30 @@ def test_rows_in_chunks_equal_the_recurrence():
 
 def coefficients(step, log_keep, log_momentum, real):
     return decayed(step, log_keep, log_momentum, real > 0)
+
+
+def test_without_momentum_nothing_is_carried():
+    network = NETWORKS["titans"][0]
+    weights, _, q, k, v, step, keep, _ = jax.tree.map(lambda x: x.astype(jnp.float32), given(network, 2, False))
+    made = decayed(step, jnp.log(keep))
+    out, behind, carried, _ = chunk(network, weights, None, made, q, k, v)
+    wanted = chunk(network, weights, jax.tree.map(jnp.zeros_like, weights), made, q, k, v)
+    assert carried is None
+    assert_close((out, behind), wanted[:2], 1e-6)
+
+
+def test_products_are_of_float32_on_every_platform():
+    weights, _, q, k, v, step, keep, momentum = jax.tree.map(lambda x: x.astype(jnp.float32), given(Network(), 2, False))
+    with jax.default_matmul_precision("default"):
+        made = lambda *gates: decayed(*gates, gradient="previous")
+        run = lambda w, *rows: chunk(Network(), w, w, made(step, keep, momentum), *rows)
+        linear = Weights(weights.matrices[:1])
+        texts = [
+            str(jax.make_jaxpr(run)(linear, q, k, v[:, :1] * jnp.ones(F, jnp.float32))),
+            str(jax.make_jaxpr(lambda *a: chunk(Network(), *a[:2], decayed(step), *a[2:]))(weights, weights, q, k, v)),
+        ]
+    for text in texts:
+        assert text.count("dot_general") == text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") > 3
 
 
 def test_what_is_not_real_changes_nothing():
