@@ -32,7 +32,7 @@ from lcx.mixers.short_convolution import ConvolutionState, convolved, empty_conv
 from lcx.norms import RMSNorm
 from lcx.parallel.rules import Rules, ambient_mesh, shard
 from lcx.record import record
-from pallas_kernels.fast_weight.coefficients import LEAST, decayed
+from pallas_kernels.fast_weight.coefficients import LEAST, Coefficients, Gradient, decayed
 from pallas_kernels.fast_weight.network import Network, Weights
 from pallas_kernels.fast_weight.op import State, fast_weight
 
@@ -107,7 +107,7 @@ class GatedDeltaNetModule(MixerModule):
             self.query_kernel, self.key_kernel, self.value_kernel = kernel(D), kernel(D), kernel(E)
         if spec.decay == "learned":
             self.decay = weight(rngs, (M, H), ("width", "heads"), fan_in=M)
-            rate = jax.random.uniform(rngs.params(), (H,), minval=1.0, maxval=16.0)
+            rate = jax.random.uniform(rngs.params(), (H,), minval=1e-3, maxval=16.0)
             self.rate_bias = nnx.Param(jnp.log(rate), axes=("heads",))
             low, high = math.log(1e-3), math.log(1e-1)
             first = jnp.exp(jax.random.uniform(rngs.params(), (H,), minval=low, maxval=high))
@@ -137,8 +137,8 @@ class GatedDeltaNetModule(MixerModule):
             unit(q) * spec.head_dim**-0.5,
             unit(k),
             v,
-            (beta, log_decay, None, real.astype(jnp.float32)),
-            _coefficients if spec.rule == "delta" else _sums,
+            (beta, log_decay, real.astype(jnp.float32)),
+            functools.partial(_coefficients, gradient="decayed" if spec.rule == "delta" else "start"),
             chunk=spec.chunk,
         )
         out = self.norm(out) * jax.nn.silu(whole_rows(project(self.gate)))
@@ -180,9 +180,5 @@ def _whole_rows(y: Float[Array, "B T H ..."], *, rules: Rules, heads: int) -> Fl
     return shard(y.astype(jnp.float32), rules, "batch", None, "heads", *[None] * (y.ndim - 3))
 
 
-def _coefficients(beta, log_decay, _, real):
-    return decayed(beta, log_decay, None, real > 0, gradient="decayed")
-
-
-def _sums(beta, log_decay, _, real):
-    return decayed(beta, log_decay, None, real > 0)
+def _coefficients(beta, log_decay, real, *, gradient: Gradient) -> Coefficients:
+    return decayed(beta, log_decay, real=real > 0, gradient=gradient)
