@@ -206,15 +206,15 @@ class _Run:
             if variant.finetune:
                 check_not_shipped(self._folder(arm, variant))
             mine, theirs = _parameters(trained.model), _parameters(used.model)
-            state = abstract_model(used.model)[1]
-            new = added_paths(state) - set(mine) if variant.finetune else ()
+            new = added_paths(_state_of(used.model)) - set(mine) if variant.finetune else ()
             if differing := sorted(str(path) for path, _ in mine.items() ^ theirs.items() if path not in new):
                 raise SpecError(f"ablation, {arm.name}, {variant.name}: other parameters than the arm's: {differing[0]}")
             read = _parameters(self.ablation.measured(arm, variant).model)
             if differing := sorted(str(path) for path, _ in read.items() ^ theirs.items()):
                 expected = f"{differing[0]} in `edits` as in `finetune`, since what is trained is measured"
                 raise SpecError(f"ablation, {arm.name}, {variant.name}: expected {expected}")
-            trained_paths(state, used.trainable)
+            if used.trainable is not None:
+                trained_paths(_state_of(used.model), used.trainable)
         for arm in self.ablation.arms:
             self._check_named(arm)
         self._check_rows()
@@ -311,5 +311,10 @@ def _trained(folder: Path, experiment: Experiment) -> bool:
 
 
 @functools.cache
+def _state_of(model: Decoder) -> nnx.State:
+    return abstract_model(model)[1]
+
+
+@functools.cache
 def _parameters(model: Decoder) -> dict[tuple, tuple[int, ...]]:
-    return {path: leaf.shape for path, leaf in nnx.to_flat_state(abstract_model(model)[1])}
+    return {path: leaf.shape for path, leaf in nnx.to_flat_state(_state_of(model))}
