@@ -76,7 +76,6 @@ class GatedDeltaNet(Mixer):
             cls(heads=2, head_dim=4, chunk=4),
             cls(heads=2, head_dim=4, value_dim=3, decay="none", beta=2.0, taps=0, chunk=5),
             cls(heads=1, head_dim=4, rule="sum", taps=2),
-            cls(heads=2, head_dim=4, rule="sum", decay="none", chunk=3),
         )
 
 

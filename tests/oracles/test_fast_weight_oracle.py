@@ -72,9 +72,8 @@ def test_delta_rule():
     nothing = Weights((jnp.zeros((2, 2, 4, 6)),))
     coefficients = functools.partial(decayed, gradient="previous")
     arrays = [given[name] for name in ("q", "k", "v")]
-    out, state, _ = fast_weight(
-        Network(), State(nothing, nothing), arrays[0] / 2, *arrays[1:], (given["beta"],), coefficients, chunk=5
-    )
+    run = jax.jit(functools.partial(fast_weight, Network(), coefficients=coefficients, chunk=5))
+    out, state, _ = run(State(nothing), arrays[0] / 2, *arrays[1:], (given["beta"],))
     close(out, given["out"])
     close(state.weights.matrices[0], given["state"])
 
@@ -94,14 +93,18 @@ def test_ttt(case, names):
     fixed = Fixed(given["weights/ttt_norm_weight"], given["weights/ttt_norm_bias"])
     network = Network(activation="gelu_tanh", output="norm", eps=1e-6)
     state = State(start, jax.tree.map(jnp.zeros_like, start))
-    out, state, _ = fast_weight(network, state, q, k, v, (tokens(row), tokens(column)), mini_batch, chunk=4, fixed=fixed)
+    run = jax.jit(functools.partial(fast_weight, network, coefficients=mini_batch, chunk=4, fixed=fixed))
+    out, state, _ = run(state, q, k, v, (tokens(row), tokens(column)))
     close(out.reshape(2, 8, 8), given["inner"][:, :8])
     for n, name in enumerate(names):
         close(state.weights.matrices[n], given[f"state/W{name}"])
         close(state.weights.biases[n], given[f"state/b{name}"][:, :, 0])
 
 
-@pytest.mark.parametrize("case", peer.CASES)
+SLOW = "linear", "no_momentum"  # the others have all that they have
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in peer.CASES])
 def test_titans_pytorch(case):
     """The whole of its module around the memory is written out here."""
     heads, _, _, batch, width, length, momentum, _ = peer.CASES[case]

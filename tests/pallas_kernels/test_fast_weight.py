@@ -43,7 +43,12 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+def mostly(*fast):
+    """All networks, but `fast` in the slow tests."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS]
+
+
+@pytest.mark.parametrize("name", mostly("linear", "hebbian", "ttt"))
 def test_a_chunk_equals_the_recurrence(name):
     """With decay and momentum, from a momentum that is not zero; the gradient through the inner gradients as well."""
     network, depth, biases = NETWORKS[name]
@@ -76,14 +81,16 @@ def test_delta_rules_equal_the_recurrence(gradient, with_momentum):
         carried = jax.tree.map(lambda w: w / 3 * with_momentum, weights)
         going = momentum if with_momentum else None
         gates = {"step": step, "keep": keep, "momentum": going}
-        wanted = recur(network, weights, q, k, v, **gates, gradient=gradient, carried=carried)
-        made = decayed(step, jnp.log(keep), None if going is None else jnp.log(going), gradient=gradient)
-        found = chunk(network, weights, carried, made, q, k, v)[:3]
+        wanted = jax.jit(lambda q: recur(network, weights, q, k, v, **gates, gradient=gradient, carried=carried))(q)
+        logs = jnp.log(keep), None if going is None else jnp.log(going)
+        made = functools.partial(decayed, step, *logs, gradient=gradient)
+        found = jax.jit(lambda q: chunk(network, weights, carried, made(), q, k, v)[:3])(q)
         assert_close(found[:2], wanted[:2], 1e-12)
         if with_momentum:
             assert_close(found[2], wanted[2], 1e-12)
 
 
+@pytest.mark.slow
 def test_rows_in_chunks_equal_the_recurrence():
     """Chunks of 3 in rows of 7, groups of two of them, two rows of two heads."""
     network = NETWORKS["ttt"][0]
@@ -113,9 +120,9 @@ def coefficients(step, log_keep, log_momentum, real):
 def test_without_momentum_nothing_is_carried():
     network = NETWORKS["titans"][0]
     weights, _, q, k, v, step, keep, _ = jax.tree.map(lambda x: x.astype(jnp.float32), given(network, 2, False))
-    made = decayed(step, jnp.log(keep))
-    out, behind, carried, _ = chunk(network, weights, None, made, q, k, v)
-    wanted = chunk(network, weights, jax.tree.map(jnp.zeros_like, weights), made, q, k, v)
+    run = jax.jit(lambda carried: chunk(network, weights, carried, decayed(step, jnp.log(keep)), q, k, v))
+    out, behind, carried, _ = run(None)
+    wanted = run(jax.tree.map(jnp.zeros_like, weights))
     assert carried is None
     assert_close((out, behind), wanted[:2], 1e-6)
 
@@ -140,7 +147,7 @@ def test_what_is_not_real_changes_nothing():
     with jax.enable_x64(True):
         weights, _, q, k, v, step, keep, momentum = given(network, 2, False, seed=2)
         carried = jax.tree.map(lambda w: w / 3, weights)
-        run = lambda q, k, v, *gates: chunk(network, weights, carried, decayed(*gates), q, k, v)[:3]
+        run = jax.jit(lambda q, k, v, *gates: chunk(network, weights, carried, decayed(*gates), q, k, v)[:3])
         wanted = run(q, k, v, step, jnp.log(keep), jnp.log(momentum))
         places = jnp.array([1, 2, 4, 5, 6, 8, 9])
         wide = lambda x: jnp.full((11, *x.shape[1:]), 0.7).at[places].set(x)
@@ -155,9 +162,10 @@ def test_a_forgotten_state_is_gone_and_later_ones_are_exact():
     weights, _, q, k, v, step, keep, _ = jax.tree.map(lambda x: x.astype(jnp.float32), given(network, 1, False, seed=3))
     nothing = jax.tree.map(jnp.zeros_like, weights)
     logs = jnp.log(keep).at[3].set(-1e9)
-    out, behind, _, _ = chunk(network, weights, nothing, decayed(step, logs), q, k, v)
+    run = jax.jit(lambda weights, step, logs, *rows: chunk(network, weights, None, decayed(step, logs), *rows)[:2])
+    out, behind = run(weights, step, logs, q, k, v)
     part = slice(3, None)
-    alone, left, _, _ = chunk(network, nothing, nothing, decayed(step[part], jnp.log(keep)[part]), q[part], k[part], v[part])
+    alone, left = run(nothing, *(x[part] for x in (step, jnp.log(keep), q, k, v)))
     assert_close((out[part], behind), (alone, left), 1e-6)
 
 

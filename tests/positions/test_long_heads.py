@@ -76,7 +76,7 @@ def by_hand(plan, segments, q, k, v, softcap=None):
 @pytest.mark.parametrize(
     "plan, softcap",
     [
-        (LongHeads(chunk=4, chunks=3), None),
+        pytest.param(LongHeads(chunk=4, chunks=3), None, marks=pytest.mark.slow),
         (LongHeads(chunk=4, chunks=5), 0.8),
         pytest.param(LongHeads(chunk=1, chunks=6), None, marks=pytest.mark.slow),
     ],
