@@ -131,7 +131,10 @@ def use_other_rope(folder):
         (use_other_rope, "experiment"),
     ],
 )
-@pytest.mark.parametrize("variants", [slice(0, 1), slice(2, 3)], ids=["zero-shot", "fine-tuned"])
+@pytest.mark.parametrize(
+    "variants",
+    [pytest.param(slice(0, 1), id="zero-shot", marks=pytest.mark.slow), pytest.param(slice(2, 3), id="fine-tuned")],
+)
 def test_a_named_model_stays_what_it_was(of_named_models, finished, tmp_path, monkeypatch, change, found, variants, nothing):
     """Also where no row of its own parameters is there to compare with, and between two variants of one start."""
     arms = (Arm(name="there", model=str(finished / "one")),)

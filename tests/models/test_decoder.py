@@ -53,7 +53,7 @@ def value_and_gradient(spec):
     return jax.jit(jax.value_and_grad(loss))(built(spec))
 
 
-@pytest.mark.parametrize("skip", [1, 2, 3])
+@pytest.mark.parametrize("skip", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_layers_are_counted_through_patterns_and_periods(skip):
     """Two periods of two layers: skipping n layers is a pattern of four whose first n have no scale."""
     plain = Layer(mixer=Attention(heads=2, kv_heads=1, head_dim=8), channel=GLU(hidden=24))

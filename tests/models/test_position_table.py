@@ -91,7 +91,7 @@ def test_a_document_reads_as_it_does_alone_and_a_trained_table_serves(reading):
     assert np.isfinite(found).all() and not np.isfinite(hidden(plain, packed)[0, 11:]).any()
 
 
-@pytest.mark.parametrize("reading", ["grouped", "interpolated"])
+@pytest.mark.parametrize("reading", [pytest.param("grouped", marks=pytest.mark.slow), "interpolated"])
 def test_generation_equals_one_pass(reading):
     factor = {"interpolated": 3}.get(reading, 1)
     model = decoder(PositionTable(rows=6, reading=reading, factor=factor)).build(rngs=nnx.Rngs(0))

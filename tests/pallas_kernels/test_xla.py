@@ -42,8 +42,13 @@ def test_many_tiles_equal_the_reference(mask, heads, softcap, rows):
 
 @pytest.mark.parametrize(
     "T, S",
-    [(7, 9), (300, 300), (1, 5000), (1, 1), (900, 30)],
-    ids=["tiny", "a document", "a step of decoding", "one pair", "few keys"],
+    [
+        pytest.param(7, 9, id="tiny", marks=pytest.mark.slow),
+        pytest.param(300, 300, id="a document"),
+        pytest.param(1, 5000, id="a step of decoding"),
+        pytest.param(1, 1, id="one pair", marks=pytest.mark.slow),
+        pytest.param(900, 30, id="few keys"),
+    ],
 )
 def test_chosen_sizes_equal_the_reference(T, S):
     rng = np.random.default_rng(T)

@@ -114,6 +114,7 @@ def test_the_gradient_is_that_of_the_definition():
     assert along == pytest.approx((ahead - behind) / 2, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_rows_that_see_all_are_plain_attention():
     """Value, lse and gradients, with a cotangent of the lse: what merging parts of attention needs."""
     q, k, v = given(30, seed=3)

@@ -17,7 +17,7 @@ from lcx.training.schedules import Constant
 from lcx.training.step import TrainStep
 
 PAIRS = [MeshSpec(**{a: 2, b: 4 if a == "data" and b == "context" else 2}) for a, b in itertools.combinations(AXES, 2)]
-SLOW = "data-fsdp", "data-context", "data-tensor", "fsdp-context"  # what they share out, other pairs do too
+SLOW = "data-fsdp", "data-context", "data-tensor", "fsdp-context", "context-tensor"  # what they share out, other pairs do too
 
 
 def step_of(decoder, mesh=None, **options):
