@@ -137,6 +137,7 @@ def test_mass_equals_the_dense_probabilities(case, softcap, bias):
     np.testing.assert_allclose(got, dense.reshape(B, 4, K, H // K, S).sum(axis=(1, 3)), atol=2e-6)
 
 
+@pytest.mark.slow
 def test_mass_over_many_keys_and_its_gradient():
     rng = np.random.default_rng(0)
     n = 1100  # three chunks of keys, the last of them short

@@ -143,10 +143,10 @@ def test_random_plans_equal_the_reference(backend, groups, columns, monkeypatch)
 @pytest.mark.parametrize(
     "bias, groups, backend",
     [
-        pytest.param(ALiBi(), K, "xla", id="ALiBi, a key head"),
+        pytest.param(ALiBi(), K, "xla", id="ALiBi, a key head", marks=pytest.mark.slow),
         pytest.param(FlexRope(slope=0.2), H, "xla", id="FlexRope, a query head", marks=pytest.mark.slow),
         pytest.param(ALiBi(), 1, "xla", id="ALiBi, one for all", marks=pytest.mark.slow),
-        pytest.param(FlexRope(slope=0.2), K, "reference", id="FlexRope, reference", marks=pytest.mark.slow),
+        pytest.param(FlexRope(slope=0.2), K, "reference", id="FlexRope, reference"),
     ],
 )
 def test_columns_fall_with_distance_as_tiles_do(bias, groups, backend, monkeypatch):

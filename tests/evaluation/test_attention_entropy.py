@@ -36,6 +36,7 @@ def test_two_tokens_a_quarter_and_three():
     np.testing.assert_allclose(found, [0, np.log(4) - 0.75 * np.log(3), 0, np.log(2), 0], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_queries_that_look_at_all_alike():
     """ln n at each place, which grows by 1 with ln n; ln 3 where a window holds three."""
     seen = np.arange(1, T + 1)

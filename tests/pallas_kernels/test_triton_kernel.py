@@ -38,7 +38,9 @@ def both(mask, softcap=None, **options):
     [
         (MASKS[0], (2, 2), (64, 64), None, Blocks.same(32, 32)),
         (MASKS[1], (6, 2), (128, 40), 2.0, Blocks.same(16, 32)),
-        (MASKS[2], (4, 1), (40, 64), None, Blocks(Tile(32, 64), Tile(64, 16), Tile(16, 64))),
+        pytest.param(
+            *(MASKS[2], (4, 1), (40, 64), None, Blocks(Tile(32, 64), Tile(64, 16), Tile(16, 64))), marks=pytest.mark.slow
+        ),
         (MASKS[3], (2, 1), (128, 128), None, Blocks.same(32, 16)),
     ],
     ids=["causal", "window or sink", "chunk", "beyond"],

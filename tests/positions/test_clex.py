@@ -99,6 +99,7 @@ def test_a_model_learns_it_and_reads_its_documents_by_their_length():
         np.testing.assert_allclose(hidden(model, batch)[:, cut], hidden(model, alone), atol=2e-5, err_msg=str(rule))
 
 
+@pytest.mark.slow
 def test_generation_equals_one_pass():
     model = decoder(rope=ROPE).build(rngs=nnx.Rngs(0))
     model.rope.down[...] = jnp.full(model.rope.down.shape, 0.05)

@@ -246,6 +246,7 @@ def test_fine_tuning_goes_on_only_from_what_it_began_with(straight, tmp_path):
     assert train(experiment(steps=3, init_from=str(tmp_path / "b")), tmp_path / "b" / "tuned").step == 3
 
 
+@pytest.mark.slow
 def test_fine_tuning_may_begin_with_a_shipped_model(tmp_path):
     tiny = AdamW(learning_rate=Constant(peak=1e-30), decay=0.0)
     trained = read_config(shipped.run_folder("reader"))
