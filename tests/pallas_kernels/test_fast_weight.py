@@ -1,4 +1,4 @@
-"""A fast weight in chunks equals the recurrence as it is written: value, gradient and state, in float64 to 1e-10."""
+"""A fast weight in chunks equals the recurrence as it is written: value and state in float64 to 1e-10, gradients of networks too."""
 
 import functools
 import itertools
