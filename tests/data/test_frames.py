@@ -92,6 +92,10 @@ def test_wrong_settings_are_refused():
     ):
         with pytest.raises(SpecError, match=rf"Frames.{field} = "):
             Frames(**options)
+    anchored = Joined(rows_of=Continuous(rows_of=Needles(), sees="anchor"), parts=2)
+    with pytest.raises(SpecError, match=r"rows_of = .*: expected rows without a token that all documents see"):
+        anchored.check_fit(BYTES, 512)
+    assert Frames().spread(128) == 128 and Frames(asked=1, positions=MRopePositions(time_step=50.0)).spread(128) > 300
     video = Frames(positions=MRopePositions())
     for rows in (Continuous(rows_of=video), Skipped(rows_of=video, target=4096)):
         with pytest.raises(SpecError, match=r"rows_of = .*: expected rows whose positions are the index"):

@@ -1,4 +1,4 @@
-"""A fast weight in chunks equals the recurrence as it is written: value and state in float64 to 1e-10, gradients of networks too."""
+"""A fast weight in chunks equals the recurrence as it is written: value, state and networks' gradients, float64 to 1e-10."""
 
 import functools
 import itertools

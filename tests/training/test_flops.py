@@ -12,14 +12,17 @@ from lcx.attention.mask import Causal, Chunk, Sink, Window
 from lcx.batch import Batch, causal_info
 from lcx.channels.glu import GLU
 from lcx.mixers.attention import Attention
+from lcx.mixers.delta_net import GatedDeltaNet
 from lcx.mixers.mixer import Mixer
 from lcx.models.decoder import Decoder
 from lcx.models.layer import Layer
+from lcx.models.position_table import PositionTable
 from lcx.positions.dimension_groups import DimensionGroups
 from lcx.positions.long_heads import LongHeads
 from lcx.spec import edit
-from lcx.training.flops import PEAKS, counter, pair_flops, peak
+from lcx.training.flops import PEAKS, counter, pair_flops, peak, token_flops
 from lcx.training.step import abstract_model
+from lcx.training.trainable import trained_paths
 
 
 def layer(mask, heads=4):
@@ -111,6 +114,22 @@ def test_chosen_chunks():
     """4 heads of 8: of a pair seen 4 x 32, of a chunk before a query 2 x 32, within a chunk 8 x 32 a pair before it."""
     mixer = Attention(heads=4, kv_heads=2, head_dim=8, distances=LongHeads(chunk=4, chunks=3))
     assert pair_flops(mixer) == {Window(size=10): 128, Causal(): 16, Chunk(size=4): 256}
+
+
+def test_frozen_matrices_have_no_gradient_and_a_table_of_positions_no_product():
+    state = abstract_model(MODEL)[1]
+    whole = counter(MODEL, state)
+    some = counter(MODEL, state, trained_paths(state, ("slots/*/mixer/*",)))
+    work = whole.full(2, 24)
+    frozen = some.per_token - some.trained_per_token
+    assert 0 < frozen < some.per_token and whole.train(work) - some.train(work) == 2 * 24 * frozen
+    tabled = edit(MODEL, "position_table", PositionTable(rows=64))
+    assert counter(tabled, abstract_model(tabled)[1]).per_token == whole.per_token
+
+
+def test_a_recurrence_is_counted_as_it_is_written():
+    """2 heads of 4 by 8: a write, a read, and with the delta rule another, of 2 x 2 x 4 x 8."""
+    assert [token_flops(GatedDeltaNet(heads=2, head_dim=4, rule=rule)) for rule in ("delta", "sum")] == [3 * 128, 2 * 128]
 
 
 def test_unknown_mixers_and_devices_are_not_guessed():
