@@ -1,8 +1,8 @@
 """Test settings: eight forced CPU devices, float32 matmuls, shapes checked at run time, slow and oracle tests on request.
 
-Nearly all of a test's time is compiling: LLVM is told not to optimise, which halves it; XLA's own passes run as ever. What is
-compiled is kept for the run: other tests, the other worker and programs that tests start read it. Tracing makes many objects
-that live long, so they are looked through for cycles more seldom.
+Nearly all of a test's time is compiling. LLVM is told not to optimise, which halves it, and XLA to lower fusions without MLIR,
+which halves it again; XLA's own passes run as ever. What is compiled is kept for the run: other tests, the other worker and
+programs that tests start read it. Tracing makes many objects that live long, so they are looked through for cycles more seldom.
 """
 
 import atexit
@@ -19,7 +19,13 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # its workers inherit the folder
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join(
-    ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0", os.environ.get("XLA_FLAGS", "")]
+    [
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
+        os.environ.get("XLA_FLAGS", ""),
+    ]
 )
 
 import jax

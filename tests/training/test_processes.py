@@ -22,7 +22,7 @@ from lcx.training.writers import read_records
 def start(monkeypatch):
     """Starts the two processes on a run."""
     jax.devices()  # this process keeps its own settings
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"))
     context = multiprocessing.get_context("spawn")
 
     def start(run_dir, steps):
