@@ -21,6 +21,7 @@ from lcx.data.rows import Joined, Rows
 from lcx.data.skipped import Skipped
 from lcx.data.sources import Source, SourceError
 from lcx.mixers.attention import Attention
+from lcx.mixers.mixer import Mixer
 from lcx.models.decoder import Decoder
 from lcx.parallel.mesh import AXES, MeshSpec
 from lcx.positions.clex import CLEX
@@ -136,8 +137,7 @@ def _order_is_kept(experiment: Experiment) -> Iterator[str]:
         return
     for path, part in below(experiment.model, "model"):
         if getattr(part, "sequential", False):
-            kind = type(part).__name__
-            yield f"layout = {experiment.layout}: {path} is a {kind}, which reads neighbours: expected Contiguous()"
+            yield f"layout = {experiment.layout}: expected Contiguous(), as {path} reads neighbours"
 
 
 def _queries_meet_keys(experiment: Experiment) -> Iterator[str]:
@@ -250,6 +250,35 @@ def _shared_tokens_are_seen(experiment: Experiment) -> Iterator[str]:
         if getattr(part, "recurrent", False):
             begins = f"{path}, a {type(part).__name__}, begins each document with an empty state"
             yield f"{anchors[0]}.sees = 'anchor': expected another, as {begins}"
+
+
+def _documents_have_room(experiment: Experiment) -> Iterator[str]:
+    room, length = experiment.model.documents, experiment.data.length
+    chunked = [(path, part) for path, part in below(experiment.model, "model") if getattr(part, "chunked", False)]
+    for i, kind in enumerate(experiment.data.mixture if chunked else ()):
+        most, (path, part) = kind.rows.documents(length), chunked[0]
+        if most > room:
+            kind_of = f"{path}, a {type(part).__name__}, has to hold them all"
+            why = f"documents that data.mixture[{i}].rows may put into a row: {kind_of}"
+            hint = f"; data.mixture[{i}].rows.most can limit them" if getattr(kind.rows, "most", 0) is None else ""
+            yield f"model.documents = {room}: expected at least the {most} {why}{hint}"
+
+
+def _segments_are_texts(experiment: Experiment) -> Iterator[str]:
+    model, data = experiment.model, experiment.data
+    if model.memory is None:
+        return
+    for axis, size in sequence_axes(experiment).items():
+        yield f"mesh.{axis} = {size}: expected 1, as model.memory reads segments one after the other, each on one row's devices"
+    for path, part in below(model, "model"):
+        if isinstance(part, Mixer) and part.sequential:
+            yield f"{path} reads neighbours: expected mixers that do not beside model.memory, which puts padding between them"
+    if length_policy(model) is not None:
+        kind = type(model.rope).__name__
+        yield f"model.rope = {kind}: expected a rope that no length changes, as model.memory reads short texts"
+    given = ["data.positions"] if data.positions is not None else []
+    for where in [*given, *(path for path, _ in _placed_rows(experiment))]:
+        yield f"{where}: expected positions that are the index, as those of model.memory begin anew in each segment"
 
 
 def _trained_parameters_are_there(experiment: Experiment) -> Iterator[str]:
@@ -398,6 +427,8 @@ RULES: Mapping[str, Rule] = {
     "positions come from the rows or from a rule": _positions_are_given_once,
     "positions have as many axes as the rope turns by": _axes_are_turned,
     "a token that all documents see is seen by every layer": _shared_tokens_are_seen,
+    "a row holds no more documents than the model makes room for": _documents_have_room,
+    "a model that reads by segments gets whole rows of plain text": _segments_are_texts,
     "what is to be trained is there": _trained_parameters_are_there,
     "every head has channels that its rope can rotate": _heads_rotate,
     "the model's rope is read by some layer": _rope_is_read,

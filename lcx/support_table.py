@@ -18,6 +18,7 @@ from lcx.config_text import fields
 from lcx.data.packing import PackedText, Packing
 from lcx.data.pipeline import Pipeline, Weighted
 from lcx.data.sources import StandardLibrary
+from lcx.memory.segment_memory import SegmentMemory
 from lcx.mixers.attention import Attention
 from lcx.mixers.mixer import Mixer
 from lcx.models.decoder import REMAT, Decoder
@@ -52,9 +53,9 @@ def base() -> Experiment:
     """The smallest experiment that every kind has a field in."""
     mixer = Attention(heads=4, kv_heads=2, head_dim=8)
     layer = Layer(mixer=mixer, channel=GLU(hidden=32))
-    rows = PackedText(source=StandardLibrary())
+    rows = PackedText(source=StandardLibrary(), most=4)
     return Experiment(
-        model=Decoder(vocab=264, width=32, pattern=(layer,), periods=1),
+        model=Decoder(vocab=264, width=32, pattern=(layer,), periods=1, documents=4),
         data=Pipeline(mixture=(Weighted(rows=rows),), length=64, batch_size=4),
         optimizer=AdamW(learning_rate=Constant(peak=1e-3)),
         steps=1,
@@ -70,6 +71,7 @@ def kinds() -> Mapping[str, Kind]:
     shared = (("mesh", MeshSpec(fsdp=2, context=2)), ("model.rules", rules))  # rows over two axes
     return {
         "mixer": Kind(attention, _examples(Mixer) | {"Attention": base().model.pattern[0].mixer}),
+        "memory": Kind("model.memory", {"no memory": None} | _examples(SegmentMemory)),
         "mask": Kind(f"{attention}.mask", _examples(Mask)),
         "rope": Kind("model.rope", _examples(FrequencyRule) | {"none": None}),
         "distances": Kind(f"{attention}.distances", {"plain": None} | _examples(DistancePlan)),

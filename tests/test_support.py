@@ -19,9 +19,11 @@ from lcx.data.frames import Frames
 from lcx.data.recall import Needles
 from lcx.data.skipped import Skipped
 from lcx.data.sources import TextFolder
+from lcx.memory.rmt import RMT
 from lcx.mixers.attention import Attention
 from lcx.mixers.delta_net import GatedDeltaNet
 from lcx.mixers.short_convolution import ShortConvolution
+from lcx.mixers.ttt import TTT
 from lcx.models.position_table import PositionTable
 from lcx.parallel.layout import Contiguous, Zigzag
 from lcx.parallel.mesh import MeshSpec
@@ -70,6 +72,23 @@ SKIPPING = LogN(original_length=64, skip_layers=1)
             [("mesh", MeshSpec(fsdp=2, context=3)), ("model.rules.width", ("fsdp", "context")), ("data.length", 66)],
             "model.width = 32: expected a multiple of 6 (mesh.fsdp 2 * mesh.context 3)",
         ),
+        (
+            [(f"{LAYER}.mixer", TTT(heads=2, head_dim=8)), ("data.mixture[0].rows.most", None)],
+            "model.documents = 4: expected at least the 64 documents that data.mixture[0].rows may put into a row: "
+            "model.pattern[0].mixer, a TTT, has to hold them all; data.mixture[0].rows.most can limit them",
+        ),
+        (
+            [("model.memory", RMT(segment=16, slots=2)), ("mesh", MeshSpec(context=2))],
+            "mesh.context = 2: expected 1, as model.memory reads segments one after the other",
+        ),
+        (
+            [("model.memory", RMT(segment=16, slots=2)), ("model.embed_mixer", ShortConvolution())],
+            "model.embed_mixer reads neighbours: expected mixers that do not beside model.memory",
+        ),
+        (
+            [("model.memory", RMT(segment=16, slots=2)), ("data.positions", RandomPositions(target=256))],
+            "data.positions: expected positions that are the index, as those of model.memory begin anew",
+        ),
         ([("mesh", MeshSpec(tensor=2)), ("model.vocab", 263)], "model.vocab = 263: expected a multiple of 2 (mesh.tensor 2)"),
         ([("mesh", MeshSpec(context=3))], "data.length = 64: expected a multiple of 3 (mesh.context 3)"),
         ([("mesh", MeshSpec(data=2, fsdp=4))], "data.batch_size = 4: expected a multiple of 8 (mesh.data 2 * mesh.fsdp 4)"),
@@ -111,7 +130,7 @@ SKIPPING = LogN(original_length=64, skip_layers=1)
         ),
         (
             [("mesh", MeshSpec(context=2)), ("layout", Zigzag()), ("model.embed_mixer", ShortConvolution())],
-            "layout = Zigzag(): model.embed_mixer is a ShortConvolution, which reads neighbours: expected Contiguous()",
+            "layout = Zigzag(): expected Contiguous(), as model.embed_mixer reads neighbours",
         ),
         (
             [("mesh", MeshSpec(context=8)), ("model.communication", Ulysses())],
@@ -266,8 +285,12 @@ def test_each_rule_is_broken_by_something_and_the_base_breaks_none():
     reaching = edits(base(), [("data.positions", PoSE(target=1024)), ("model.rope", GROWING)])
     unturned = edits(base(), [("data.positions", PoSE(target=1024)), ("model.rope", None)])
     skipping = edit(base(), f"{LAYER}.mixer.query_scale", SKIPPING)
+    crowded = edits(base(), [(f"{LAYER}.mixer", TTT(heads=2, head_dim=8)), ("model.documents", 2)])
+    segmented = edits(base(), [("model.memory", RMT(segment=16, slots=2)), ("mesh", MeshSpec(context=2))])
     configs = (
         skipping,
+        crowded,
+        segmented,
         edit(base(), "data.mixture[0].rows", FILMS),
         edits(base(), RECURRENT),
         edit(base(), "trainable", ("nothing",)),
@@ -378,7 +401,7 @@ COMBINED = [pytest.param(seed, marks=pytest.mark.slow if seed >= 2 else ()) for 
 def test_what_is_not_refused_equals_the_dense_reference(seed):
     draw = random.Random(seed)
     choices = {name: draw.choice(list(kind.variants)) for name, kind in kinds().items() if name != "mesh axis"}  # two, below
-    choices["mixer"] = "Attention"
+    choices["mixer"], choices["memory"] = "Attention", "no memory"  # compared elsewhere
     choices["backend"] = draw.choice(["auto", "reference", "xla"])
     sizes = dict.fromkeys(draw.sample(["data", "fsdp", "context", "tensor"], 2), 2)
     rules = Rules()
@@ -386,7 +409,8 @@ def test_what_is_not_refused_equals_the_dense_reference(seed):
         sizes, rules = {"fsdp": 2, "context": 2}, Rules(batch=("data",), sequence=("fsdp", "context"))
     if isinstance(kinds()["rope"].variants[choices["rope"]], LengthRule):
         choices["cache"] = "raw keys"
-    if refusal(("rope", choices["rope"]), ("distances", choices["distances"])) is not None:
+    pair = lambda other: refusal((other, choices[other]), ("distances", choices["distances"]))
+    if pair("rope") is not None or pair("mask") is not None:
         choices["distances"] = "plain"
     if choices["distances"] != "plain":
         choices["bias"] = "no bias"

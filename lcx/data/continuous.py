@@ -33,6 +33,9 @@ class Continuous(Rows):
     def position_axes(self):
         return 1
 
+    def documents(self, length):
+        return 1 if self.sees == "whole row" else self.rows_of.documents(length - self._anchors)
+
     @property
     def shares(self):
         return self.sees == "anchor"

@@ -26,22 +26,26 @@ class Packing(Spec, abc.ABC):
     """Base of every packing: which pieces of the documents share a row."""
 
     @abc.abstractmethod
-    def plan(self, lengths: np.ndarray, length: int) -> list[list[Piece]]:
-        """The pieces of every row, given each document's token count (end token included)."""
+    def plan(self, lengths: np.ndarray, length: int, most: int | None = None) -> list[list[Piece]]:
+        """The pieces of every row, at most so many of them, given each document's token count (end token included)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConcatAndSplit(Packing):
-    """All documents in a line, cut every `length` tokens. Only the last row is padded."""
+    """All documents in a line, cut every `length` tokens. Only the last row is padded, and those that have their most documents
+    before."""
 
-    def plan(self, lengths, length):
+    def plan(self, lengths, length, most=None):
         ends = np.cumsum(lengths)
         rows: list[list[Piece]] = []
-        for start in range(0, int(ends[-1]), length):
+        start = 0
+        while start < int(ends[-1]):
             stop = min(start + length, int(ends[-1]))
             first, last = np.searchsorted(ends, [start, stop - 1], side="right")
             cuts = [start, *(int(end) for end in ends[first:last]), stop]
-            rows.append([(a, b) for a, b in itertools.pairwise(cuts) if a < b])
+            pieces = [(a, b) for a, b in itertools.pairwise(cuts) if a < b][:most]
+            rows.append(pieces)
+            start = pieces[-1][1]
         return rows
 
     @classmethod
@@ -54,7 +58,7 @@ class BestFit(Packing):
     """Fewer Truncations (Ding et al. 2024): only documents longer than a row are cut; pieces go, longest first, into the row
     with the least room that still holds them. Rows are padded."""
 
-    def plan(self, lengths, length):
+    def plan(self, lengths, length, most=None):
         ends = np.cumsum(lengths)
         begins = (ends - lengths).tolist()
         pieces = [(a, min(a + length, e)) for b, e in zip(begins, ends.tolist(), strict=True) for a in range(b, e, length)]
@@ -74,7 +78,7 @@ class BestFit(Packing):
                     del by_room[room], rooms[place]
             rows[row].append((a, b))
             left = room - (b - a)
-            if left:
+            if left and (most is None or len(rows[row]) < most):
                 if left not in by_room:
                     bisect.insort(rooms, left)
                 by_room.setdefault(left, []).append(row)
@@ -89,27 +93,42 @@ class BestFit(Packing):
 class PackedText(Rows):
     """Rows of packed documents of a source, the documents in an order drawn from the pipeline's seed.
 
-    Every epoch reads the same rows; the pipeline shuffles them anew.
+    Every epoch reads the same rows; the pipeline shuffles them anew. most: documents of a row; None is as many as fit.
     """
 
     source: Source
     packing: Packing = ConcatAndSplit()
+    most: int | None = None
+
+    def validate(self):
+        self.check(self.most is None or self.most >= 1, "most", "at least 1 document, or None")
+
+    def documents(self, length):
+        return length if self.most is None else min(self.most, length)
 
     def rows(self, tokenizer, length, seed):
         documents = self.source.documents()
         order = np.random.default_rng(seed).permutation(len(documents))
-        return PackedRows(documents, order, tokenizer, self.packing, length)
+        return PackedRows(documents, order, tokenizer, self.packing, length, self.documents(length))
 
 
 class PackedRows(RowSet):
     """All documents tokenised once, in the smallest integer type, and the plan of their rows."""
 
-    def __init__(self, documents: Documents, order: np.ndarray, tokenizer: Tokenizer, packing: Packing, length: int):
+    def __init__(
+        self,
+        documents: Documents,
+        order: np.ndarray,
+        tokenizer: Tokenizer,
+        packing: Packing,
+        length: int,
+        most: int | None = None,
+    ):
         small = np.uint16 if tokenizer.size <= 1 << 16 else np.int32
         encoded = [np.append(tokenizer.encode(documents[i]), tokenizer.eos).astype(small) for i in order]
         lengths = np.asarray([len(ids) for ids in encoded])
         self._stream, self._ends = np.concatenate(encoded), np.cumsum(lengths)
-        self._plan = packing.plan(lengths, length)
+        self._plan = packing.plan(lengths, length, most)
         self._length, self._pad = length, tokenizer.pad
 
     def __len__(self) -> int:

@@ -87,6 +87,9 @@ class Recall(Rows, abc.ABC):
         self.check_fit(tokenizer, length)
         return RecallRows(self, tokenizer, length, seed)
 
+    def documents(self, length):
+        return 1
+
     @property
     def content(self) -> "Recall":
         """What decides the examples."""

@@ -60,6 +60,10 @@ class Rows(Spec, abc.ABC):
         """Any two tokens of a document in rows of `length` tokens stand less than so many positions apart."""
         return length
 
+    def documents(self, length: int) -> int:
+        """The most that a row of `length` tokens holds."""
+        return length
+
     @abc.abstractmethod
     def rows(self, tokenizer: Tokenizer, length: int, seed: int) -> RowSet:
         """The rows of `length` tokens."""
@@ -93,6 +97,9 @@ class Joined(Rows):
 
     def spread(self, length):
         return self.rows_of.spread(length // self.parts)
+
+    def documents(self, length):
+        return self.parts * self.rows_of.documents(length // self.parts)
 
     def rows(self, tokenizer, length, seed):
         self.check_fit(tokenizer, length)

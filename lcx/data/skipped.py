@@ -38,6 +38,9 @@ class Skipped(Rows):
     def position_axes(self):
         return 1
 
+    def documents(self, length):
+        return 1
+
     def rows(self, tokenizer, length, seed):
         self.check_fit(tokenizer, length)
         return SkippedRows(self, self.rows_of.rows(tokenizer, self.times * length, seed), length, seed)

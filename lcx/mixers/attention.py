@@ -12,6 +12,7 @@ from lcx.attention.attend import KERNELS, Backend
 from lcx.attention.chunk_summaries import sum_up
 from lcx.attention.mask import Causal, Mask, tokens_of
 from lcx.attention.merge import with_sinks
+from lcx.attention.persistent import with_persistent
 from lcx.attention.sharded import sharded_attend
 from lcx.batch import Batch, lengths_of
 from lcx.cache.cache import Cache
@@ -35,7 +36,8 @@ class Attention(Mixer):
     before the rotation. softcap: cap * tanh(logits / cap). sinks: `learned` gives each query head a logit that stands in every
     softmax and brings no value (gpt-oss, 2025), so that a head can look at nothing; it begins at 0, as that of a key of zeros.
     distances: turns pairs by regions of their distance instead, with the rope's frequencies. query_scale: a factor on queries
-    that grows with their place. distance_bias: scores that fall with distance.
+    that grows with their place. distance_bias: scores that fall with distance. persistent: learned keys and values a key head
+    that all queries see, whatever the mask.
     """
 
     heads: int
@@ -51,6 +53,7 @@ class Attention(Mixer):
     distances: DistancePlan | None = None
     query_scale: QueryScale | None = None
     distance_bias: LinearBias | None = None
+    persistent: int = 0
     cache: Cache = DenseCache()
     backend: Backend = "auto"
 
@@ -58,6 +61,7 @@ class Attention(Mixer):
         for field in ("heads", "kv_heads", "head_dim"):
             self.check(getattr(self, field) >= 1, field, "at least 1")
         self.check(self.heads % self.kv_heads == 0, "heads", f"a multiple of kv_heads = {self.kv_heads}")
+        self.check(self.persistent >= 0, "persistent", "0 or a positive number")
         self.check(self.softcap is None or self.softcap > 0, "softcap", "a positive number or None")
         self.check(self.scale is None or self.scale > 0, "scale", "a positive number or None")
         own = isinstance(self.rope, FrequencyRule) and self.rope.learned
@@ -88,7 +92,7 @@ class Attention(Mixer):
             cls(heads=4, kv_heads=2, head_dim=8),
             cls(heads=2, kv_heads=2, head_dim=8, bias="all", qk_norm=RMSNorm(), softcap=5.0, cache=DenseCache(keys="raw")),
             cls(heads=2, kv_heads=1, head_dim=8, rope="none", mask=Sink(size=1) | Window(size=5), bias="qkv"),
-            cls(heads=4, kv_heads=2, head_dim=8, mask=Window(size=6), sinks="learned"),
+            cls(heads=4, kv_heads=2, head_dim=8, mask=Window(size=6), sinks="learned", persistent=3),
             cls(heads=2, kv_heads=1, head_dim=8, distances=SelfExtend(group=2, window=4), query_scale=LogN(original_length=6)),
             cls(heads=6, kv_heads=2, head_dim=8, rope="none", distance_bias=ALiBi(), sinks="learned"),
             cls(heads=4, kv_heads=2, head_dim=8, distances=LongHeads(chunk=2, chunks=4)),
@@ -117,6 +121,9 @@ class AttentionModule(MixerModule):
         self.value_bias = zeros((K, D), ("kv_heads", None)) if spec.bias != "none" else None
         self.output_bias = zeros((M,), ("width",)) if spec.bias == "all" else None
         self.sinks = zeros((H,), ("heads",)) if spec.sinks == "learned" else None
+        if spec.persistent:
+            held = lambda: weight(rngs, (K, spec.persistent, D), ("kv_heads", None, None), fan_in=D)
+            self.persistent_keys, self.persistent_values = held(), held()
         self.query_norm = spec.qk_norm.build(D) if spec.qk_norm else None
         self.key_norm = spec.qk_norm.build(D) if spec.qk_norm else None
 
@@ -137,6 +144,7 @@ class AttentionModule(MixerModule):
         if spec.query_scale is not None:
             lengths = lengths_of(info) if state is None and spec.query_scale.reads_lengths else info.lengths
             q = q * spec.query_scale.scale(info.index, place.layer, lengths)[..., None, None]  # rounded after the rotation
+        unturned = q
         length = x.shape[1] if state is None else spec.cache.length(state)
         frequencies, distances = self.frequencies(length), None
         if frequencies is not None and self._rope.learned:
@@ -174,6 +182,9 @@ class AttentionModule(MixerModule):
                 keys = lambda k, v, info, new: sum_up(k, v, tokens_of(info), new, **how)
                 state = spec.cache.rewrite(state, before, keys)
             out, lse = spec.cache.attend(state, q, info, frequencies=frequencies, **options)
+        if spec.persistent:
+            held = self.persistent_keys[...], self.persistent_values[...]
+            out, lse = with_persistent(out, lse, unturned, *held, scale=options["scale"], softcap=spec.softcap)
         if self.sinks is not None:
             out = with_sinks(out, lse, self.sinks[...])
         y = linear(out.astype(x.dtype), self.output, rules, contracted=2, gradient_sum=self.inherited.gradient_sum)

@@ -28,9 +28,10 @@ from jaxtyping import Array, Float, Int
 from lcx.batch import PADDING, Batch
 from lcx.linear import linear
 from lcx.mixers.mixer import Inherited, Mixer, MixerModule, Place, residual_gain, weight
-from lcx.mixers.short_convolution import ConvolutionState, convolved, empty_convolution, resumed, torn
+from lcx.mixers.neighbours import resumed, torn
+from lcx.mixers.short_convolution import ConvolutionState, convolved_heads, empty_convolution
 from lcx.norms import RMSNorm
-from lcx.parallel.rules import Rules, ambient_mesh, shard
+from lcx.parallel.rules import shard, whole_rows
 from lcx.record import record
 from pallas_kernels.fast_weight.coefficients import LEAST, Coefficients, Gradient, decayed
 from pallas_kernels.fast_weight.network import Network, Weights
@@ -119,13 +120,13 @@ class GatedDeltaNetModule(MixerModule):
         k, at_key = self._local(project(self.key), "key", info, state)
         v, at_value = self._local(project(self.value), "value", info, state)
         unit = lambda y: y * jax.lax.rsqrt(jnp.sum(y * y, axis=-1, keepdims=True) + 1e-6)
-        whole_rows = functools.partial(_whole_rows, rules=rules, heads=spec.heads)
-        q, k, v = map(whole_rows, (q, k, v))
-        beta = spec.beta * jax.nn.sigmoid(whole_rows(project(self.beta)))
+        whole = functools.partial(whole_rows, rules=rules, heads=spec.heads)
+        q, k, v = map(whole, (q, k, v))
+        beta = spec.beta * jax.nn.sigmoid(whole(project(self.beta)))
         log_decay = jnp.zeros_like(beta)
         if spec.decay == "learned":
             rate = jnp.exp(self.rate_bias[...])
-            log_decay = -rate * jax.nn.softplus(whole_rows(project(self.decay)) + self.decay_bias[...])
+            log_decay = -rate * jax.nn.softplus(whole(project(self.decay)) + self.decay_bias[...])
         log_decay = jnp.where((info.index == 0)[..., None], LEAST, log_decay)  # a document begins with an empty memory
         real = jnp.broadcast_to((info.segments != PADDING)[..., None], beta.shape)
         empty = jnp.zeros((x.shape[0], spec.heads, spec.head_dim, spec.values), jnp.float32)
@@ -140,7 +141,7 @@ class GatedDeltaNetModule(MixerModule):
             functools.partial(_coefficients, gradient="decayed" if spec.rule == "delta" else "start"),
             chunk=spec.chunk,
         )
-        out = self.norm(out) * jax.nn.silu(whole_rows(project(self.gate)))
+        out = self.norm(out) * jax.nn.silu(whole(project(self.gate)))
         if state is None:
             broken = torn(info)
         else:
@@ -156,10 +157,8 @@ class GatedDeltaNetModule(MixerModule):
         if not self.spec.taps:
             return jax.nn.silu(y), None
         kernel = getattr(self, f"{name}_kernel")[...]
-        flat = y.reshape(*y.shape[:2], -1)
-        held = None if state is None else getattr(state, name)
-        found, held = convolved(flat, info, held, kernel.reshape(len(kernel), -1), nearest=0)
-        return jax.nn.silu(found).reshape(y.shape), held
+        found, held = convolved_heads(y, info, None if state is None else getattr(state, name), kernel)
+        return jax.nn.silu(found), held
 
     def init_state(self, batch_size, length):
         spec, compute = self.spec, self.inherited.compute
@@ -168,15 +167,6 @@ class GatedDeltaNetModule(MixerModule):
         none = jnp.zeros(batch_size, jnp.int32)
         local = {"query": empty(spec.head_dim), "key": empty(spec.head_dim), "value": empty(spec.values)}
         return DeltaState(memory=memory, index=none, segments=none, **local)
-
-
-def _whole_rows(y: Float[Array, "B T H ..."], *, rules: Rules, heads: int) -> Float[Array, "B T H ..."]:
-    """In float32, all tokens of a row of a share of the heads on each device."""
-    mesh = ambient_mesh()
-    spread = (*rules.heads, *rules.sequence)
-    if mesh is not None and heads % math.prod(mesh.shape[axis] for axis in spread) == 0:
-        rules = dataclasses.replace(rules, heads=spread)
-    return shard(y.astype(jnp.float32), rules, "batch", None, "heads", *[None] * (y.ndim - 3))
 
 
 def _coefficients(beta, log_decay, real, *, gradient: Gradient) -> Coefficients:

@@ -31,6 +31,7 @@ class Inherited:
     """What a part takes over from its model. gain scales the initial weights that write to the residual stream.
 
     channel_chunk: tokens of a row of a device that channel mixers see at a time; None is all. gradient_sum: of `linear`.
+    documents: the most that a row holds, which mixers that count chunks from a document's start make room for.
     """
 
     width: int
@@ -42,6 +43,7 @@ class Inherited:
     gain: float = 1.0
     channel_chunk: int | None = None
     gradient_sum: GradientSum = "compute"
+    documents: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,10 +58,12 @@ class Place:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mixer(Spec, abc.ABC):
     """Base of every token mixer. `sequential`: reads array neighbours, so the layout must keep their order. `recurrent`: knows
-    the past by a state that every document begins empty, and so nothing of tokens that all documents see."""
+    the past by a state that every document begins empty, and so nothing of tokens that all documents see. `chunked`: counts
+    chunks from the start of a document, with room for as many documents a row as the model says."""
 
     sequential: ClassVar[bool] = False
     recurrent: ClassVar[bool] = False
+    chunked: ClassVar[bool] = False
 
     @abc.abstractmethod
     def build(self, inherited: Inherited, *, rngs: nnx.Rngs) -> "MixerModule":

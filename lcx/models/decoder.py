@@ -18,6 +18,7 @@ from lcx.attention.all_gather import AllGather
 from lcx.attention.communication import Communication
 from lcx.batch import Batch, lengths_of
 from lcx.linear import GradientSum, wide_product
+from lcx.memory.segment_memory import SegmentMemory
 from lcx.mixers.attention import Attention
 from lcx.mixers.mixer import Aux, Compute, Inherited, Mixer, Place, weight
 from lcx.models.embedding import lookup
@@ -60,7 +61,9 @@ class Decoder(Spec):
     tokens of each row of a device that channel mixers see at a time, forward and backward; None is all. unroll: periods a scan
     step, or `all` of them (faster on a CPU, longer to compile). rules, communication: how the model lies on a mesh, and how
     queries meet keys where the sequence is sharded. gradient_sum: what devices sum the gradients of projections in, `compute`
-    or float32, which sends twice the bytes of bfloat16 (docs/numerics.md).
+    or float32, which sends twice the bytes of bfloat16 (docs/numerics.md). documents: the most that a row holds; only mixers
+    that count chunks from a document's start, and `memory`, make room for them. memory: the model reads segment after segment,
+    and this is what it knows of those before.
     """
 
     vocab: int
@@ -81,9 +84,11 @@ class Decoder(Spec):
     rules: Rules = Rules()
     communication: Communication = AllGather()
     gradient_sum: GradientSum = "compute"
+    documents: int = 1
+    memory: SegmentMemory | None = None
 
     def validate(self):
-        for field in ("vocab", "width", "periods"):
+        for field in ("vocab", "width", "periods", "documents"):
             self.check(getattr(self, field) >= 1, field, "at least 1")
         self.check(0 < self.embed_scale < math.inf, "embed_scale", "a positive number")
         self.check(len(self.pattern) >= 1, "pattern", "at least one layer")
@@ -103,7 +108,9 @@ class Decoder(Spec):
         return self.periods * len(self.pattern)
 
     def build(self, *, rngs: nnx.Rngs) -> "DecoderModel":
-        return DecoderModel(self, rngs)
+        from lcx.models.segmented import SegmentedModel
+
+        return SegmentedModel(self, rngs) if self.memory is not None else DecoderModel(self, rngs)
 
 
 class DecoderModel(nnx.Module):
@@ -118,6 +125,7 @@ class DecoderModel(nnx.Module):
             communication=spec.communication,
             channel_chunk=spec.channel_chunk,
             gradient_sum=spec.gradient_sum,
+            documents=spec.documents,
         )
         self.rope = _learned_rope(spec, rngs)
         self.embedding = weight(rngs, (spec.vocab, spec.width), ("vocab", "width"), fan_in=spec.width)

@@ -4,9 +4,11 @@ A logical axis that is absent from the rules, or None, is replicated. One mesh a
 """
 
 import dataclasses
+import math
 from collections.abc import Collection
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array
 
@@ -68,3 +70,13 @@ def shard(x: Array, rules: Rules, *logical: str | None) -> Array:
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, rules.partition(logical, apart=mesh.manual_axes))
+
+
+def whole_rows(y: Array, *, rules: Rules, heads: int) -> Array:
+    """Of [B,T,H,...] in float32: all tokens of a row of a share of the heads on each device, over the axes of the sequence too
+    where heads divide."""
+    mesh = ambient_mesh()
+    spread = (*rules.heads, *rules.sequence)
+    if mesh is not None and heads % math.prod(mesh.shape[axis] for axis in spread) == 0:
+        rules = dataclasses.replace(rules, heads=spread)
+    return shard(y.astype(jnp.float32), rules, "batch", None, "heads", *[None] * (y.ndim - 3))

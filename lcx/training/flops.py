@@ -7,6 +7,7 @@ addition are two operations; a backward pass is two forward passes; recomputatio
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Collection, Mapping
 
@@ -20,7 +21,11 @@ from lcx.batch import PADDING, TokenInfo
 from lcx.mixers.attention import Attention
 from lcx.mixers.delta_net import GatedDeltaNet
 from lcx.mixers.mixer import Mixer
+from lcx.mixers.neural_memory import NeuralMemory
 from lcx.mixers.short_convolution import ShortConvolution
+from lcx.mixers.titans import TitansMAG, TitansMAL
+from lcx.mixers.titans_mac import TitansMAC
+from lcx.mixers.ttt import TTT
 from lcx.models.decoder import Decoder
 from lcx.training.optimizer import groups
 from lcx.training.trainable import Path
@@ -99,9 +104,24 @@ def counter(spec: Decoder, state: nnx.State, trained: Collection[Path] | None = 
     for mixer, times in mixers:
         for mask, flops in pair_flops(mixer).items():
             per_pair[mask] = per_pair.get(mask, 0) + times * flops
-    learned = sum(size for path, size in matrices.items() if trained is None or path in trained)
-    recurrent = sum(times * token_flops(mixer) for mixer, times in mixers)
-    return Counter(2 * sum(matrices.values()) + recurrent, per_pair, 2 * learned + recurrent)
+    learned = {path: size for path, size in matrices.items() if trained is None or path in trained}
+    recurrent = sum(times * token_flops(mixer, spec.width) for mixer, times in mixers)
+    per_token, trained_per_token = (2 * sum(held.values()) + recurrent for held in (matrices, learned))
+    if spec.memory is not None:
+        return _by_segments(spec, matrices, Counter(per_token, per_pair, trained_per_token))
+    return Counter(per_token, per_pair, trained_per_token)
+
+
+def _by_segments(spec: Decoder, matrices: Mapping[Path, int], whole: Counter) -> Counter:
+    """Of whole segments: layers read what stands around a segment and what asks for it as well, the head only its tokens."""
+    size, around, asks = spec.memory.segment, spec.memory.around, spec.memory.asks
+    head = 2 * sum(count for path, count in matrices.items() if path[0] in ("head", "embedding"))
+    own = sum(count for path, count in matrices.items() if path[0] == "memory")
+    times = lambda flops: flops + round((flops - head - 2 * own) * (around + asks) / size)
+    pairs = lambda n: n * (n + 1) / 2
+    more = (pairs(size + around) + pairs(asks)) / pairs(size)
+    per_pair = {mask & Chunk(size=size): round(flops * more) for mask, flops in whole.per_pair.items()}
+    return Counter(times(whole.per_token), per_pair, times(whole.trained_per_token))
 
 
 @functools.singledispatch
@@ -127,16 +147,47 @@ def _(mixer: ShortConvolution) -> dict[Mask, int]:
 
 
 @pair_flops.register
-def _(mixer: GatedDeltaNet) -> dict[Mask, int]:
+def _(mixer: GatedDeltaNet | NeuralMemory | TTT) -> dict[Mask, int]:
     return {}
 
 
-def token_flops(mixer: Mixer) -> int:
+@pair_flops.register
+def _(mixer: TitansMAG | TitansMAL) -> dict[Mask, int]:
+    return pair_flops(mixer.attention)
+
+
+@pair_flops.register
+def _(mixer: TitansMAC) -> dict[Mask, int]:
+    """What is recalled asks and is asked beside each token."""
+    (flops,) = pair_flops(mixer.attention).values()
+    return {Chunk(size=mixer.memory.chunk): 4 * flops}
+
+
+def token_flops(mixer: Mixer, width: int) -> int:
     """FLOPs for one token beside those of matrices and pairs: of a recurrence as it is written, whatever chunks cost."""
+    if isinstance(mixer, Attention):  # of persistent keys only those that are not one head's alone: matrices are counted once
+        return 2 * (mixer.heads - mixer.kv_heads) * mixer.persistent * 2 * mixer.head_dim
     if isinstance(mixer, GatedDeltaNet):  # write and read, and the read of what the delta rule corrects
         products = 3 if mixer.rule == "delta" else 2
         return products * 2 * mixer.heads * mixer.head_dim * mixer.values
+    if isinstance(mixer, NeuralMemory | TTT):  # matrices are its read; a write is a forward and a backward pass
+        first, inner = _fast_matrices(mixer)
+        return 2 * (3 * inner - first)
+    if isinstance(mixer, TitansMAG | TitansMAL):
+        return token_flops(mixer.attention, width) + token_flops(mixer.memory, width)
+    if isinstance(mixer, TitansMAC):  # what is recalled goes through the attention, and to and from the memory
+        a, m = mixer.attention, mixer.memory
+        of_attention = width * a.head_dim * 2 * (a.heads + a.kv_heads) + 2 * a.kv_heads * a.persistent * a.head_dim
+        of_memory = 2 * width * m.heads * m.head_dim + _fast_matrices(m)[1]
+        return 2 * (of_attention + of_memory) + 2 * token_flops(a, width) + token_flops(m, width)
     return 0
+
+
+def _fast_matrices(mixer: NeuralMemory | TTT) -> tuple[int, int]:
+    """Elements of the first of a fast weight's matrices and of all of them, all heads together."""
+    D, hidden = mixer.head_dim, mixer.expand * mixer.head_dim
+    sizes = [i * o for i, o in itertools.pairwise([D, *[hidden] * (mixer.depth - 1), D])]
+    return mixer.heads * sizes[0], mixer.heads * sum(sizes)
 
 
 def query_halves(mixer: Attention) -> int:

@@ -92,9 +92,9 @@ def group_of(path: tuple[Any, ...], axes: tuple[str | None, ...] | None, rank: i
     """The group of one parameter by its path in the model and its logical axes."""
     names = [str(part) for part in path]
     own = [axis for axis in axes if axis != "layers"] if axes is not None else [None] * rank
-    if names[-1].endswith("bias"):
+    if any(name.endswith("bias") for name in names):
         return "biases"
-    if any("norm" in name for name in names):
+    if any("norm" in name or name.endswith("gain") for name in names):
         return "norms"
     if (own and own[0] == "vocab") or names[0] == "position_table":
         return "embeddings"

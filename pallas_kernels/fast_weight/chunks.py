@@ -1,11 +1,25 @@
 """One chunk of a fast weight, exactly and with products of matrices alone. Arrays of one head: k, q [b,D], v [b,E]."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.fast_weight.coefficients import Coefficients, Rows
 from pallas_kernels.fast_weight.network import Fixed, Network, Steps, Weights, product, steps
+
+
+class Held(NamedTuple):
+    """Steps that tokens of the chunk took earlier, in rows that are `filled`; what the other rows hold is not read."""
+
+    steps: Steps
+    filled: Bool[Array, "b"]
+
+    def beside(self, new: Steps) -> Steps:
+        """These in their rows, new ones in the others."""
+        rows = lambda x: self.filled.reshape(-1, *[1] * (x.ndim - 1))
+        return jax.tree.map(lambda old, new: jnp.where(rows(old), old, new), self.steps, new)
 
 
 def chunk(
@@ -22,19 +36,38 @@ def chunk(
 
     Without a momentum there is none: coefficients are those without `log_momentum`.
     """
-    if coefficients.gradient is None:
-        made, loss = steps(network, weights, k, v, fixed)
-    else:
-        made, loss = _delta_steps(weights, momentum, coefficients.gradient, k, v)
-    out = _read(network, weights, momentum, coefficients.read, made, q, fixed)
-    state = _behind(weights, momentum, coefficients.state, made)
-    carried = None if momentum is None else _behind(weights, momentum, coefficients.momentum, made)
-    return out, state, carried, loss
+    made, loss = chunk_steps(network, weights, momentum, coefficients, k, v, fixed)
+    out = read(network, weights, momentum, coefficients.read, made, q, fixed)
+    return out, *behind(weights, momentum, coefficients, made), loss
 
 
-def _read(
-    network: Network, weights: Weights, momentum: Weights | None, rows: Rows, made: Steps, q: Array, fixed: Fixed | None
-) -> Array:
+def chunk_steps(
+    network: Network,
+    weights: Weights,
+    momentum: Weights | None,
+    coefficients: Coefficients,
+    k: Float[Array, "b D"],
+    v: Float[Array, "b E"],
+    fixed: Fixed | None = None,
+    held: Held | None = None,
+) -> tuple[Steps, Float[Array, "b"]]:
+    """The steps of all rows, and the loss of each token where its gradient is taken; that of held rows means nothing."""
+    if coefficients.gradient is not None:
+        return _delta_steps(weights, momentum, coefficients.gradient, k, v, held)
+    made, loss = steps(network, weights, k, v, fixed)
+    return made if held is None else held.beside(made), loss
+
+
+def read(
+    network: Network,
+    weights: Weights,
+    momentum: Weights | None,
+    rows: Rows,
+    made: Steps,
+    q: Float[Array, "r D"],
+    fixed: Fixed | None,
+) -> Float[Array, "r E"]:
+    """What queries find in the weights of these rows, `gain` [r,b]."""
     keep, carry = rows.keep[:, None], rows.carry[:, None]
     y = q
     for n, matrix in enumerate(weights.matrices):
@@ -52,7 +85,15 @@ def _read(
     return network.finish(r, q, gain, fixed)
 
 
-def _behind(weights: Weights, momentum: Weights | None, rows: Rows, made: Steps) -> Weights:
+def behind(
+    weights: Weights, momentum: Weights | None, coefficients: Coefficients, made: Steps
+) -> tuple[Weights, Weights | None]:
+    """Weights and momentum behind the chunk."""
+    state = _left(weights, momentum, coefficients.state, made)
+    return state, None if momentum is None else _left(weights, momentum, coefficients.momentum, made)
+
+
+def _left(weights: Weights, momentum: Weights | None, rows: Rows, made: Steps) -> Weights:
     """keep W + carry S - sum_j gain_j x_j^T e_j of the only row."""
     keep, carry, gain = rows.keep[0], rows.carry[0], rows.gain[0][:, None]
     taken = Weights(
@@ -64,12 +105,20 @@ def _behind(weights: Weights, momentum: Weights | None, rows: Rows, made: Steps)
     return left if momentum is None else jax.tree.map(lambda w, s: w + carry * s, left, momentum)
 
 
-def _delta_steps(weights: Weights, momentum: Weights | None, rows: Rows, k: Array, v: Array) -> tuple[Steps, Array]:
+def _delta_steps(
+    weights: Weights, momentum: Weights | None, rows: Rows, k: Array, v: Array, held: Held | None
+) -> tuple[Steps, Array]:
     """Gradients that are each taken where the tokens before have left a linear memory: (I + tril(L * K K^T)) E = ... - V."""
     (matrix,) = weights.matrices
     start = rows.keep[:, None] * product(k, matrix) - v
     if momentum is not None:
         start += rows.carry[:, None] * product(k, momentum.matrices[0])
-    system = jnp.eye(len(k), dtype=k.dtype) + jnp.tril(rows.gain * product(k, k.T), -1)
+    if held is not None:
+        k = jnp.where(held.filled[:, None], held.steps.inputs[0], k)
+        start = jnp.where(held.filled[:, None], held.steps.gradients[0], start)
+    system = jnp.tril(rows.gain * product(k, k.T), -1)
+    if held is not None:
+        system = jnp.where(held.filled[:, None], 0, system)
+    system = jnp.eye(len(k), dtype=k.dtype) + system
     e = jax.scipy.linalg.solve_triangular(system, start, lower=True, unit_diagonal=True)
     return Steps((k,), (e,), None), jnp.sum(e**2, axis=-1) / 2

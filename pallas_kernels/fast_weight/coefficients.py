@@ -76,6 +76,21 @@ def decayed(
     return Coefficients(read, state, Rows(none, left, last), place)
 
 
+def limited(made: Coefficients, k: Float[Array, "*b i D"], most: float) -> Coefficients:
+    """The same with steps so small that a linear memory whose gradient is taken at the chunk's start cannot overshoot.
+
+    Rows i are scaled down where `max_j sum_r gain_ir |k_j . k_r|` over tokens up to i, which bounds the largest eigenvalue of
+    the chunk's step, is more than `most`; from 2 on a step overshoots. Only the past decides, so a row may be read at any time.
+    """
+    overlap = jnp.abs(product(k, jnp.swapaxes(k, -1, -2)))
+    past = jnp.tril(jnp.ones(overlap.shape[-2:], bool))
+    bound = jnp.max(jnp.where(past, product(made.read.gain, overlap), 0.0), axis=-1)
+    scale = jnp.minimum(1.0, most / jnp.maximum(bound, 1e-30))[..., None]
+    of = lambda rows, scale: rows._replace(gain=rows.gain * scale)
+    last = scale[..., -1:, :]
+    return made._replace(read=of(made.read, scale), state=of(made.state, last), momentum=of(made.momentum, last))
+
+
 def mini_batch(
     row: Float[Array, "*b i"], column: Float[Array, "*b i"], real: Bool[Array, "*b i"] | None = None
 ) -> Coefficients:

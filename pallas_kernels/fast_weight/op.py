@@ -1,19 +1,23 @@
-"""A fast weight over rows of tokens: a scan over chunks, the last of which may be shorter.
+"""A fast weight over rows of tokens: a scan over chunks, the last of which may be shorter; and its next token alone.
 
 What is kept for the backward pass are the weights before every `kept` chunks; the chunks between are computed anew.
 """
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.fast_weight.chunks import chunk as one_chunk
+from pallas_kernels.fast_weight.chunks import Held, behind, chunk_steps, read
 from pallas_kernels.fast_weight.coefficients import Coefficients
-from pallas_kernels.fast_weight.network import Fixed, Network, Weights
+from pallas_kernels.fast_weight.network import Fixed, Network, Steps, Weights, steps
+from pallas_kernels.grouped_scan import grouped_scan
+
+Builder = Callable[..., Coefficients]
+Gates = tuple[Float[Array, "B T H ..."] | None, ...]
 
 
 class State(NamedTuple):
@@ -23,63 +27,195 @@ class State(NamedTuple):
     momentum: Weights | None = None
 
 
+class Course(NamedTuple):
+    """Which chunks of a row begin with `first`, leaves [H,...]; which are whole, and so change the state; which have tokens in
+    some row.
+
+    A chunk that is not whole is read by its tokens and leaves the state at its own start.
+    """
+
+    begins: Bool[Array, "B n"]
+    whole: Bool[Array, "B n"]
+    live: Bool[Array, "n"]
+    first: State
+
+
+class Open(NamedTuple):
+    """A chunk that is not whole yet: steps [B,H,b,...] and gates [B,H,b,...] of its tokens, in the rows that are `filled`."""
+
+    steps: Steps
+    gates: tuple[Array | None, ...]
+    filled: Bool[Array, "B b"]
+
+
+class FastWeight(NamedTuple):
+    """What a fast weight is. coefficients: of the gates of a chunk, leaves [B,H,b,...]. fixed: leaves [H,...]. most: of the
+    Frobenius norm of each matrix behind a whole chunk, which is scaled down to it; None is any."""
+
+    network: Network
+    coefficients: Builder
+    fixed: Fixed | None = None
+    most: float | None = None
+
+
 def fast_weight(
     network: Network,
     state: State,
     q: Float[Array, "B T H D"],
     k: Float[Array, "B T H D"],
     v: Float[Array, "B T H E"],
-    gates: tuple[Float[Array, "B T H"] | None, ...],
-    coefficients: Callable[..., Coefficients],
+    gates: Gates,
+    coefficients: Builder,
     *,
     chunk: int,
     fixed: Fixed | None = None,
+    most: float | None = None,
     kept: int = 4,
+    course: Course | None = None,
 ) -> tuple[Float[Array, "B T H E"], State, Float[Array, "B T H"]]:
     """(out, state behind the row, loss of each token at the weights where its gradient was taken), float32 or wider.
 
-    gates: what `coefficients` makes those of a chunk of, each [B,T,H] or None, handed over as [B,H,b]. fixed: leaves [H,...].
+    gates: what `coefficients` makes those of a chunk of, each [B,T,H,...] or None, handed over as [B,H,b,...]. course: None is
+    one run through all chunks; else T is a multiple of `chunk`.
     """
     if chunk < 1 or kept < 1:
         raise ValueError(f"fast_weight: chunk = {chunk}, kept = {kept}: expected at least 1 of each")
     length = q.shape[1]
     whole = length // chunk
-    heads_first = lambda x: jnp.moveaxis(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, 1)  # [B,H,T,...]
+    if course is not None and length % chunk:
+        raise ValueError(f"fast_weight: {length} tokens: expected a multiple of chunk = {chunk} where a course is given")
+    kind = FastWeight(network, coefficients, fixed, most)
     arrays = jax.tree.map(heads_first, (q, k, v, gates))
-    step = functools.partial(_chunks, network, coefficients, fixed)
     cut = lambda x: jnp.moveaxis(x[:, :, : whole * chunk].reshape(*x.shape[:2], whole, chunk, *x.shape[3:]), 2, 0)
     outs, losses = [], []
     if whole:
-        group = min(kept, whole)
-        many = whole // group
-        grouped = lambda x: x[: many * group].reshape(many, group, *x.shape[1:])
         pieces = jax.tree.map(cut, arrays)
-        inner = jax.checkpoint(lambda state, part: jax.lax.scan(step, state, part), prevent_cse=False)
-        state, found = jax.lax.scan(inner, state, jax.tree.map(grouped, pieces))
-        found = jax.tree.map(lambda x: x.reshape(many * group, *x.shape[2:]), found)
-        if rest := whole - many * group:
-            state, more = inner(state, jax.tree.map(lambda x: x[-rest:], pieces))
-            found = jax.tree.map(lambda *parts: jnp.concatenate(parts), found, more)
+        flags = None if course is None else (course.begins.T, course.whole.T, course.live)
+        first = None if course is None else course.first
+        step = functools.partial(_step, kind, first)
+        state, found = grouped_scan(step, state, (pieces, flags), group=kept)
         join = lambda x: jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], whole * chunk, *x.shape[4:])
         out, loss = jax.tree.map(join, found)
         outs.append(out)
         losses.append(loss)
     if length % chunk:
-        state, (out, loss) = step(state, jax.tree.map(lambda x: x[:, :, whole * chunk :], arrays))
+        state, (out, loss) = _step(kind, None, state, (jax.tree.map(lambda x: x[:, :, whole * chunk :], arrays), None))
         outs.append(out)
         losses.append(loss)
     tokens_first = lambda parts: jnp.moveaxis(jnp.concatenate(parts, axis=2), 1, 2)
     return tokens_first(outs), state, tokens_first(losses)
 
 
-def _chunks(network: Network, coefficients: Callable[..., Coefficients], fixed: Fixed | None, state: State, arrays):
+def heads_first(x: Float[Array, "B T H ..."]) -> Float[Array, "B H T ..."]:
+    """In float32 or wider."""
+    return jnp.moveaxis(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, 1)
+
+
+def chosen(rows: Bool[Array, "B"], those: Any, others: Any) -> Any:
+    """`those` in some rows, `others` elsewhere; leaves [B,...], or [...] of all rows."""
+    pick = lambda a, b: jnp.where(rows.reshape(-1, *[1] * (b.ndim - 1)), a, b)
+    return jax.tree.map(pick, those, others)
+
+
+def run_chunk(
+    kind: FastWeight, state: State, arrays: tuple, held: Held | None = None
+) -> tuple[Float[Array, "B H b E"], State, Float[Array, "B H b"], Steps]:
+    """(out, state behind, losses, steps) of one chunk of all rows and heads; arrays: q, k, v and gates, [B,H,b,...]."""
     q, k, v, gates = arrays
-    made = coefficients(*gates)
+    made = kind.coefficients(*gates)
 
-    def run(weights, momentum, made, q, k, v, fixed):
-        return one_chunk(network, weights, momentum, made, q, k, v, fixed)
+    def run(weights, momentum, made, q, k, v, fixed, held):
+        taken, loss = chunk_steps(kind.network, weights, momentum, made, k, v, fixed, held)
+        out = read(kind.network, weights, momentum, made.read, taken, q, fixed)
+        return out, *behind(weights, momentum, made, taken), loss, taken
 
-    over_heads = jax.vmap(run, in_axes=(0, 0, 0, 0, 0, 0, None if fixed is None else 0))
-    over_rows = jax.vmap(over_heads, in_axes=(0, 0, 0, 0, 0, 0, None))
-    out, weights, momentum, loss = over_rows(state.weights, state.momentum, made, q, k, v, fixed)
-    return State(weights, momentum), (out, loss)
+    fixed = None if kind.fixed is None else 0
+    filled = None if held is None else Held(0, None)
+    over_heads = jax.vmap(run, in_axes=(0, 0, 0, 0, 0, 0, fixed, filled))
+    over_rows = jax.vmap(over_heads, in_axes=(0, 0, 0, 0, 0, 0, None, None if held is None else 0))
+    out, weights, momentum, loss, taken = over_rows(state.weights, state.momentum, made, q, k, v, kind.fixed, held)
+    return out, bounded(State(weights, momentum), kind.most), loss, taken
+
+
+def bounded(state: State, most: float | None) -> State:
+    """With matrices [B,H,i,o] whose norm is at most `most`."""
+    if most is None:
+        return state
+
+    def scaled(x):
+        norm = jnp.sqrt(jnp.sum(x**2, axis=(-2, -1), keepdims=True) + 1e-30)
+        return x * jnp.minimum(1, most / norm)
+
+    of = lambda weights: None if weights is None else weights._replace(matrices=tuple(map(scaled, weights.matrices)))
+    return State(of(state.weights), of(state.momentum))
+
+
+def _step(kind: FastWeight, first: State | None, state: State, given):
+    arrays, flags = given
+    if flags is None:
+        out, state, loss, _ = run_chunk(kind, state, arrays)
+        return state, (out, loss)
+    begins, whole, live = flags
+    start = chosen(begins, first, state)
+
+    def run(start):
+        out, after, loss, _ = run_chunk(kind, start, arrays)
+        return chosen(whole, after, start), (out, loss)
+
+    def skip(start):
+        v = arrays[2]
+        return start, (jnp.zeros_like(v), jnp.zeros_like(v[..., 0]))
+
+    return jax.lax.cond(live, run, skip, start)
+
+
+def next_token(
+    kind: FastWeight, state: State, opened: Open, slot: Int[Array, "B"], arrays: tuple
+) -> tuple[Float[Array, "B H 1 E"], Float[Array, "B H 1"], Open]:
+    """(out, loss, open chunk with it) of one token a row at its slot of the open chunk; arrays: q, k, v, gates, [B,H,1,...].
+
+    `state` is that at the chunk's start and stays so: `absorbed` gives it behind a whole chunk.
+    """
+    q, k, v, gates = arrays
+    places = jnp.arange(opened.filled.shape[1])
+
+    def put(old, new, slot):  # one row of [b,...]
+        return jnp.where((places == slot).reshape(-1, *[1] * (old.ndim - 1)), new, old)
+
+    over_heads = lambda f: jax.vmap(f, in_axes=(0, 0, None))
+    gates = jax.tree.map(lambda old, new: jax.vmap(over_heads(put))(old, new, slot), opened.gates, gates)
+
+    def run(given, fixed, slot):
+        weights, momentum, made, old, q, k, v = given
+        row = lambda rows: jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1), rows)
+        if made.gradient is None:
+            new, loss = steps(kind.network, weights, k, v, fixed)
+        else:
+            e = read(kind.network, weights, momentum, row(made.gradient), old, k, fixed) - v
+            new, loss = Steps((k,), (e,), None), jnp.sum(e**2, axis=-1) / 2
+        taken = jax.tree.map(lambda old, new: put(old, new, slot), old, new)
+        return read(kind.network, weights, momentum, row(made.read), taken, q, fixed), loss, taken
+
+    heads = jax.vmap(run, in_axes=(0, None if kind.fixed is None else 0, None))
+    given = (state.weights, state.momentum, kind.coefficients(*gates), opened.steps, q, k, v)
+    out, loss, taken = jax.vmap(heads, in_axes=(0, None, 0))(given, kind.fixed, slot)
+    return out, loss, Open(taken, gates, opened.filled | (places == slot[:, None]))
+
+
+def absorbed(kind: FastWeight, state: State, opened: Open) -> State:
+    """The state behind a chunk all of whose rows are filled."""
+    of_head = lambda weights, momentum, made, taken: State(*behind(weights, momentum, made, taken))
+    made = kind.coefficients(*opened.gates)
+    after = jax.vmap(jax.vmap(of_head))(state.weights, state.momentum, made, opened.steps)
+    return bounded(after, kind.most)
+
+
+def empty(kind: FastWeight, weights: Weights, gates: Gates, rows: int, chunk: int) -> Open:
+    """An open chunk of `rows` rows without tokens. weights: leaves [H,...]; gates: of anything, [B,T,H,...]."""
+    heads = weights.matrices[0].shape[0]
+    blank = lambda size: jnp.zeros((rows, heads, chunk, size), jnp.float32)
+    inputs = tuple(blank(matrix.shape[1]) for matrix in weights.matrices)
+    gradients = tuple(blank(matrix.shape[2]) for matrix in weights.matrices)
+    gain = None if weights.gain is None else blank(weights.gain.shape[1])
+    held = jax.tree.map(lambda x: jnp.zeros((rows, heads, chunk, *x.shape[3:]), jnp.float32), gates)
+    return Open(Steps(inputs, gradients, gain), held, jnp.zeros((rows, chunk), bool))

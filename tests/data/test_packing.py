@@ -73,6 +73,18 @@ def test_best_fit_cuts_only_long_documents():
     assert len(rows) == 4  # 8 | 8 | 6 + 2 | 3 + 3
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=30), st.integers(1, 40), st.integers(1, 4))
+@pytest.mark.parametrize("packing", [BestFit(), ConcatAndSplit()])
+def test_a_row_has_its_most_documents_at_most(packing, lengths, length, most):
+    rows = packing.plan(np.asarray(lengths), length, most)
+    assert all(0 < len(row) <= most and sum(b - a for a, b in row) <= length for row in rows)
+    pieces = sorted(piece for row in rows for piece in row)
+    assert [a for a, _ in pieces] == [0, *(b for _, b in pieces[:-1])] and pieces[-1][1] == sum(lengths)
+    ends = np.cumsum(lengths)
+    assert all(np.searchsorted(ends, a, side="right") == np.searchsorted(ends, b - 1, side="right") for a, b in pieces)
+
+
 def brute_force(pieces, length):
     rows = []
     for n in sorted(pieces, reverse=True):

@@ -11,9 +11,13 @@ from flax import nnx
 from lcx.attention.mask import Causal, Chunk, Sink, Window
 from lcx.batch import Batch, causal_info
 from lcx.channels.glu import GLU
+from lcx.memory.rmt import RMT
 from lcx.mixers.attention import Attention
 from lcx.mixers.delta_net import GatedDeltaNet
 from lcx.mixers.mixer import Mixer
+from lcx.mixers.neural_memory import NeuralMemory
+from lcx.mixers.titans_mac import TitansMAC
+from lcx.mixers.ttt import TTT
 from lcx.models.decoder import Decoder
 from lcx.models.layer import Layer
 from lcx.models.position_table import PositionTable
@@ -129,7 +133,31 @@ def test_frozen_matrices_have_no_gradient_and_a_table_of_positions_no_product():
 
 def test_a_recurrence_is_counted_as_it_is_written():
     """2 heads of 4 by 8: a write, a read, and with the delta rule another, of 2 x 2 x 4 x 8."""
-    assert [token_flops(GatedDeltaNet(heads=2, head_dim=4, rule=rule)) for rule in ("delta", "sum")] == [3 * 128, 2 * 128]
+    rules = [GatedDeltaNet(heads=2, head_dim=4, rule=rule) for rule in ("delta", "sum")]
+    assert [token_flops(mixer, 8) for mixer in rules] == [3 * 128, 2 * 128]
+
+
+def test_memories_that_are_trained():
+    """2 heads of 4 by 16 by 4: matrices are the read; a write goes forward, and backward but for the keys. In MAC all of the
+    attention's matrices read what is recalled too, of 8 x 4 x 6 and 2 persistent keys; the memory is asked once more."""
+    memory = NeuralMemory(heads=2, head_dim=4, chunk=4)
+    assert token_flops(memory, 8) == token_flops(TTT(heads=2, head_dim=4, depth=2), 8) == 2 * (3 * 2 * 128 - 2 * 64)
+    attention = Attention(heads=2, kv_heads=1, head_dim=4, persistent=2)
+    assert token_flops(attention, 8) == 2 * 2 * 2 * 4
+    mac = TitansMAC(attention=attention, memory=memory)
+    recalled = 2 * (8 * 4 * 6 + 2 * 2 * 4 + 2 * 8 * 8 + 256)
+    assert token_flops(mac, 8) == recalled + 2 * 32 + token_flops(memory, 8)
+    assert pair_flops(mac) == {Chunk(size=4): 4 * 4 * 2 * 4}
+
+
+def test_reading_by_segments():
+    """Segments of 4 with 2 vectors on each side: 8 positions for 4 tokens, 36 pairs for 10; the head reads the tokens."""
+    plain = counter(MODEL, abstract_model(MODEL)[1])
+    spec = edit(MODEL, "memory", RMT(segment=4, slots=2))
+    found = counter(spec, abstract_model(spec)[1])
+    head, own = 2 * MODEL.vocab * MODEL.width, 2 * 2 * MODEL.width
+    assert found.per_token == 2 * plain.per_token - head + own
+    assert found.per_pair == {mask & Chunk(size=4): round(3.6 * flops) for mask, flops in plain.per_pair.items()}
 
 
 def test_unknown_mixers_and_devices_are_not_guessed():

@@ -1,0 +1,1 @@
+"""Memories: what a model knows of more tokens than it attends to."""

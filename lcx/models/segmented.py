@@ -1,0 +1,240 @@
+"""A decoder that reads segment after segment, with a memory between them (`Decoder.memory`).
+
+The last layer of a segment feeds the first layer of the next, so segments are the outer loop: one segment's activations are
+alive at a time, and a row's work is not shared between devices. Hidden states come back for the tokens of the batch alone, in
+their order; documents of a row know nothing of each other.
+
+A state holds the bank, the last tokens of the segment before, and the decoder's own state of the open segment. When a segment
+is whole, its vectors are written and that state begins anew.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from lcx.batch import PADDING, Batch, causal_info
+from lcx.memory.document_chunks import DocumentChunks, document_chunks
+from lcx.mixers.neighbours import resumed, torn
+from lcx.models.decoder import Decoder, DecoderModel
+from lcx.record import record
+from pallas_kernels.fast_weight.op import chosen
+from pallas_kernels.grouped_scan import grouped_scan
+
+
+@record
+class SegmentedState:
+    """bank: of the memory. tail: the newest tokens that it reads again, -1 where there are none. front: what it put in front of
+    the open segment. decoder: state of that segment, of which `read` positions and `filled` tokens were fed. index, segments:
+    of the newest token."""
+
+    bank: Any
+    tail: Int[Array, "B k"]
+    front: Float[Array, "B p M"]
+    decoder: Any
+    read: Int[Array, "B"]
+    filled: Int[Array, "B"]
+    index: Int[Array, "B"]
+    segments: Int[Array, "B"]
+
+
+class SegmentedModel(DecoderModel):
+    """Parameters are the decoder's, and `memory`."""
+
+    def __init__(self, spec: Decoder, rngs: nnx.Rngs):
+        super().__init__(spec, rngs)
+        self.memory = spec.memory.build(spec.width, rngs=rngs)
+
+    def __call__(self, batch: Batch, state: Any = None, *, upto: int | None = None):
+        """Hidden states after the final norm. Raises ValueError for `upto`, embeddings, or a state beside a memory that reads
+        ahead."""
+        if upto is not None or batch.embeds is not None:
+            raise ValueError("decoder.memory: expected neither upto nor embeddings in a batch that is read by segments")
+        batch = jax.tree.map(jnp.asarray, batch)
+        if state is None:
+            return self._whole_rows(batch)
+        if self.memory.ahead:
+            raise ValueError(
+                "decoder.memory.query = 'ahead': expected 'behind' in generation, where later tokens are not known"
+            )
+        return self._more(batch, state)
+
+    def _whole_rows(self, batch: Batch):
+        size, info = self.spec.memory.segment, batch.info
+        chunks = document_chunks(info, size, self.spec.documents)
+        tokens, real = _laid(chunks, batch.tokens, size)
+        rows = tokens.shape[1]
+        first = self.memory.empty(rows), self._no_tail(rows)
+
+        def step(carried, given):
+            tokens, real, begins, live = given
+
+            def run(carried):
+                bank, tail = chosen(begins, first, carried)
+                vectors, there = self._recalled(bank, tail, tokens, real)
+                hidden, behind, aux = self._segment(bank, vectors, there, tail, tokens, real)
+                return (self.memory.written(bank, behind), self._tail(tail, tokens, real)), (hidden, aux)
+
+            shapes = jax.eval_shape(lambda: run(carried)[1])
+            skip = lambda carried: (carried, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+            return jax.lax.cond(live, run, skip, carried)
+
+        given = tokens, real, chunks.begins.T, chunks.live
+        bptt = self.spec.memory.bptt
+        group = bptt or max(1, round(len(tokens) ** 0.5))
+        _, (hidden, aux) = grouped_scan(step, first, given, group=group, truncated=bptt is not None, again=True)
+        hidden = chunks.scatter(_joined(hidden))
+        aux = jax.tree.map(lambda x: x.sum() / jnp.maximum(chunks.live.sum(), 1), aux)
+        return jnp.where(torn(info)[..., None], jnp.nan, hidden), None, aux
+
+    def _segment(self, bank, vectors, there, tail, tokens, real):
+        """(hidden states of the tokens, of the vectors behind them, aux) of one segment of all rows."""
+        kept = self._kept(tail)
+        behind = self.memory.behind(bank, vectors)
+        some = jnp.broadcast_to(real.any(axis=1, keepdims=True), behind.shape[:2])
+        batch = _sequence([(vectors, there), (kept, kept >= 0), (tokens, real), (behind, some)])
+        hidden, _, aux = super().__call__(batch)
+        front = vectors.shape[1] + kept.shape[1]
+        return hidden[:, front : front + tokens.shape[1]], hidden[:, front + tokens.shape[1] :], aux
+
+    def _recalled(self, bank, tail, tokens, real):
+        """What the memory puts in front of a segment."""
+        if not self.memory.asked:
+            return self.memory.read(bank, None)
+        given = tokens[:, : self.memory.asked] if self.memory.ahead else tail[:, tail.shape[1] - self.memory.asked :]
+        there = real[:, : self.memory.asked] if self.memory.ahead else given >= 0
+        mark = self.memory.mark(len(tail))
+        always = jnp.ones((len(tail), 1), bool)
+        hidden, _, _ = super().__call__(_sequence([(mark, always), (given, there), (mark, always)]))
+        return self.memory.read(bank, hidden[:, -1])
+
+    def _more(self, batch: Batch, state: SegmentedState):
+        size, info = self.spec.memory.segment, batch.info
+        broken, index, segments = resumed(info, state.index, state.segments)
+        if batch.shape[1] == 1:
+            real = info.segments != PADDING
+            given, join = (batch.tokens[None], real[None], (real & (info.index == 0)).T), lambda y: y[0]
+        else:
+            chunks = document_chunks(info, size, self.spec.documents, state.filled)
+            given, join = (*_laid(chunks, batch.tokens, size), chunks.begins.T), lambda y: chunks.scatter(_joined(y))
+        state, (hidden, aux) = jax.lax.scan(self._piece, state, given)
+        hidden = jnp.where(broken[..., None], jnp.nan, join(hidden))
+        return hidden, dataclasses.replace(state, index=index, segments=segments), jax.tree.map(lambda x: x.mean(), aux)
+
+    def _piece(self, state: SegmentedState, given):
+        """Tokens of one segment of each row: what stands before it is read first, what stands behind it when it is whole."""
+        tokens, real, begins = given
+        rows = len(tokens)
+        state = dataclasses.replace(
+            state,
+            bank=chosen(begins, self.memory.empty(rows), state.bank),
+            tail=chosen(begins, self._no_tail(rows), state.tail),
+            decoder=self._anew(begins, state.decoder),
+            read=jnp.where(begins, 0, state.read),
+            filled=jnp.where(begins, 0, state.filled),
+        )
+        opens = (state.filled == 0) & real.any(axis=1)
+        state = jax.lax.cond(opens.any(), lambda state: self._opened(state, opens), lambda state: state, state)
+        hidden, decoder, read, aux = self._fed([(tokens, real)], state.decoder, state.read)
+        tail, filled = self._tail(state.tail, tokens, real), state.filled + real.sum(axis=1, dtype=jnp.int32)
+        state = dataclasses.replace(state, tail=tail, decoder=decoder, read=read, filled=filled)
+        whole = filled == self.spec.memory.segment
+        return jax.lax.cond(whole.any(), lambda state: self._closed(state, whole), lambda state: state, state), (hidden, aux)
+
+    def _opened(self, state: SegmentedState, opens: Bool[Array, "B"]) -> SegmentedState:
+        vectors, there = self._recalled(state.bank, state.tail, None, None)
+        kept = self._kept(state.tail)
+        parts = [(vectors, there & opens[:, None]), (kept, (kept >= 0) & opens[:, None])]
+        _, decoder, read, _ = self._fed(parts, state.decoder, state.read)
+        return dataclasses.replace(state, front=chosen(opens, vectors, state.front), decoder=decoder, read=read)
+
+    def _closed(self, state: SegmentedState, whole: Bool[Array, "B"]) -> SegmentedState:
+        behind = self.memory.behind(state.bank, state.front)
+        there = jnp.broadcast_to(whole[:, None], behind.shape[:2])
+        hidden, decoder, read, _ = self._fed([(behind, there)], state.decoder, state.read)
+        return dataclasses.replace(
+            state,
+            bank=chosen(whole, self.memory.written(state.bank, hidden), state.bank),
+            decoder=self._anew(whole, decoder),
+            read=jnp.where(whole, 0, read),
+            filled=jnp.where(whole, 0, state.filled),
+        )
+
+    def _fed(self, parts, decoder: Any, read: Int[Array, "B"]):
+        """(hidden, state, positions read, aux) of the decoder over the next positions of its segment."""
+        batch = _sequence(parts, read)
+        hidden, decoder, aux = super().__call__(batch, decoder)
+        return hidden, decoder, read + (batch.info.segments != PADDING).sum(axis=1, dtype=jnp.int32), aux
+
+    def _anew(self, rows: Bool[Array, "B"], decoder: Any) -> Any:
+        """The decoder's state, empty in some rows; states of layers are stacked in front."""
+        fresh = self._empty_decoder(len(rows))
+        layers = lambda old, new: jax.vmap(lambda old, new: chosen(rows, new, old))(old, new)
+        return {
+            "embed": chosen(rows, fresh["embed"], decoder["embed"]),
+            "layers": jax.tree.map(layers, decoder["layers"], fresh["layers"]),
+        }
+
+    def _empty_decoder(self, rows: int) -> Any:
+        vectors, behind = self._around(rows)
+        room = vectors.shape[1] + self.memory.sensory + self.spec.memory.segment + behind.shape[1]
+        return super().init_state(rows, room)
+
+    def _around(self, rows: int):
+        """Vectors in front of and behind a segment, of an empty bank."""
+        bank = self.memory.empty(rows)
+        query = jnp.zeros((rows, self.spec.width)) if self.memory.asked else None
+        vectors, _ = self.memory.read(bank, query)
+        return vectors, self.memory.behind(bank, vectors)
+
+    def _kept(self, tail: Int[Array, "B k"]) -> Int[Array, "B sensory"]:
+        return tail[:, tail.shape[1] - self.memory.sensory :]
+
+    @property
+    def _tail_size(self) -> int:
+        return max(self.memory.sensory, 0 if self.memory.ahead else self.memory.asked)
+
+    def _no_tail(self, rows: int) -> Int[Array, "B k"]:
+        return jnp.full((rows, self._tail_size), -1)
+
+    def _tail(self, tail, tokens, real):
+        """The newest tokens, in their order behind places that have none."""
+        wide = jnp.concatenate([tail, jnp.where(real, tokens, -1)], axis=1)
+        order = jnp.argsort(wide >= 0, axis=1, stable=True)
+        return jnp.take_along_axis(wide, order, axis=1)[:, wide.shape[1] - tail.shape[1] :]
+
+    def init_state(self, batch_size, length):
+        none = jnp.zeros(batch_size, jnp.int32)
+        return SegmentedState(
+            bank=self.memory.empty(batch_size),
+            tail=self._no_tail(batch_size),
+            front=self._around(batch_size)[0],
+            decoder=self._empty_decoder(batch_size),
+            **dict.fromkeys(("read", "filled", "index", "segments"), none),
+        )
+
+
+def _laid(chunks: DocumentChunks, tokens: Int[Array, "B T"], size: int):
+    """(tokens [n,B,size], which are there)."""
+    rows, n = chunks.count.shape
+    cut = lambda y: jnp.moveaxis(y.reshape(rows, n, size), 1, 0)
+    return cut(chunks.gather(tokens)), cut(chunks.source < tokens.shape[1])
+
+
+def _joined(hidden: Float[Array, "n B size M"]) -> Float[Array, "B slots M"]:
+    return jnp.moveaxis(hidden, 0, 1).reshape(hidden.shape[1], -1, hidden.shape[-1])
+
+
+def _sequence(parts, start: Int[Array, "B"] | None = None) -> Batch:
+    """One text of vectors and tokens, each with which of them are there."""
+    segments = jnp.concatenate([there.astype(jnp.int32) for _, there in parts], axis=1)
+    width = max((part.shape[-1] for part, _ in parts if part.ndim == 3), default=None)
+    ids = [part if part.ndim == 2 else jnp.full(part.shape[:2], -1) for part, _ in parts]
+    embeds = None
+    if width is not None:
+        as_vectors = lambda part: part if part.ndim == 3 else jnp.zeros((*part.shape, width))
+        embeds = jnp.concatenate([as_vectors(part).astype(jnp.float32) for part, _ in parts], axis=1)
+    return Batch(tokens=jnp.concatenate(ids, axis=1), info=causal_info(segments, start), embeds=embeds)
