@@ -15,8 +15,8 @@ $(VENV)/.tpu: $(VENV)/.dev  # the TPU compiler, which runs on any Linux machine
 	touch $@
 
 $(VENV)/.oracles: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet 'torch==2.13.0' 'transformers>=5,<6' einops
-	$(BIN)/python -m pip install --quiet --no-deps 'ringattention==0.1.2'
+	$(BIN)/python -m pip install --quiet 'torch==2.13.0' 'transformers>=5,<6' einops einx tensordict assoc-scan
+	$(BIN)/python -m pip install --quiet --no-deps 'ringattention==0.1.2' 'titans-pytorch==0.5.1'
 	touch $@
 
 quickstart: $(VENV)/.dev  ## train, evaluate and ablate RoPE extension on real text

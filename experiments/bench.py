@@ -13,13 +13,14 @@ BENCHES = {
     "Memory of the chunked head": "lcx.objectives.bench",
     "Tile attention": "pallas_kernels.tile_attention.bench",
     "Distance plans beside plain attention": "lcx.positions.bench",
+    "Titans' memory beside titans-pytorch, CPU, float32": "lcx.mixers.bench",
     "Ring attention beside the ringattention package, eight forced devices": "lcx.attention.bench",
 }
 
 
 def main(argv: list[str] | None = None) -> int:
     argparse.ArgumentParser("bench", description=__doc__, allow_abbrev=False).parse_args(argv)
-    for package in ("torch", "transformers", "ringattention"):
+    for package in ("torch", "transformers", "ringattention", "titans_pytorch"):
         if importlib.util.find_spec(package) is None:
             print(f"bench: needs {package}: use `make bench`", file=sys.stderr)
             return 2

@@ -138,8 +138,7 @@ def _one(kind: FastWeight, first: State, arrays, info: TokenInfo, state: Chunked
 
 
 def _run(kind: FastWeight, start: State, arrays, course: Course, chunk: int):
-    options = {"chunk": chunk, "fixed": kind.fixed, "most": kind.most, "course": course}
-    return fast_weight(kind.network, start, *arrays, kind.coefficients, **options)
+    return fast_weight(kind, start, *arrays, chunk=chunk, course=course)
 
 
 def _in_rows(filled: Bool[Array, "B b"], held: Float[Array, "B H b ..."], new: Float[Array, "B H b ..."]) -> Array:

@@ -35,7 +35,7 @@ from lcx.parallel.rules import shard, whole_rows
 from lcx.record import record
 from pallas_kernels.fast_weight.coefficients import LEAST, Coefficients, Gradient, decayed
 from pallas_kernels.fast_weight.network import Network, Weights
-from pallas_kernels.fast_weight.op import State, fast_weight
+from pallas_kernels.fast_weight.op import FastWeight, State, fast_weight
 
 NETWORKS = {"delta": Network(), "sum": Network(target="hebbian")}
 
@@ -131,16 +131,11 @@ class GatedDeltaNetModule(MixerModule):
         real = jnp.broadcast_to((info.segments != PADDING)[..., None], beta.shape)
         empty = jnp.zeros((x.shape[0], spec.heads, spec.head_dim, spec.values), jnp.float32)
         before = Weights((empty if state is None else state.memory,))
-        out, after, _ = fast_weight(
-            NETWORKS[spec.rule],
-            State(before),
-            unit(q) * spec.head_dim**-0.5,
-            unit(k),
-            v,
-            (beta, log_decay, real.astype(jnp.float32)),
-            functools.partial(_coefficients, gradient="decayed" if spec.rule == "delta" else "start"),
-            chunk=spec.chunk,
-        )
+        gradient = "decayed" if spec.rule == "delta" else "start"
+        kind = FastWeight(NETWORKS[spec.rule], functools.partial(_coefficients, gradient=gradient))
+        gates = (beta, log_decay, real.astype(jnp.float32))
+        q, k = unit(q) * spec.head_dim**-0.5, unit(k)
+        out, after, _ = fast_weight(kind, State(before), q, k, v, gates, chunk=spec.chunk)
         out = self.norm(out) * jax.nn.silu(whole(project(self.gate)))
         if state is None:
             broken = torn(info)

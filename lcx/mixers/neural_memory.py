@@ -31,7 +31,7 @@ from lcx.mixers.short_convolution import convolved_heads, empty_convolution
 from lcx.norms import RMSNorm
 from lcx.parallel.rules import shard, whole_rows
 from lcx.record import record
-from pallas_kernels.fast_weight.coefficients import decayed, limited
+from pallas_kernels.fast_weight.coefficients import decayed
 from pallas_kernels.fast_weight.network import Network, Weights
 from pallas_kernels.fast_weight.op import FastWeight, Gates, State
 
@@ -130,7 +130,7 @@ class NeuralMemoryModule(MixerModule):
         q, at_query = self._local(x, "query", info, held[0])
         k, at_key = self._local(x, "key", info, held[1])
         v, at_value = self._local(x, "value", info, held[2])
-        gates = self.gates_of(x, k, real_tokens(info, spec.heads))
+        gates = self.gates_of(x, real_tokens(info, spec.heads))
         memory = None if state is None else state.memory
         options = {"chunk": spec.chunk, "documents": inherited.documents}
         out, memory, loss = run(self.kind, self.first, q, k, v, gates, info, memory, **options)
@@ -144,8 +144,8 @@ class NeuralMemoryModule(MixerModule):
         spec = self.spec
         network = Network(output="gain" if spec.network == "residual" else "plain")
         gradient = "start" if spec.gradient == "start" else "previous"
-        build = functools.partial(_coefficients, gradient=gradient, overshoot=spec.overshoot)
-        return FastWeight(network, build, None, spec.norm)
+        build = functools.partial(_coefficients, gradient=gradient)
+        return FastWeight(network, build, overshoot=spec.overshoot, norm=spec.norm)
 
     @property
     def first(self) -> State:
@@ -154,21 +154,20 @@ class NeuralMemoryModule(MixerModule):
         weights = Weights(tuple(matrix[...] for matrix in self.start), (), gain)
         return State(weights, jax.tree.map(jnp.zeros_like, weights) if self.spec.momentum else None)
 
-    def gates_of(self, x: Float[Array, "B T M"], k: Float[Array, "B T H D"], real: Float[Array, "B T H"]) -> Gates:
-        """theta, log(1 - alpha), log eta, keys and which tokens are real: what coefficients are made of."""
+    def gates_of(self, x: Float[Array, "B T M"], real: Float[Array, "B T H"]) -> Gates:
+        """theta, log(1 - alpha), log eta and which tokens are real: what coefficients are made of."""
         raw = {name: self._whole(self._project(x, self.gates[name])) + self.gate_bias[name][...] for name in self._gate_names}
         step = self.spec.step * jax.nn.sigmoid(raw["step"])
         keep = jax.nn.log_sigmoid(-raw["keep"]) if self.spec.decay else None
         momentum = jax.nn.log_sigmoid(raw["momentum"]) if self.spec.momentum else None
-        return step, keep, momentum, k if self.spec.overshoot else None, real
+        return step, keep, momentum, real
 
     @property
     def no_gates(self) -> Gates:
         """Of one token, of the shapes of `gates_of`."""
         spec = self.spec
         gate = jnp.zeros((1, 1, spec.heads))
-        key = jnp.zeros((1, 1, spec.heads, spec.head_dim)) if spec.overshoot else None
-        return gate, gate if spec.decay else None, gate if spec.momentum else None, key, gate
+        return gate, gate if spec.decay else None, gate if spec.momentum else None, gate
 
     def joined(self, out: Float[Array, "B T H D"], dtype) -> Float[Array, "B T M"]:
         """Heads through the output matrix."""
@@ -223,6 +222,5 @@ def _first_bias(name: str, rngs: nnx.Rngs, heads: int) -> Float[Array, "H"]:
     return jnp.log(first) - jnp.log1p(-first)
 
 
-def _coefficients(step, log_keep, log_momentum, k, real, *, gradient, overshoot):
-    made = decayed(step, log_keep, log_momentum, real > 0, gradient=gradient)
-    return made if overshoot is None else limited(made, k, overshoot)
+def _coefficients(step, log_keep, log_momentum, real, *, gradient):
+    return decayed(step, log_keep, log_momentum, real > 0, gradient=gradient)

@@ -197,7 +197,7 @@ class TitansMACModule(MixerModule):
             return self.memory.finished(found, name)
 
         q, k, v = map(taken, NAMES)
-        gates = self.memory.gates_of(y, k, jnp.broadcast_to(real[:, None, None], q.shape[:3]).astype(jnp.float32))
+        gates = self.memory.gates_of(y, jnp.broadcast_to(real[:, None, None], q.shape[:3]).astype(jnp.float32))
         arrays = jax.tree.map(heads_first, (q, k, v, gates))
         out, loss, after = next_token(self.memory.kind, memory, opened, slot, arrays)
         opened = chosen(real, after, opened)
@@ -223,7 +223,7 @@ class TitansMACModule(MixerModule):
             raw = {name: jnp.where(opened.filled[..., None, None], earlier[name], raw[name]) for name in NAMES}
         q, k, v = (self.memory.finished(self._convolved(past[name], raw[name], name), name) for name in NAMES)
         real = jnp.broadcast_to(filled[..., None], q.shape[:3]).astype(jnp.float32)
-        q, k, v, gates = jax.tree.map(heads_first, (q, k, v, self.memory.gates_of(y, k, real)))
+        q, k, v, gates = jax.tree.map(heads_first, (q, k, v, self.memory.gates_of(y, real)))
         steps = None
         if held is not None:
             rows = lambda x: opened.filled.reshape(len(filled), 1, size, *[1] * (x.ndim - 3))

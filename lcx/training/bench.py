@@ -9,15 +9,14 @@ reports its time from start of the program's imports to the end of the first ste
 
 import dataclasses
 import json
-import os
-import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 
 import numpy as np
+
+from lcx.side_by_side import in_turn, timed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +40,7 @@ SHAPES = (
     Shape(width=256, layers=4, heads=4, hidden=768, vocab=264, rows=4, length=512),
     Shape(width=512, layers=8, heads=8, hidden=1408, vocab=2048, rows=2, length=512),
 )
-ROUNDS, WARM, STEPS = 3, 3, 10  # a process settles over its first steps
-HUGE_PAGES = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # as the programs start; for both sides
+SIDES = ("lcx", "torch")
 
 
 def lcx_step(shape: Shape) -> tuple[Callable[[], float], int]:
@@ -121,15 +119,7 @@ def torch_step(shape: Shape) -> tuple[Callable[[], float], int]:
 def side(name: str, shape: Shape, begin: float) -> dict:
     """Runs one side in this process."""
     once, count = {"lcx": lcx_step, "torch": torch_step}[name](shape)
-    once()
-    first, seconds = time.perf_counter() - begin, []
-    for _ in range(WARM + STEPS):
-        start = time.perf_counter()
-        loss = once()
-        seconds.append(time.perf_counter() - start)
-    seconds = seconds[WARM:]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"parameters": count, "first": first, "seconds": seconds, "peak": peak, "loss": loss}
+    return {"parameters": count} | timed(once, begin)
 
 
 def compare() -> str:
@@ -139,12 +129,7 @@ def compare() -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for number, shape in enumerate(SHAPES):
-        runs: dict[str, list[dict]] = {"lcx": [], "torch": []}
-        for _ in range(ROUNDS):
-            for name, found in runs.items():
-                command = [sys.executable, "-m", "lcx.training.bench", name, str(number)]
-                printed = subprocess.run(command, env=HUGE_PAGES, capture_output=True, text=True, check=True).stdout
-                found.append(json.loads(printed.splitlines()[-1]))
+        runs = in_turn("lcx.training.bench", SIDES, number)
         speed = {
             name: shape.rows * shape.length / statistics.median(s for run in found for s in run["seconds"])
             for name, found in runs.items()

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels.fast_weight.coefficients import Coefficients, Rows
+from pallas_kernels.fast_weight.coefficients import Coefficients, Rows, bounded
 from pallas_kernels.fast_weight.network import Fixed, Network, Steps, Weights, product, steps
 
 
@@ -31,31 +31,29 @@ def chunk(
     k: Float[Array, "b D"],
     v: Float[Array, "b E"],
     fixed: Fixed | None = None,
-) -> tuple[Float[Array, "b E"], Weights, Weights | None, Float[Array, "b"]]:
-    """(what each token reads, weights and momentum behind the chunk, loss of each token where its gradient was taken).
-
-    Without a momentum there is none: coefficients are those without `log_momentum`.
-    """
-    made, loss = chunk_steps(network, weights, momentum, coefficients, k, v, fixed)
-    out = read(network, weights, momentum, coefficients.read, made, q, fixed)
-    return out, *behind(weights, momentum, coefficients, made), loss
-
-
-def chunk_steps(
-    network: Network,
-    weights: Weights,
-    momentum: Weights | None,
-    coefficients: Coefficients,
-    k: Float[Array, "b D"],
-    v: Float[Array, "b E"],
-    fixed: Fixed | None = None,
+    *,
+    overshoot: float | None = None,
     held: Held | None = None,
-) -> tuple[Steps, Float[Array, "b"]]:
-    """The steps of all rows, and the loss of each token where its gradient is taken; that of held rows means nothing."""
+) -> tuple[Float[Array, "b E"], Weights, Weights | None, Float[Array, "b"], Steps]:
+    """(what each token reads, weights and momentum behind the chunk, loss of each token where its gradient was taken, steps).
+
+    Without a momentum there is none: coefficients are those without `log_momentum`. overshoot: see `bounded`; None is no bound.
+    held: the loss of rows that are held means nothing.
+    """
     if coefficients.gradient is not None:
-        return _delta_steps(weights, momentum, coefficients.gradient, k, v, held)
-    made, loss = steps(network, weights, k, v, fixed)
-    return made if held is None else held.beside(made), loss
+        made, loss = _delta_steps(weights, momentum, coefficients.gradient, k, v, held)
+    else:
+        made, loss = steps(network, weights, k, v, fixed, reaching=overshoot is not None)
+        made = made if held is None else held.beside(made)
+    coefficients = coefficients if overshoot is None else bounded(coefficients, overlap(made), overshoot)
+    out = read(network, weights, momentum, coefficients.read, made, q, fixed)
+    return out, *behind(weights, momentum, coefficients, made), loss, made
+
+
+def overlap(made: Steps) -> Float[Array, "b b"]:
+    """How much a step of one token moves the answer to the key of another, at most."""
+    each = [jnp.abs(product(x, x.T)) * made.reach[:, n, None] * made.reach[None, :, n] for n, x in enumerate(made.inputs)]
+    return sum(each) + (0.0 if made.gain is None else 1.0)  # a channel's gain is moved by every token
 
 
 def read(

@@ -76,18 +76,18 @@ def decayed(
     return Coefficients(read, state, Rows(none, left, last), place)
 
 
-def limited(made: Coefficients, k: Float[Array, "*b i D"], most: float) -> Coefficients:
-    """The same with steps so small that a linear memory whose gradient is taken at the chunk's start cannot overshoot.
+def bounded(made: Coefficients, overlap: Float[Array, "i j"], most: float) -> Coefficients:
+    """Those of one head's chunk whose gradients are taken at its start, its steps so small that together they do not overshoot.
 
-    Rows i are scaled down where `max_j sum_r gain_ir |k_j . k_r|` over tokens up to i, which bounds the largest eigenvalue of
-    the chunk's step, is more than `most`; from 2 on a step overshoots. Only the past decides, so a row may be read at any time.
+    overlap: how much a step of token i moves the answer to key j, at most, whatever its direction. A row i is scaled down where
+    `max_j sum_r gain_ir overlap_rj` over tokens up to i, a bound of the largest eigenvalue of what the chunk's steps do to its
+    errors, is more than `most`; from 2 on they overshoot. Only the past decides, so a row may be read at any time.
     """
-    overlap = jnp.abs(product(k, jnp.swapaxes(k, -1, -2)))
-    past = jnp.tril(jnp.ones(overlap.shape[-2:], bool))
-    bound = jnp.max(jnp.where(past, product(made.read.gain, overlap), 0.0), axis=-1)
-    scale = jnp.minimum(1.0, most / jnp.maximum(bound, 1e-30))[..., None]
-    of = lambda rows, scale: rows._replace(gain=rows.gain * scale)
-    last = scale[..., -1:, :]
+    past = jnp.tril(jnp.ones(overlap.shape, bool))
+    moved = jnp.max(jnp.where(past, product(made.read.gain, overlap), 0.0), axis=-1)
+    scale = jnp.minimum(1.0, most / jnp.maximum(moved, 1e-30))
+    of = lambda rows, scale: rows._replace(gain=rows.gain * scale[:, None])
+    last = scale[-1:]
     return made._replace(read=of(made.read, scale), state=of(made.state, last), momentum=of(made.momentum, last))
 
 

@@ -84,14 +84,22 @@ class Network:
 
 
 class Steps(NamedTuple):
-    """Of a chunk's tokens: the inputs x of each layer and the gradients e of its outputs, and of the gain, row by row."""
+    """Of a chunk's tokens, row by row: the inputs x of each layer and the gradients e of its outputs, and of the gain. reach:
+    how far f moves, at most, for a move of each layer's outputs, where it is asked for."""
 
     inputs: tuple[Float[Array, "b i"], ...]
     gradients: tuple[Float[Array, "b o"], ...]
     gain: Float[Array, "b E"] | None
+    reach: Float[Array, "b n"] | None = None
 
 
-def steps(network: Network, weights: Weights, k: Array, v: Array, fixed: Fixed | None) -> tuple[Steps, Array]:
+STEEPEST = 1.13  # slope of GELU; of the others less
+POWERS = 4  # iterations for a spectral norm
+
+
+def steps(
+    network: Network, weights: Weights, k: Array, v: Array, fixed: Fixed | None, *, reaching: bool = False
+) -> tuple[Steps, Array]:
     """(steps, loss of each token) at one set of weights."""
     inputs, backward, x = [], [], k
     for n, matrix in enumerate(weights.matrices):
@@ -110,4 +118,28 @@ def steps(network: Network, weights: Weights, k: Array, v: Array, fixed: Fixed |
         (e,) = backward[n - 1](product(e, weights.matrices[n].T))
         gradients.append(e)
     loss = -jnp.sum(found * v, axis=-1) if hebbian else jnp.sum(error**2, axis=-1) / 2
-    return Steps(tuple(inputs), tuple(reversed(gradients)), d_gain), loss
+    reach = _reach(network, weights, z, fixed) if reaching else None
+    return Steps(tuple(inputs), tuple(reversed(gradients)), d_gain, reach), loss
+
+
+def _reach(network: Network, weights: Weights, z: Array, fixed: Fixed | None) -> Float[Array, "b n"]:
+    """Of the last layer the slope of the output map, of those before it times the norms of the matrices between."""
+    last = jnp.ones(len(z), z.dtype)
+    if network.output != "plain":
+        factor = 1 + weights.gain if network.output == "gain" else fixed.weight
+        last = jnp.max(jnp.abs(factor)) * jax.lax.rsqrt(jnp.var(z, axis=-1) + network.eps)
+    reach = [last]
+    for matrix in reversed(weights.matrices[1:]):
+        reach.append(reach[-1] * STEEPEST * _norm(matrix))
+    return jnp.stack(list(reversed(reach)), axis=-1)
+
+
+def _norm(matrix: Float[Array, "i o"]) -> Array:
+    """Largest singular value, by iteration from a fixed vector."""
+    at = jax.lax.stop_gradient(matrix)
+    v = jnp.ones(matrix.shape[1], matrix.dtype)
+    unit = lambda x: x * jax.lax.rsqrt(jnp.sum(x**2) + 1e-30)
+    for _ in range(POWERS):
+        u = unit(at @ unit(v))
+        v = at.T @ u
+    return jnp.abs(u @ matrix @ unit(v))

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.fast_weight.chunks import Held, behind, chunk_steps, read
-from pallas_kernels.fast_weight.coefficients import Coefficients
+from pallas_kernels.fast_weight.chunks import Held, behind, overlap, read
+from pallas_kernels.fast_weight.chunks import chunk as one_chunk
+from pallas_kernels.fast_weight.coefficients import Coefficients, bounded
 from pallas_kernels.fast_weight.network import Fixed, Network, Steps, Weights, steps
 from pallas_kernels.grouped_scan import grouped_scan
 
@@ -49,34 +50,33 @@ class Open(NamedTuple):
 
 
 class FastWeight(NamedTuple):
-    """What a fast weight is. coefficients: of the gates of a chunk, leaves [B,H,b,...]. fixed: leaves [H,...]. most: of the
-    Frobenius norm of each matrix behind a whole chunk, which is scaled down to it; None is any."""
+    """What a fast weight is. coefficients: of the gates of a chunk, leaves [B,H,b,...]. fixed: leaves [H,...]. overshoot: of a
+    chunk's steps (`coefficients.bounded`). norm: the largest Frobenius norm of a matrix, and of the gain, behind a whole chunk,
+    which are scaled down to it. None is any."""
 
     network: Network
     coefficients: Builder
     fixed: Fixed | None = None
-    most: float | None = None
+    overshoot: float | None = None
+    norm: float | None = None
 
 
 def fast_weight(
-    network: Network,
+    kind: FastWeight,
     state: State,
     q: Float[Array, "B T H D"],
     k: Float[Array, "B T H D"],
     v: Float[Array, "B T H E"],
     gates: Gates,
-    coefficients: Builder,
     *,
     chunk: int,
-    fixed: Fixed | None = None,
-    most: float | None = None,
     kept: int = 4,
     course: Course | None = None,
 ) -> tuple[Float[Array, "B T H E"], State, Float[Array, "B T H"]]:
     """(out, state behind the row, loss of each token at the weights where its gradient was taken), float32 or wider.
 
-    gates: what `coefficients` makes those of a chunk of, each [B,T,H,...] or None, handed over as [B,H,b,...]. course: None is
-    one run through all chunks; else T is a multiple of `chunk`.
+    gates: what `kind.coefficients` makes those of a chunk of, each [B,T,H,...] or None, handed over as [B,H,b,...]. course:
+    None is one run through all chunks; else T is a multiple of `chunk`.
     """
     if chunk < 1 or kept < 1:
         raise ValueError(f"fast_weight: chunk = {chunk}, kept = {kept}: expected at least 1 of each")
@@ -84,7 +84,6 @@ def fast_weight(
     whole = length // chunk
     if course is not None and length % chunk:
         raise ValueError(f"fast_weight: {length} tokens: expected a multiple of chunk = {chunk} where a course is given")
-    kind = FastWeight(network, coefficients, fixed, most)
     arrays = jax.tree.map(heads_first, (q, k, v, gates))
     cut = lambda x: jnp.moveaxis(x[:, :, : whole * chunk].reshape(*x.shape[:2], whole, chunk, *x.shape[3:]), 2, 0)
     outs, losses = [], []
@@ -125,29 +124,26 @@ def run_chunk(
     made = kind.coefficients(*gates)
 
     def run(weights, momentum, made, q, k, v, fixed, held):
-        taken, loss = chunk_steps(kind.network, weights, momentum, made, k, v, fixed, held)
-        out = read(kind.network, weights, momentum, made.read, taken, q, fixed)
-        return out, *behind(weights, momentum, made, taken), loss, taken
+        return one_chunk(kind.network, weights, momentum, made, q, k, v, fixed, overshoot=kind.overshoot, held=held)
 
     fixed = None if kind.fixed is None else 0
     filled = None if held is None else Held(0, None)
     over_heads = jax.vmap(run, in_axes=(0, 0, 0, 0, 0, 0, fixed, filled))
     over_rows = jax.vmap(over_heads, in_axes=(0, 0, 0, 0, 0, 0, None, None if held is None else 0))
     out, weights, momentum, loss, taken = over_rows(state.weights, state.momentum, made, q, k, v, kind.fixed, held)
-    return out, bounded(State(weights, momentum), kind.most), loss, taken
+    return out, scaled_down(State(weights, momentum), kind.norm), loss, taken
 
 
-def bounded(state: State, most: float | None) -> State:
-    """With matrices [B,H,i,o] whose norm is at most `most`."""
+def scaled_down(state: State, most: float | None) -> State:
+    """With leaves [B,H,...] whose norm is at most `most`."""
     if most is None:
         return state
 
     def scaled(x):
-        norm = jnp.sqrt(jnp.sum(x**2, axis=(-2, -1), keepdims=True) + 1e-30)
+        norm = jnp.sqrt(jnp.sum(x**2, axis=tuple(range(2, x.ndim)), keepdims=True) + 1e-30)
         return x * jnp.minimum(1, most / norm)
 
-    of = lambda weights: None if weights is None else weights._replace(matrices=tuple(map(scaled, weights.matrices)))
-    return State(of(state.weights), of(state.momentum))
+    return jax.tree.map(scaled, state)
 
 
 def _step(kind: FastWeight, first: State | None, state: State, given):
@@ -189,11 +185,12 @@ def next_token(
         weights, momentum, made, old, q, k, v = given
         row = lambda rows: jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1), rows)
         if made.gradient is None:
-            new, loss = steps(kind.network, weights, k, v, fixed)
+            new, loss = steps(kind.network, weights, k, v, fixed, reaching=kind.overshoot is not None)
         else:
             e = read(kind.network, weights, momentum, row(made.gradient), old, k, fixed) - v
             new, loss = Steps((k,), (e,), None), jnp.sum(e**2, axis=-1) / 2
         taken = jax.tree.map(lambda old, new: put(old, new, slot), old, new)
+        made = made if kind.overshoot is None else bounded(made, overlap(taken), kind.overshoot)
         return read(kind.network, weights, momentum, row(made.read), taken, q, fixed), loss, taken
 
     heads = jax.vmap(run, in_axes=(0, None if kind.fixed is None else 0, None))
@@ -204,10 +201,14 @@ def next_token(
 
 def absorbed(kind: FastWeight, state: State, opened: Open) -> State:
     """The state behind a chunk all of whose rows are filled."""
-    of_head = lambda weights, momentum, made, taken: State(*behind(weights, momentum, made, taken))
+
+    def of_head(weights, momentum, made, taken):
+        made = made if kind.overshoot is None else bounded(made, overlap(taken), kind.overshoot)
+        return State(*behind(weights, momentum, made, taken))
+
     made = kind.coefficients(*opened.gates)
     after = jax.vmap(jax.vmap(of_head))(state.weights, state.momentum, made, opened.steps)
-    return bounded(after, kind.most)
+    return scaled_down(after, kind.norm)
 
 
 def empty(kind: FastWeight, weights: Weights, gates: Gates, rows: int, chunk: int) -> Open:
@@ -217,5 +218,6 @@ def empty(kind: FastWeight, weights: Weights, gates: Gates, rows: int, chunk: in
     inputs = tuple(blank(matrix.shape[1]) for matrix in weights.matrices)
     gradients = tuple(blank(matrix.shape[2]) for matrix in weights.matrices)
     gain = None if weights.gain is None else blank(weights.gain.shape[1])
+    reach = None if kind.overshoot is None else blank(len(weights.matrices))
     held = jax.tree.map(lambda x: jnp.zeros((rows, heads, chunk, *x.shape[3:]), jnp.float32), gates)
-    return Open(Steps(inputs, gradients, gain), held, jnp.zeros((rows, chunk), bool))
+    return Open(Steps(inputs, gradients, gain, reach), held, jnp.zeros((rows, chunk), bool))

@@ -14,7 +14,7 @@ import titans as peer
 
 from pallas_kernels.fast_weight.coefficients import decayed, mini_batch, pooled
 from pallas_kernels.fast_weight.network import Fixed, Network, Weights
-from pallas_kernels.fast_weight.op import State, fast_weight
+from pallas_kernels.fast_weight.op import FastWeight, State, fast_weight
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -55,7 +55,7 @@ def test_gated_delta_rule(chunk):
 
     def run(q, k, v, beta, log_decay, start):
         state = State(Weights((start,)), Weights((jnp.zeros_like(start),)))
-        out, state, _ = fast_weight(Network(), state, q / 2, k, v, (beta, log_decay), coefficients, chunk=chunk)
+        out, state, _ = fast_weight(FastWeight(Network(), coefficients), state, q / 2, k, v, (beta, log_decay), chunk=chunk)
         return (out * given["cotangent"]).sum(), (out, state.weights.matrices[0])
 
     names = "q", "k", "v", "beta", "log_decay", "start"
@@ -72,7 +72,7 @@ def test_delta_rule():
     nothing = Weights((jnp.zeros((2, 2, 4, 6)),))
     coefficients = functools.partial(decayed, gradient="previous")
     arrays = [given[name] for name in ("q", "k", "v")]
-    run = jax.jit(functools.partial(fast_weight, Network(), coefficients=coefficients, chunk=5))
+    run = jax.jit(functools.partial(fast_weight, FastWeight(Network(), coefficients), chunk=5))
     out, state, _ = run(State(nothing), arrays[0] / 2, *arrays[1:], (given["beta"],))
     close(out, given["out"])
     close(state.weights.matrices[0], given["state"])
@@ -93,7 +93,7 @@ def test_ttt(case, names):
     fixed = Fixed(given["weights/ttt_norm_weight"], given["weights/ttt_norm_bias"])
     network = Network(activation="gelu_tanh", output="norm", eps=1e-6)
     state = State(start, jax.tree.map(jnp.zeros_like, start))
-    run = jax.jit(functools.partial(fast_weight, network, coefficients=mini_batch, chunk=4, fixed=fixed))
+    run = jax.jit(functools.partial(fast_weight, FastWeight(network, mini_batch, fixed), chunk=4))
     out, state, _ = run(state, q, k, v, (tokens(row), tokens(column)))
     close(out.reshape(2, 8, 8), given["inner"][:, :8])
     for n, name in enumerate(names):
@@ -134,9 +134,8 @@ def test_titans_pytorch(case):
         spread = lambda x: jnp.pad(jnp.repeat(x, width, axis=1), ((0, 0), (0, length - blocks * width), (0, 0)))
         log_keep = spread(jax.nn.log_sigmoid(-gate(mean(u), "to_decay_factor")))
         log_momentum = spread(jax.nn.log_sigmoid(gate(mean(u), "to_momentum"))) if momentum else None
-        out, behind, loss = fast_weight(
-            Network(output="gain"), state, q, k, v, (step, log_keep, log_momentum), coefficients, chunk=batch
-        )
+        kind, gates = FastWeight(Network(output="gain"), coefficients), (step, log_keep, log_momentum)
+        out, behind, loss = fast_weight(kind, state, q, k, v, gates, chunk=batch)
         if heads > 1:
             out = out * jax.nn.sigmoid(r @ weight("retrieve_gate.0.weight").T)[..., None]
         out = out.reshape(2, length, 8)

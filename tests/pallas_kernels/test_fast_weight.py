@@ -11,7 +11,7 @@ import pytest
 from pallas_kernels.fast_weight.chunks import chunk
 from pallas_kernels.fast_weight.coefficients import decayed, mini_batch
 from pallas_kernels.fast_weight.network import Fixed, Network, Weights
-from pallas_kernels.fast_weight.op import State, fast_weight
+from pallas_kernels.fast_weight.op import FastWeight, State, fast_weight
 from pallas_kernels.fast_weight.reference import recur
 
 T, D, E, F = 5, 3, 4, 5
@@ -59,7 +59,7 @@ def test_a_chunk_equals_the_recurrence(name):
 
         def fast(weights, carried, q, k, v, step, keep, momentum):
             made = decayed(step, jnp.log(keep), jnp.log(momentum))
-            out, *state, _ = chunk(network, weights, carried, made, q, k, v, fixed)
+            out, *state, _, _ = chunk(network, weights, carried, made, q, k, v, fixed)
             return (out * cotangent).sum() + sum(leaf.sum() for leaf in jax.tree.leaves(state)), (out, state)
 
         def slow(weights, carried, q, k, v, step, keep, momentum):
@@ -99,7 +99,7 @@ def test_rows_in_chunks_equal_the_recurrence():
     weights, fixed, q, k, v, step, keep, momentum = jax.tree.map(stack, *made)
     fixed = jax.tree.map(lambda x: x[0], fixed)  # of the heads
     tokens = lambda x: jnp.moveaxis(x, 2, 1)
-    run = jax.jit(functools.partial(fast_weight, network, chunk=2, fixed=fixed, kept=2, coefficients=coefficients))
+    run = jax.jit(functools.partial(fast_weight, FastWeight(network, coefficients, fixed), chunk=2, kept=2))
     gates = tuple(map(tokens, (step, jnp.log(keep), jnp.log(momentum))))
     state = State(weights, jax.tree.map(jnp.zeros_like, weights))
     out, behind, _ = run(state, *map(tokens, (q, k, v)), (*gates, jnp.ones_like(gates[0])))
@@ -121,7 +121,7 @@ def test_without_momentum_nothing_is_carried():
     network = NETWORKS["titans"][0]
     weights, _, q, k, v, step, keep, _ = jax.tree.map(lambda x: x.astype(jnp.float32), given(network, 2, False))
     run = jax.jit(lambda carried: chunk(network, weights, carried, decayed(step, jnp.log(keep)), q, k, v))
-    out, behind, carried, _ = run(None)
+    out, behind, carried, *_ = run(None)
     wanted = run(jax.tree.map(jnp.zeros_like, weights))
     assert carried is None
     assert_close((out, behind), wanted[:2], 1e-6)
@@ -167,6 +167,22 @@ def test_a_forgotten_state_is_gone_and_later_ones_are_exact():
     part = slice(3, None)
     alone, left = run(nothing, *(x[part] for x in (step, jnp.log(keep), q, k, v)))
     assert_close((out[part], behind), (alone, left), 1e-6)
+
+
+@pytest.mark.parametrize("name", ["linear", "titans", "deep"])
+def test_bounded_steps_do_not_overshoot(name):
+    """Twelve times one key and value in one chunk at steps of 1: the error grows without a bound, and falls with one."""
+    network, depth, biases = NETWORKS[name]
+    weights, fixed, _, k, v, *_ = jax.tree.map(lambda x: x.astype(jnp.float32), given(network, depth, biases))
+    k, v = (jnp.broadcast_to(x[0] / jnp.linalg.norm(x[0]), (12, x.shape[1])) for x in (k, v))
+    if network.output == "gain":
+        weights = weights._replace(gain=jnp.zeros_like(weights.gain))
+    made = decayed(jnp.ones(12))
+    run = lambda most: jax.jit(lambda k: chunk(network, weights, None, made, k, k, v, fixed, overshoot=most)[0])(k)
+    errors = {most: np.sum((np.asarray(run(most)) - v) ** 2, axis=-1) for most in (None, 1.0)}
+    before = np.sum((np.asarray(network(weights, k, fixed)) - v) ** 2, axis=-1)
+    assert errors[None][-1] > before[-1]
+    assert (errors[1.0] < before).all()
 
 
 def test_mini_batches_are_products_of_rows_and_columns():
