@@ -1,0 +1,139 @@
+"""Memories of constant size beside attention: keys bound anew again and again, asked for behind all of it.
+
+    python -m experiments.ablate --config=config:ablations.memory.bindings
+    python -m experiments.ablate --config=config:ablations.memory.titans
+    python -m experiments.ablate --config='config:ablations.memory.bindings(only="gated DeltaNet")'     # one arm, minutes
+
+`bindings`: two layers of width 64, one arm a memory, trained on rows of 256 tokens in which each of 16 letters is bound to a
+digit about seven times; then each is asked for its last digit. Measured at 128 to 4,096 tokens, 8 to 256 windows of 16 tokens,
+in which keys are bound as many times more. Chance is 0.10. `titans`: the paper's three ways to join memory and attention, and
+the memory with each of its parts taken away.
+"""
+
+import dataclasses
+
+from lcx.attention.mask import Window
+from lcx.channels.glu import GLU
+from lcx.data.bindings import Bindings
+from lcx.data.pipeline import Pipeline, Weighted
+from lcx.evaluation.ablation import Ablation, Arm, Variant
+from lcx.evaluation.panels import Panel
+from lcx.evaluation.tasks.retrieval import Retrieval
+from lcx.memory.auto_compressor import AutoCompressor
+from lcx.memory.hmt import HMT
+from lcx.memory.rmt import RMT
+from lcx.mixers.attention import Attention
+from lcx.mixers.delta_net import GatedDeltaNet
+from lcx.mixers.mixer import Mixer
+from lcx.mixers.neural_memory import NeuralMemory
+from lcx.mixers.short_convolution import ShortConvolution
+from lcx.mixers.titans import TitansMAG, TitansMAL
+from lcx.mixers.titans_mac import TitansMAC
+from lcx.mixers.ttt import TTT
+from lcx.models.decoder import Decoder
+from lcx.models.layer import Layer
+from lcx.spec import SpecError
+from lcx.training.checkpoint import Checkpointing
+from lcx.training.experiment import Experiment
+from lcx.training.optimizer import AdamW
+from lcx.training.schedules import Cosine
+
+WIDTH, HEADS, DIM, WINDOW, TRAINED = 64, 2, 32, 16, 256
+LENGTHS = (128, 256, 512, 1024, 2048, 4096)
+
+FULL = Attention(heads=HEADS, kv_heads=HEADS, head_dim=DIM)
+NEAR = dataclasses.replace(FULL, mask=Window(size=WINDOW))
+HELD = dataclasses.replace(NEAR, persistent=4)
+MEMORY = NeuralMemory(heads=HEADS, head_dim=DIM, expand=2, chunk=WINDOW)
+
+
+def base(mixer: Mixer = NEAR, steps: int = 600) -> Experiment:
+    """Two layers of one mixer behind a convolution of the embeddings, which shows a value its key."""
+    return Experiment(
+        model=Decoder(
+            vocab=264,
+            width=WIDTH,
+            pattern=(Layer(mixer=mixer, channel=GLU(hidden=2 * WIDTH)),),
+            periods=2,
+            unroll="all",
+            embed_mixer=ShortConvolution(taps=2),
+        ),
+        data=Pipeline(mixture=(Weighted(rows=Bindings()),), length=TRAINED, batch_size=16),
+        optimizer=AdamW(learning_rate=Cosine(peak=4e-3, warmup=50, final=0.1), decay=0.01),
+        steps=steps,
+        checkpoint=Checkpointing(every=300),
+        log_every=50,
+    )
+
+
+def bindings(steps: int = 600, only: str | None = None) -> Ablation:
+    """One arm a memory; or only the named one."""
+    return _ablation({**_mixers(), **_between()}, steps, only)
+
+
+def titans(steps: int = 600, only: str | None = None) -> Ablation:
+    """The three ways, and the memory without each part; or only the named arm."""
+    less = lambda **changes: _mixer(TitansMAG(attention=HELD, memory=dataclasses.replace(MEMORY, **changes)))
+    arms = {
+        "MAC": _mixer(_mac()),
+        "MAG": less(),
+        "MAL": _mixer(TitansMAL(attention=HELD, memory=MEMORY)),
+        "LMM": _mixer(MEMORY),
+        "MAG, one matrix": less(depth=1, network="plain"),
+        "MAG, no forgetting": less(decay=False),
+        "MAG, no momentum": less(momentum=False),
+        "MAG, no convolution": less(taps=0),
+        "MAG, no persistent tokens": _mixer(TitansMAG(attention=NEAR, memory=MEMORY)),
+        "MAG, steps at each token": less(depth=1, network="plain", gradient="token", overshoot=None),
+    }
+    return _ablation(arms, steps, only)
+
+
+def _ablation(arms: dict, steps: int, only: str | None) -> Ablation:
+    if only is not None and only not in arms:
+        raise SpecError(f"only = {only!r}: expected one of {', '.join(arms)}")
+    arms = arms if only is None else {only: arms[only]}
+    return Ablation(
+        base=base(steps=steps),
+        arms=tuple(Arm(name=name, edits=edits) for name, edits in arms.items()),
+        variants=(Variant(method="trained", lengths=LENGTHS),),
+        tasks=(Retrieval(name="bindings", generator=Bindings(), examples_each=32),),
+        panels=(Panel(title="last value of a key, accuracy", task="bindings", metric="token_accuracy"),),
+    )
+
+
+def _mixer(mixer: Mixer) -> tuple:
+    """Edits to two layers of it."""
+    return (("model.pattern[0].mixer", mixer),)
+
+
+def _mac() -> TitansMAC:
+    return TitansMAC(attention=dataclasses.replace(FULL, persistent=4), memory=MEMORY)
+
+
+def _mixers() -> dict:
+    delta = lambda **form: _mixer(GatedDeltaNet(heads=HEADS, head_dim=DIM, value_dim=DIM, chunk=WINDOW, **form))
+    return {
+        "full attention": _mixer(FULL),
+        "window": _mixer(NEAR),
+        "linear attention": delta(rule="sum", decay="none"),
+        "gated linear attention": delta(rule="sum"),
+        "DeltaNet": delta(decay="none"),
+        "gated DeltaNet": delta(),
+        "TTT-Linear": _mixer(TTT(heads=HEADS, head_dim=DIM, chunk=WINDOW, shared=True, gate=True)),
+        "TTT-MLP": _mixer(TTT(heads=HEADS, head_dim=DIM, chunk=WINDOW, depth=2, expand=2, rate=0.1, shared=True, gate=True)),
+        "Titans LMM": _mixer(MEMORY),
+        "Titans MAC": _mixer(_mac()),
+        "Titans MAG": _mixer(TitansMAG(attention=HELD, memory=MEMORY)),
+        "Titans MAL": _mixer(TitansMAL(attention=HELD, memory=MEMORY)),
+    }
+
+
+def _between() -> dict:
+    """Memories between segments of four windows, which full attention reads."""
+    size, plain = 4 * WINDOW, (*_mixer(FULL), ("model.embed_mixer", None))
+    return {
+        "RMT": (*plain, ("model.memory", RMT(segment=size, slots=16))),
+        "AutoCompressor": (*plain, ("model.memory", AutoCompressor(segment=size, slots=4, most=64))),
+        "HMT": (*plain, ("model.memory", HMT(segment=size, sensory=8, size=DIM))),
+    }
