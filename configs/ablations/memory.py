@@ -12,7 +12,7 @@ the memory with each of its parts taken away.
 
 import dataclasses
 
-from lcx.attention.mask import Window
+from lcx.attention.mask import Chunk, Window
 from lcx.channels.glu import GLU
 from lcx.data.bindings import Bindings
 from lcx.data.pipeline import Pipeline, Weighted
@@ -24,6 +24,7 @@ from lcx.memory.hmt import HMT
 from lcx.memory.rmt import RMT
 from lcx.mixers.attention import Attention
 from lcx.mixers.delta_net import GatedDeltaNet
+from lcx.mixers.infini_attention import InfiniAttention
 from lcx.mixers.mixer import Mixer
 from lcx.mixers.neural_memory import NeuralMemory
 from lcx.mixers.short_convolution import ShortConvolution
@@ -120,6 +121,7 @@ def _mixers() -> dict:
         "gated linear attention": delta(rule="sum"),
         "DeltaNet": delta(decay="none"),
         "gated DeltaNet": delta(),
+        "Infini-attention": _mixer(InfiniAttention(attention=dataclasses.replace(FULL, mask=Chunk(size=4 * WINDOW)))),
         "TTT-Linear": _mixer(TTT(heads=HEADS, head_dim=DIM, chunk=WINDOW, shared=True, gate=True)),
         "TTT-MLP": _mixer(TTT(heads=HEADS, head_dim=DIM, chunk=WINDOW, depth=2, expand=2, rate=0.1, shared=True, gate=True)),
         "Titans LMM": _mixer(MEMORY),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -26,6 +27,8 @@ from lcx.positions.frequencies import Frequencies, FrequencyRule
 from lcx.positions.linear_bias import LinearBias
 from lcx.positions.query_scale import QueryScale
 from lcx.positions.rotate import rotate
+
+Beside = Callable[[Array, Array, Array, Array], Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,7 +139,10 @@ class AttentionModule(MixerModule):
     def _rope(self):
         return self.inherited.rope if self.spec.rope == "model" else self.spec.rope
 
-    def __call__(self, x: Float[Array, "B T M"], batch: Batch, state: Any = None, *, place: Place = Place()):
+    def __call__(
+        self, x: Float[Array, "B T M"], batch: Batch, state: Any = None, *, place: Place = Place(), beside: Beside | None = None
+    ):
+        """beside: of what heads found and their queries, keys and values before any rotation: what they give instead."""
         spec, rules, info = self.spec, self.inherited.rules, batch.info
         q = self._project(x, self.query, self.query_bias, self.query_norm, "heads")
         k = self._project(x, self.key, self.key_bias, self.key_norm, "kv_heads")
@@ -144,7 +150,7 @@ class AttentionModule(MixerModule):
         if spec.query_scale is not None:
             lengths = lengths_of(info) if state is None and spec.query_scale.reads_lengths else info.lengths
             q = q * spec.query_scale.scale(info.index, place.layer, lengths)[..., None, None]  # rounded after the rotation
-        unturned = q
+        unturned = q, k, v
         length = x.shape[1] if state is None else spec.cache.length(state)
         frequencies, distances = self.frequencies(length), None
         if frequencies is not None and self._rope.learned:
@@ -184,9 +190,11 @@ class AttentionModule(MixerModule):
             out, lse = spec.cache.attend(state, q, info, frequencies=frequencies, **options)
         if spec.persistent:
             held = self.persistent_keys[...], self.persistent_values[...]
-            out, lse = with_persistent(out, lse, unturned, *held, scale=options["scale"], softcap=spec.softcap)
+            out, lse = with_persistent(out, lse, unturned[0], *held, scale=options["scale"], softcap=spec.softcap)
         if self.sinks is not None:
             out = with_sinks(out, lse, self.sinks[...])
+        if beside is not None:
+            out = beside(out, *unturned)
         y = linear(out.astype(x.dtype), self.output, rules, contracted=2, gradient_sum=self.inherited.gradient_sum)
         if self.output_bias is not None:
             y = y + self.output_bias[...].astype(x.dtype)

@@ -20,6 +20,7 @@ from lcx.attention.mask import Causal, Chunk, Mask, Window
 from lcx.batch import PADDING, TokenInfo
 from lcx.mixers.attention import Attention
 from lcx.mixers.delta_net import GatedDeltaNet
+from lcx.mixers.infini_attention import InfiniAttention
 from lcx.mixers.mixer import Mixer
 from lcx.mixers.neural_memory import NeuralMemory
 from lcx.mixers.short_convolution import ShortConvolution
@@ -152,7 +153,7 @@ def _(mixer: GatedDeltaNet | NeuralMemory | TTT) -> dict[Mask, int]:
 
 
 @pair_flops.register
-def _(mixer: TitansMAG | TitansMAL) -> dict[Mask, int]:
+def _(mixer: TitansMAG | TitansMAL | InfiniAttention) -> dict[Mask, int]:
     return pair_flops(mixer.attention)
 
 
@@ -167,6 +168,10 @@ def token_flops(mixer: Mixer, width: int) -> int:
     """FLOPs for one token beside those of matrices and pairs: of a recurrence as it is written, whatever chunks cost."""
     if isinstance(mixer, Attention):  # of persistent keys only those that are not one head's alone: matrices are counted once
         return 2 * (mixer.heads - mixer.kv_heads) * mixer.persistent * 2 * mixer.head_dim
+    if isinstance(mixer, InfiniAttention):  # write and read, and the read of what the delta rule corrects
+        products = 3 if mixer.rule == "delta" else 2
+        own = products * 2 * mixer.attention.heads * mixer.attention.head_dim * (mixer.attention.head_dim + 1)
+        return own + token_flops(mixer.attention, width)
     if isinstance(mixer, GatedDeltaNet):  # write and read, and the read of what the delta rule corrects
         products = 3 if mixer.rule == "delta" else 2
         return products * 2 * mixer.heads * mixer.head_dim * mixer.values
