@@ -21,6 +21,7 @@ from lcx.batch import PADDING, TokenInfo
 from lcx.mixers.attention import Attention
 from lcx.mixers.delta_net import GatedDeltaNet
 from lcx.mixers.infini_attention import InfiniAttention
+from lcx.mixers.memorizing import MemorizingAttention
 from lcx.mixers.mixer import Mixer
 from lcx.mixers.neural_memory import NeuralMemory
 from lcx.mixers.short_convolution import ShortConvolution
@@ -164,6 +165,14 @@ def _(mixer: TitansMAC) -> dict[Mask, int]:
     return {Chunk(size=mixer.memory.chunk): 4 * flops}
 
 
+@pair_flops.register
+def _(mixer: MemorizingAttention) -> dict[Mask, int]:
+    """A product with each entry that may be there, and the values of those that are near with their softmax."""
+    heads = mixer.attention.heads * mixer.attention.head_dim
+    seen = Window(size=mixer.entries + mixer.segment)
+    return {**pair_flops(mixer.attention), seen: pair_flops(mixer.attention).get(seen, 0) + 2 * heads}
+
+
 def token_flops(mixer: Mixer, width: int) -> int:
     """FLOPs for one token beside those of matrices and pairs: of a recurrence as it is written, whatever chunks cost."""
     if isinstance(mixer, Attention):  # of persistent keys only those that are not one head's alone: matrices are counted once
@@ -172,6 +181,8 @@ def token_flops(mixer: Mixer, width: int) -> int:
         products = 3 if mixer.rule == "delta" else 2
         own = products * 2 * mixer.attention.heads * mixer.attention.head_dim * (mixer.attention.head_dim + 1)
         return own + token_flops(mixer.attention, width)
+    if isinstance(mixer, MemorizingAttention):
+        return 2 * mixer.near * mixer.attention.heads * mixer.attention.head_dim + token_flops(mixer.attention, width)
     if isinstance(mixer, GatedDeltaNet):  # write and read, and the read of what the delta rule corrects
         products = 3 if mixer.rule == "delta" else 2
         return products * 2 * mixer.heads * mixer.head_dim * mixer.values
