@@ -1,4 +1,4 @@
-"""Keys whose values change: pairs "a7", every key several times with other values, then every key once, asked for its last.
+"""Keys whose values change: pairs "a7" bind a letter to a digit, again and again; "A7" asks for what it is bound to now.
 
 What is bound once can be kept by a sum of all pairs; what is bound anew only by a memory that overwrites (DeltaNet, 2021;
 Zoology, Arora et al. 2023). Examples as in `recall`.
@@ -14,39 +14,51 @@ from lcx.data.recall import Recall, RecallExample, TaskDoesNotFit
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bindings(Recall):
-    """keys: letters that are bound. values: how many digits there are to bind to. Pairs, in any order, fill the length; every
-    key has one at least."""
+    """keys: letters that are bound. values: how many digits there are to bind to. asked: the share of pairs that ask, in any
+    order with those that bind; behind them every key is asked for once."""
 
     keys: int = 16
     values: int = 10
+    asked: float = 0.5
 
     def validate(self):
         super().validate()
         self.check(1 <= self.keys <= 26, "keys", "from 1 to 26 letters")
         self.check(2 <= self.values <= 10, "values", "from 2 to 10 digits")
+        self.check(0 <= self.asked < 1, "asked", "from 0 to less than 1")
 
     def example(self, tokenizer, length, i, *, seed, split, depth=None):
         if depth is not None:
-            raise ValueError("Bindings: depth is not a setting: every key is asked for, wherever it was bound last")
+            raise ValueError("Bindings: depth is not a setting: keys are asked for wherever they were bound")
         rng = self.generator(i, seed, split)
-        key, value = ([tokenizer.encode(one) for one in text] for text in (string.ascii_lowercase, string.digits))
-        sizes = {len(ids) for ids in (*key, *value)}
+        lower, upper, digit = (
+            [tokenizer.encode(one) for one in text] for text in (string.ascii_lowercase, string.ascii_uppercase, string.digits)
+        )
+        sizes = {len(ids) for ids in (*lower, *upper, *digit)}
         if sizes != {1}:
             raise ValueError(f"Bindings: tokenizer: expected a letter or digit to be one token, not {sorted(sizes)}")
         pairs = length // 2 - self.keys
         if pairs < self.keys:
             raise TaskDoesNotFit(self, length, 4 * self.keys)
         letters = rng.permutation(26)[: self.keys]
-        bound = np.concatenate([np.arange(self.keys), rng.integers(0, self.keys, pairs - self.keys)])
-        bound, digits = rng.permutation(bound), rng.integers(0, self.values, pairs)
-        last = {int(k): n for n, k in enumerate(bound)}
-        asked = rng.permutation(self.keys)
-        named = np.concatenate([bound, asked])
-        given = np.concatenate([digits, [digits[last[int(k)]] for k in asked]])
-        ids = np.stack([np.concatenate(key)[letters[named]], np.concatenate(value)[given]], axis=1).reshape(-1)
-        answers = tuple((2 * n + 1, 2 * n + 2) for n in range(pairs, pairs + self.keys))
-        return RecallExample(ids, answers, tuple(last[int(k)] / pairs for k in asked))
+        named = np.concatenate([np.arange(self.keys), rng.integers(0, self.keys, pairs - self.keys)])
+        asks = np.concatenate([np.zeros(self.keys, bool), rng.random(pairs - self.keys) < self.asked])
+        order = rng.permutation(pairs)
+        named = np.concatenate([named[order], rng.permutation(self.keys)])
+        asks = np.concatenate([asks[order], np.ones(self.keys, bool)])
+        values, ids, answers, depths = rng.integers(0, self.values, len(named)), [], [], []
+        now: dict[int, tuple[int, int]] = {}  # value and place of each key's last pair
+        for n, (key, ask) in enumerate(zip(named.tolist(), asks.tolist(), strict=True)):
+            if ask and key in now:
+                value, place = now[key]
+                answers.append((2 * n + 1, 2 * n + 2))
+                depths.append(place / pairs)
+                ids += [upper[letters[key]], digit[value]]
+            else:  # a key that is not bound yet is bound
+                now[key] = int(values[n]), n
+                ids += [lower[letters[key]], digit[values[n]]]
+        return RecallExample(np.concatenate(ids), tuple(answers), tuple(depths))
 
     @classmethod
     def examples(cls):
-        return (cls(), cls(keys=3, values=2, loss="all"))
+        return (cls(), cls(keys=3, values=2, asked=0.0, loss="all"))
