@@ -5,9 +5,9 @@
     python -m experiments.ablate --config='config:ablations.memory.bindings(only="gated DeltaNet")'     # one arm, minutes
 
 `bindings`: two layers of width 64, one arm a memory, trained on rows of 128 tokens in which each of 8 letters is bound to a
-digit about four times, and asked for as often. Measured at 128 to 2,048 tokens, 8 to 128 windows of 16 tokens, in which keys are
-bound as many times more. Chance is 0.10. `titans`: the paper's three ways to join memory and attention, and the memory with each
-of its parts taken away.
+digit about four times, and asked for as often. Measured at 128 to 2,048 tokens, 8 to 128 windows of 16 tokens, in which keys
+are bound as many times more. Chance is 0.10. `titans`: the paper's three ways to join memory and attention, and the memory with
+each of its parts taken away.
 """
 
 import dataclasses
