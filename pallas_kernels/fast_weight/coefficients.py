@@ -85,7 +85,7 @@ def bounded(made: Coefficients, overlap: Float[Array, "i j"], most: float) -> Co
     """
     past = jnp.tril(jnp.ones(overlap.shape, bool))
     moved = jnp.max(jnp.where(past, product(made.read.gain, overlap), 0.0), axis=-1)
-    scale = jnp.minimum(1.0, most / jnp.maximum(moved, 1e-30))
+    scale = jnp.where(moved > most, most / jnp.where(moved > most, moved, 1.0), 1.0)
     of = lambda rows, scale: rows._replace(gain=rows.gain * scale[:, None])
     last = scale[-1:]
     return made._replace(read=of(made.read, scale), state=of(made.state, last), momentum=of(made.momentum, last))

@@ -140,8 +140,9 @@ def scaled_down(state: State, most: float | None) -> State:
         return state
 
     def scaled(x):
-        norm = jnp.sqrt(jnp.sum(x**2, axis=tuple(range(2, x.ndim)), keepdims=True) + 1e-30)
-        return x * jnp.minimum(1, most / norm)
+        square = jnp.sum(x**2, axis=tuple(range(2, x.ndim)), keepdims=True)
+        over = square > most**2
+        return x * jnp.where(over, most * jax.lax.rsqrt(jnp.where(over, square, 1.0)), 1.0)
 
     return jax.tree.map(scaled, state)
 
