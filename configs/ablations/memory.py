@@ -8,6 +8,12 @@
 digit about four times, and asked for as often. Measured at 128 to 2,048 tokens, 8 to 128 windows of 16 tokens, in which keys
 are bound as many times more. Chance is 0.10. `titans`: the paper's three ways to join memory and attention, and the memory with
 each of its parts taken away.
+
+Expected: a sum of all pairs (linear attention) loses as more is written; forgetting helps, overwriting (delta rules) more.
+
+Measured at 128 / 512 / 2,048 tokens, 600 steps, one seed (docs/results/memory.md): full attention 1.00 0.97 0.91, window 0.76
+0.76 0.76, linear attention 0.68 0.42 0.26, gated 0.83 0.80 0.79, DeltaNet 1.00 0.99 0.99, gated DeltaNet 0.99 0.99 0.99. The
+other arms, and `titans`, are not measured yet.
 """
 
 import dataclasses
