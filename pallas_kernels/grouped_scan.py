@@ -1,10 +1,14 @@
-"""A scan in groups of steps: the backward pass keeps the state before each group and computes the steps of a group anew."""
+"""A scan in groups of steps: the backward pass keeps the state before each group and computes the steps of a group anew.
+
+And the choice between two states for each row.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool
 
 
 def grouped_scan(
@@ -47,3 +51,9 @@ def grouped_scan(
         state, more = of_group(state, jnp.bool_(False), jax.tree.map(lambda x: x[-rest:], parts))
         found = jax.tree.map(lambda *both: jnp.concatenate(both), found, more)
     return state, found
+
+
+def chosen(rows: Bool[Array, "B"], those: Any, others: Any) -> Any:
+    """`those` in some rows, `others` elsewhere; leaves [B,...], or [...] of all rows."""
+    pick = lambda a, b: jnp.where(rows.reshape(-1, *[1] * (b.ndim - 1)), a, b)
+    return jax.tree.map(pick, those, others)

@@ -23,13 +23,13 @@ from pallas_kernels.fast_weight.op import (
     Open,
     State,
     absorbed,
-    chosen,
     empty,
     fast_weight,
     heads_first,
     next_token,
     run_chunk,
 )
+from pallas_kernels.grouped_scan import chosen
 
 
 @record

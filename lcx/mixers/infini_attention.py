@@ -24,8 +24,7 @@ from lcx.mixers.mixer import Inherited, Mixer, MixerModule, Place
 from lcx.mixers.neighbours import resumed, torn
 from lcx.parallel.rules import whole_rows
 from lcx.record import record
-from pallas_kernels.fast_weight.op import chosen
-from pallas_kernels.grouped_scan import grouped_scan
+from pallas_kernels.grouped_scan import chosen, grouped_scan
 
 LEAST = 1e-6  # of s(q) z
 

@@ -33,8 +33,8 @@ from lcx.norms import Norm, RMSNorm
 from lcx.parallel.rules import shard
 from lcx.record import record
 from pallas_kernels.fast_weight.chunks import Held
-from pallas_kernels.fast_weight.op import Open, State, absorbed, chosen, empty, heads_first, next_token, run_chunk
-from pallas_kernels.grouped_scan import grouped_scan
+from pallas_kernels.fast_weight.op import Open, State, absorbed, empty, heads_first, next_token, run_chunk
+from pallas_kernels.grouped_scan import chosen, grouped_scan
 
 NAMES = ("query", "key", "value")
 

@@ -21,8 +21,7 @@ from lcx.memory.document_chunks import DocumentChunks, document_chunks
 from lcx.mixers.neighbours import resumed, torn
 from lcx.models.decoder import Decoder, DecoderModel
 from lcx.record import record
-from pallas_kernels.fast_weight.op import chosen
-from pallas_kernels.grouped_scan import grouped_scan
+from pallas_kernels.grouped_scan import chosen, grouped_scan
 
 
 @record

@@ -5,7 +5,7 @@ What is kept for the backward pass are the weights before every `kept` chunks; t
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from pallas_kernels.fast_weight.chunks import Held, behind, overlap, read
 from pallas_kernels.fast_weight.chunks import chunk as one_chunk
 from pallas_kernels.fast_weight.coefficients import Coefficients, bounded
 from pallas_kernels.fast_weight.network import Fixed, Network, Steps, Weights, steps
-from pallas_kernels.grouped_scan import grouped_scan
+from pallas_kernels.grouped_scan import chosen, grouped_scan
 
 Builder = Callable[..., Coefficients]
 Gates = tuple[Float[Array, "B T H ..."] | None, ...]
@@ -108,12 +108,6 @@ def fast_weight(
 def heads_first(x: Float[Array, "B T H ..."]) -> Float[Array, "B H T ..."]:
     """In float32 or wider."""
     return jnp.moveaxis(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, 1)
-
-
-def chosen(rows: Bool[Array, "B"], those: Any, others: Any) -> Any:
-    """`those` in some rows, `others` elsewhere; leaves [B,...], or [...] of all rows."""
-    pick = lambda a, b: jnp.where(rows.reshape(-1, *[1] * (b.ndim - 1)), a, b)
-    return jax.tree.map(pick, those, others)
 
 
 def run_chunk(
