@@ -22,6 +22,7 @@ from lcx.data.skipped import Skipped
 from lcx.data.sources import Source, SourceError
 from lcx.mixers.attention import Attention
 from lcx.mixers.mixer import Mixer
+from lcx.mixers.titans_mac import TitansMAC
 from lcx.models.decoder import Decoder
 from lcx.parallel.mesh import AXES, MeshSpec
 from lcx.positions.clex import CLEX
@@ -202,6 +203,8 @@ def _table_holds_rows(experiment: Experiment) -> Iterator[str]:
     table, length = experiment.model.position_table, max(experiment.data.length, _reach(experiment))
     if table is None:
         return
+    if (memory := experiment.model.memory) is not None:
+        length = max(memory.segment + memory.around, memory.asks)
     given = experiment.data.positions
     if table.reads_lengths and given is not None and not given.tells_length:
         yield f"data.positions = {given}: expected None or a rule that tells a length, which model.position_table reads"
@@ -264,6 +267,18 @@ def _documents_have_room(experiment: Experiment) -> Iterator[str]:
             yield f"model.documents = {room}: expected at least the {most} {why}{hint}"
 
 
+def _places_in_segments_are_positions(experiment: Experiment) -> Iterator[str]:
+    for path, part in below(experiment.model, "model"):
+        if not isinstance(part, TitansMAC):
+            continue
+        reads = f"as {path} reads places in its segments"
+        if isinstance(experiment.model.rope_of(part.attention), LengthRule):
+            yield f"{path}.attention turns by a rope of a document's length: expected one that no length changes, {reads}"
+        given = [f"data.positions = {experiment.data.positions}"] if experiment.data.positions is not None else []
+        for where in [*given, *(where for where, _ in _placed_rows(experiment))]:
+            yield f"{where}: expected positions that are the index, {reads}"
+
+
 def _segments_are_texts(experiment: Experiment) -> Iterator[str]:
     model, data = experiment.model, experiment.data
     if model.memory is None:
@@ -274,8 +289,7 @@ def _segments_are_texts(experiment: Experiment) -> Iterator[str]:
         if isinstance(part, Mixer) and part.sequential:
             yield f"{path} reads neighbours: expected mixers that do not beside model.memory, which puts padding between them"
     if length_policy(model) is not None:
-        kind = type(model.rope).__name__
-        yield f"model.rope = {kind}: expected a rope that no length changes, as model.memory reads short texts"
+        yield "model: expected ropes and query scales that no length changes, as model.memory reads short texts"
     given = ["data.positions"] if data.positions is not None else []
     for where in [*given, *(path for path, _ in _placed_rows(experiment))]:
         yield f"{where}: expected positions that are the index, as those of model.memory begin anew in each segment"
@@ -429,6 +443,7 @@ RULES: Mapping[str, Rule] = {
     "a token that all documents see is seen by every layer": _shared_tokens_are_seen,
     "a row holds no more documents than the model makes room for": _documents_have_room,
     "a model that reads by segments gets whole rows of plain text": _segments_are_texts,
+    "a mixer that reads places in segments gets no other positions": _places_in_segments_are_positions,
     "what is to be trained is there": _trained_parameters_are_there,
     "every head has channels that its rope can rotate": _heads_rotate,
     "the model's rope is read by some layer": _rope_is_read,

@@ -23,6 +23,7 @@ from lcx.memory.rmt import RMT
 from lcx.mixers.attention import Attention
 from lcx.mixers.delta_net import GatedDeltaNet
 from lcx.mixers.short_convolution import ShortConvolution
+from lcx.mixers.titans_mac import TitansMAC
 from lcx.mixers.ttt import TTT
 from lcx.models.position_table import PositionTable
 from lcx.parallel.layout import Contiguous, Zigzag
@@ -287,8 +288,10 @@ def test_each_rule_is_broken_by_something_and_the_base_breaks_none():
     skipping = edit(base(), f"{LAYER}.mixer.query_scale", SKIPPING)
     crowded = edits(base(), [(f"{LAYER}.mixer", TTT(heads=2, head_dim=8)), ("model.documents", 2)])
     segmented = edits(base(), [("model.memory", RMT(segment=16, slots=2)), ("mesh", MeshSpec(context=2))])
+    mac = edits(spread, [(f"{LAYER}.mixer", TitansMAC.examples()[0])])
     configs = (
         skipping,
+        mac,
         crowded,
         segmented,
         edit(base(), "data.mixture[0].rows", FILMS),

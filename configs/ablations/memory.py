@@ -140,9 +140,10 @@ def _mixers() -> dict:
 
 
 def _between() -> dict:
-    """Memories between segments of four windows, which full attention reads."""
+    """Memories between segments of four windows, which full attention reads, without the convolution: it reads neighbours."""
     size, plain = 4 * WINDOW, (*_mixer(FULL), ("model.embed_mixer", None))
     return {
+        "full attention, no convolution": plain,
         "RMT": (*plain, ("model.memory", RMT(segment=size, slots=16))),
         "AutoCompressor": (*plain, ("model.memory", AutoCompressor(segment=size, slots=4, most=64))),
         "HMT": (*plain, ("model.memory", HMT(segment=size, sensory=8, size=DIM))),

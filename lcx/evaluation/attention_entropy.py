@@ -55,7 +55,9 @@ def _of_layer(model: DecoderModel, batch: Batch, layer: int) -> Float[Array, "T"
     mixer = model.slots[0].mixer
     spec, frequencies = mixer.spec, mixer.frequencies(q.shape[1])
     more = {"softcap": spec.softcap, "distances": spec.distances, "distance_bias": spec.distance_bias}
-    if present := [name for name, part in more.items() if part is not None] + ["learned sinks"] * (spec.sinks == "learned"):
+    present = [name for name, part in more.items() if part is not None]
+    present += ["learned sinks"] * (spec.sinks == "learned") + ["persistent keys"] * (spec.persistent > 0)
+    if present:
         raise ValueError(f"attention_entropy: {present[0]}: expected scores that are queries times keys alone")
     if model.rope is not None:
         raise ValueError("attention_entropy: a learned rope: expected one whose frequencies are known")

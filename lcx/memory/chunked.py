@@ -62,20 +62,23 @@ def run(
     chunk: int,
     documents: int,
 ) -> tuple[Float[Array, "B T H E"], ChunkedState | None, Float[Array, "B T H"]]:
-    """(out, state, loss of each token where its gradient is taken); of padding 0, of what cannot be answered NaN.
+    """(out, state, loss of each token where its gradient is taken); of padding 0. What cannot be answered is NaN, and so is
+    what follows it in its document: tokens beyond the documents that there is room for, or behind a gap, or of a row that
+    begins within a document.
 
     first: leaves [H,...]. gates: [B,T,H,...] or None; the last is that of `real_tokens`.
     """
     arrays = (q, k, v, gates)
     if state is None:
         out, loss = _whole_rows(kind, first, arrays, info, chunk, documents)
-        broken = torn(info)
+        broken = torn(info, within=False)
     else:
-        broken, index, segments = resumed(info, state.index, state.segments)
+        lost = None
         if q.shape[1] == 1:
             out, loss, memory, opened = _one(kind, first, arrays, info, state, chunk)
         else:
-            out, loss, memory, opened = _more(kind, first, arrays, info, state, chunk, documents)
+            out, loss, memory, opened, lost = _more(kind, first, arrays, info, state, chunk, documents)
+        broken, index, segments = resumed(info, state.index, state.segments, within=False, lost=lost)
         state = ChunkedState(memory=memory, opened=opened, index=index, segments=segments)
     return jnp.where(broken[..., None, None], jnp.nan, out), state, loss
 
@@ -119,7 +122,7 @@ def _more(kind: FastWeight, first: State, arrays, info: TokenInfo, state: Chunke
     filled = of_last(chunks.source) < info.shape[1]
     filled = jnp.where(same[:, None], filled | opened.filled, filled) & ~jnp.take_along_axis(whole, last[:, None], axis=1)
     steps, gates = chosen(same, (taken, held), (newest_steps, newest[3]))
-    return out, loss, memory, Open(steps, gates, filled)
+    return out, loss, memory, Open(steps, gates, filled), chunks.lost
 
 
 def _one(kind: FastWeight, first: State, arrays, info: TokenInfo, state: ChunkedState, chunk: int):

@@ -48,7 +48,7 @@ def chunk_count(length: int, size: int, documents: int) -> int:
 
 
 def document_chunks(info: TokenInfo, size: int, documents: int, opened: Int[Array, "B"] | None = None) -> DocumentChunks:
-    """The chunks of rows. Tokens of a document stand in their order; a row may begin within one.
+    """The chunks of rows. Tokens of a document stand in their order, from its first one on.
 
     opened: tokens of an open chunk that rows go on with. It is then the first chunk, even where it has and gets none, and its
     `count` has them; tokens at the row's start that begin no chunk belong to it.

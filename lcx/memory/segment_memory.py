@@ -23,7 +23,8 @@ Vectors = tuple[Float[Array, "B p M"], Bool[Array, "B p"]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SegmentMemory(Spec, abc.ABC):
-    """segment: its tokens. bptt: segments of a row through which gradients go; those of later ones stop there. None is all."""
+    """segment: its tokens. bptt: gradients go through groups of so many segments, counted from a row's start, and not from one
+    to the one before; None is all of a row."""
 
     segment: int
     bptt: int | None = None

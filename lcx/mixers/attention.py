@@ -15,7 +15,7 @@ from lcx.attention.mask import Causal, Mask, tokens_of
 from lcx.attention.merge import with_sinks
 from lcx.attention.persistent import with_persistent
 from lcx.attention.sharded import sharded_attend
-from lcx.batch import Batch, lengths_of
+from lcx.batch import PADDING, Batch, lengths_of
 from lcx.cache.cache import Cache
 from lcx.cache.dense import DenseCache
 from lcx.linear import linear
@@ -189,7 +189,7 @@ class AttentionModule(MixerModule):
                 state = spec.cache.rewrite(state, before, keys)
             out, lse = spec.cache.attend(state, q, info, frequencies=frequencies, **options)
         if spec.persistent:
-            held = self.persistent_keys[...], self.persistent_values[...]
+            held = info.segments != PADDING, self.persistent_keys[...], self.persistent_values[...]
             out, lse = with_persistent(out, lse, unturned[0], *held, scale=options["scale"], softcap=spec.softcap)
         if self.sinks is not None:
             out = with_sinks(out, lse, self.sinks[...])

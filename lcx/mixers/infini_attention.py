@@ -5,7 +5,8 @@ With s(x) = elu(x) + 1, of queries and keys that no rotation turns, and M, z as 
     out      g s(q) M / (s(q) z) + (1 - g) attention within the segment, g = sigmoid(b) of the head
     write    M + sum_t s(k_t)^T v_t, or with the delta rule s(k_t)^T (v_t - s(k_t) M / (s(k_t) z)); z + sum_t s(k_t)
 
-A document begins with an empty memory, which gives 0. M and z are float32; z grows with the document.
+A document begins with an empty memory, which gives 0. M and z are float32; z grows with the document. In generation the
+attention's own cache holds all tokens, as of any attention within chunks.
 """
 
 import dataclasses
@@ -100,13 +101,13 @@ class InfiniAttentionModule(MixerModule):
         cut = lambda y: jnp.moveaxis(chunks.gather(y).reshape(rows, n, size, *y.shape[2:]), 1, 0)
         q, k, v, real = map(cut, (q, k, v, (info.segments != PADDING).astype(jnp.float32)))
         if state is None:
-            start, broken = self._empty(rows), torn(info)
+            start, broken = self._empty(rows), torn(info, within=False)
         else:
             held = lambda first, new: new.at[0].set(jnp.where(state.filled[..., None, None], first, new[0]))
             k, v = held(state.keys, k), held(state.values, v)
             real = real.at[0].max(state.filled.astype(jnp.float32))
             start = (state.memory, state.norm)
-            broken, index, segments = resumed(info, state.index, state.segments)
+            broken, index, segments = resumed(info, state.index, state.segments, within=False, lost=chunks.lost)
         whole = (chunks.count == size).T
         parts = (q, k * real[..., None, None], v, chunks.begins.T, whole)
         (memory, norm), found = grouped_scan(self._segment, start, parts, group=4)

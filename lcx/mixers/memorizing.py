@@ -95,14 +95,14 @@ class MemorizingAttentionModule(MixerModule):
 
     def _looked_up(self, q, k, v, info: TokenInfo, state: MemorizingState | None):
         """(external, whether there are entries, tokens that cannot be answered, state)."""
-        broken, index, segments = torn(info), None, None
-        if state is not None:
-            broken, index, segments = resumed(info, state.index, state.segments)
-        if state is not None and q.shape[1] == 1:
-            found, some, state = self._one(q, k, v, info, state)
+        if state is None:
+            return *self._many(q, k, v, info, state)[:2], torn(info, within=False), None
+        if q.shape[1] == 1:
+            found, some, after, lost = *self._one(q, k, v, info, state), None
         else:
-            found, some, state = self._many(q, k, v, info, state)
-        return found, some, broken, state and dataclasses.replace(state, index=index, segments=segments)
+            found, some, after, lost = self._many(q, k, v, info, state)
+        broken, index, segments = resumed(info, state.index, state.segments, within=False, lost=lost)
+        return found, some, broken, dataclasses.replace(after, index=index, segments=segments)
 
     def _many(self, q, k, v, info: TokenInfo, state: MemorizingState | None):
         size, most, rows = self.spec.segment, self.spec.entries, q.shape[0]
@@ -138,7 +138,7 @@ class MemorizingAttentionModule(MixerModule):
         found = chunks.scatter(jnp.moveaxis(found, 0, 1).reshape(rows, n * size, *found.shape[3:]))
         some = chunks.scatter(jnp.repeat(some.T, size, axis=1).astype(jnp.float32)) > 0
         if state is None:
-            return found, some, None
+            return found, some, None, chunks.lost
         last = jnp.max(jnp.where(chunks.count > 0, jnp.arange(n), 0), axis=1)[:, None]
         end = last + (jnp.take_along_axis(chunks.count, last, axis=1) == size)  # the first segment that is not written yet
         slots = end * size + jnp.arange(most + 2 * size)
@@ -149,7 +149,8 @@ class MemorizingAttentionModule(MixerModule):
         order = jnp.argsort(held, axis=1, stable=True)[:, size:]  # entries behind what is none
         entries = lambda y: jnp.concatenate([at(at(wide(y), slots), order), at(wide(y), slots[:, most + size :])], axis=1)
         held, filled = at(held, order), there[:, most + size :]
-        return found, some, dataclasses.replace(state, keys=entries(keys), values=entries(values), held=held, filled=filled)
+        after = dataclasses.replace(state, keys=entries(keys), values=entries(values), held=held, filled=filled)
+        return found, some, after, chunks.lost
 
     def _one(self, q, k, v, info: TokenInfo, state: MemorizingState):
         size, most = self.spec.segment, self.spec.entries

@@ -8,8 +8,9 @@ LMM: a head's output passes an RMSNorm, is multiplied by SiLU(W x) and goes thro
 
 The gradient is taken at the start of the token's chunk, counted from its document's first token, or, for one matrix alone, at
 the token (`gradient`). Documents begin with learned weights, which stand for what persistent tokens would have written. All of
-the memory is float32. What keeps it finite: keys of length 1; steps of a chunk that together cannot overshoot (`overshoot`); a
-bound on the norm of its matrices (`norm`); LN in the residual network, k + (1 + g) LN(MLP k) with g fast as well.
+the memory is float32. What keeps it finite: keys of length 1; a chunk's steps scaled down to where they should not overshoot
+together (`overshoot`); a bound on the norm of its matrices (`norm`); LN in the residual network, k + (1 + g) LN(MLP k) with g
+fast as well.
 """
 
 import dataclasses

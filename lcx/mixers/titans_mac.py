@@ -98,13 +98,13 @@ class TitansMACModule(MixerModule):
         real = info.segments != PADDING
         if state is None:
             out, loss = self._whole_rows(x, asked, info, place)
-            broken = torn(info)
+            broken = torn(info, within=False)
         elif x.shape[1] == 1:
-            out, loss, state = self._one(x, asked, info, state, place)
+            out, loss, state, lost = *self._one(x, asked, info, state, place), None
         else:
-            out, loss, state = self._more(x, asked, info, state, place)
+            out, loss, state, lost = self._more(x, asked, info, state, place)
         if state is not None:
-            broken, index, segments = resumed(info, state.index, state.segments)
+            broken, index, segments = resumed(info, state.index, state.segments, within=False, lost=lost)
             state = dataclasses.replace(state, recall=at_recall, index=index, segments=segments)
         out = jnp.where(broken[..., None], jnp.nan, out)
         error = mean_error(loss, jnp.broadcast_to(real[..., None], loss.shape).astype(jnp.float32))
@@ -174,7 +174,7 @@ class TitansMACModule(MixerModule):
         now, raw, attention = newest
         attention = chosen(now.filled.any(axis=1), attention, self._no_keys(rows))
         state = dataclasses.replace(state, memory=memory, opened=now, attention=attention, raw=raw, past=past)
-        return out, loss, state
+        return out, loss, state, chunks.lost
 
     def _one(self, x, asked, info: TokenInfo, state: MACState, place: Place):
         """One token a row."""

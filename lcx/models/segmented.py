@@ -87,7 +87,7 @@ class SegmentedModel(DecoderModel):
         _, (hidden, aux) = grouped_scan(step, first, given, group=group, truncated=bptt is not None, again=True)
         hidden = chunks.scatter(_joined(hidden))
         aux = jax.tree.map(lambda x: x.sum() / jnp.maximum(chunks.live.sum(), 1), aux)
-        return jnp.where(torn(info)[..., None], jnp.nan, hidden), None, aux
+        return jnp.where(torn(info, within=False)[..., None], jnp.nan, hidden), None, aux
 
     def _segment(self, bank, vectors, there, tail, tokens, real):
         """(hidden states of the tokens, of the vectors behind them, aux) of one segment of all rows."""
@@ -112,13 +112,15 @@ class SegmentedModel(DecoderModel):
 
     def _more(self, batch: Batch, state: SegmentedState):
         size, info = self.spec.memory.segment, batch.info
-        broken, index, segments = resumed(info, state.index, state.segments)
+        lost = None
         if batch.shape[1] == 1:
             real = info.segments != PADDING
             given, join = (batch.tokens[None], real[None], (real & (info.index == 0)).T), lambda y: y[0]
         else:
             chunks = document_chunks(info, size, self.spec.documents, state.filled)
             given, join = (*_laid(chunks, batch.tokens, size), chunks.begins.T), lambda y: chunks.scatter(_joined(y))
+            lost = chunks.lost
+        broken, index, segments = resumed(info, state.index, state.segments, within=False, lost=lost)
         state, (hidden, aux) = jax.lax.scan(self._piece, state, given)
         hidden = jnp.where(broken[..., None], jnp.nan, join(hidden))
         return hidden, dataclasses.replace(state, index=index, segments=segments), jax.tree.map(lambda x: x.mean(), aux)

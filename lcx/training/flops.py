@@ -108,22 +108,26 @@ def counter(spec: Decoder, state: nnx.State, trained: Collection[Path] | None = 
             per_pair[mask] = per_pair.get(mask, 0) + times * flops
     learned = {path: size for path, size in matrices.items() if trained is None or path in trained}
     recurrent = sum(times * token_flops(mixer, spec.width) for mixer, times in mixers)
-    per_token, trained_per_token = (2 * sum(held.values()) + recurrent for held in (matrices, learned))
     if spec.memory is not None:
-        return _by_segments(spec, matrices, Counter(per_token, per_pair, trained_per_token))
-    return Counter(per_token, per_pair, trained_per_token)
+        per_token = [_by_segments(spec, held, recurrent) for held in (matrices, learned)]
+        return Counter(per_token[0], _pairs_by_segments(spec, per_pair), per_token[1])
+    per_token = [2 * sum(held.values()) + recurrent for held in (matrices, learned)]
+    return Counter(per_token[0], per_pair, per_token[1])
 
 
-def _by_segments(spec: Decoder, matrices: Mapping[Path, int], whole: Counter) -> Counter:
-    """Of whole segments: layers read what stands around a segment and what asks for it as well, the head only its tokens."""
-    size, around, asks = spec.memory.segment, spec.memory.around, spec.memory.asks
-    head = 2 * sum(count for path, count in matrices.items() if path[0] in ("head", "embedding"))
-    own = sum(count for path, count in matrices.items() if path[0] == "memory")
-    times = lambda flops: flops + round((flops - head - 2 * own) * (around + asks) / size)
-    pairs = lambda n: n * (n + 1) / 2
-    more = (pairs(size + around) + pairs(asks)) / pairs(size)
-    per_pair = {mask & Chunk(size=size): round(flops * more) for mask, flops in whole.per_pair.items()}
-    return Counter(times(whole.per_token), per_pair, times(whole.trained_per_token))
+def _by_segments(spec: Decoder, matrices: Mapping[Path, int], recurrent: int) -> int:
+    """Of whole segments: layers read what stands around a segment and what asks for it as well, the head only its tokens; what
+    a memory does with its few vectors is left out."""
+    head = sum(count for path, count in matrices.items() if path[0] in ("head", "embedding"))
+    layers = sum(count for path, count in matrices.items() if path[0] not in ("head", "embedding", "memory"))
+    more = 1 + (spec.memory.around + spec.memory.asks) / spec.memory.segment
+    return round((2 * layers + recurrent) * more) + 2 * head
+
+
+def _pairs_by_segments(spec: Decoder, per_pair: Mapping[Mask, int]) -> dict[Mask, int]:
+    size, pairs = spec.memory.segment, lambda n: n * (n + 1) / 2
+    more = (pairs(size + spec.memory.around) + pairs(spec.memory.asks)) / pairs(size)
+    return {mask & Chunk(size=size): round(flops * more) for mask, flops in per_pair.items()}
 
 
 @functools.singledispatch

@@ -51,9 +51,9 @@ def chunk(
 
 
 def overlap(made: Steps) -> Float[Array, "b b"]:
-    """How much a step of one token moves the answer to the key of another, at most."""
+    """An estimate of how much a step of one token can move the answer to the key of another."""
     each = [jnp.abs(product(x, x.T)) * made.reach[:, n, None] * made.reach[None, :, n] for n, x in enumerate(made.inputs)]
-    return sum(each) + (0.0 if made.gain is None else 1.0)  # a channel's gain is moved by every token
+    return sum(each) + (0.0 if made.gain is None else 1.0)  # a gain's input is of size 1 at every token
 
 
 def read(

@@ -79,9 +79,9 @@ def decayed(
 def bounded(made: Coefficients, overlap: Float[Array, "i j"], most: float) -> Coefficients:
     """Those of one head's chunk whose gradients are taken at its start, its steps so small that together they do not overshoot.
 
-    overlap: how much a step of token i moves the answer to key j, at most, whatever its direction. A row i is scaled down where
-    `max_j sum_r gain_ir overlap_rj` over tokens up to i, a bound of the largest eigenvalue of what the chunk's steps do to its
-    errors, is more than `most`; from 2 on they overshoot. Only the past decides, so a row may be read at any time.
+    overlap: how much a step of token i can move the answer to key j. A row i is scaled down where `max_j sum_r gain_ir
+    overlap_rj` over tokens up to i, which bounds the largest eigenvalue of what the chunk's steps do to its errors as well as
+    `overlap` does, is more than `most`; from 2 on they overshoot. Only the past decides: a row may be read at any time.
     """
     past = jnp.tril(jnp.ones(overlap.shape, bool))
     moved = jnp.max(jnp.where(past, product(made.read.gain, overlap), 0.0), axis=-1)

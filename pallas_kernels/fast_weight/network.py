@@ -135,7 +135,7 @@ def _reach(network: Network, weights: Weights, z: Array, fixed: Fixed | None) ->
 
 
 def _norm(matrix: Float[Array, "i o"]) -> Array:
-    """Largest singular value, by iteration from a fixed vector."""
+    """An estimate of the largest singular value, by iteration from a fixed vector."""
     at = jax.lax.stop_gradient(matrix)
     v = jnp.ones(matrix.shape[1], matrix.dtype)
     unit = lambda x: x * jax.lax.rsqrt(jnp.sum(x**2) + 1e-30)

@@ -61,6 +61,20 @@ def test_more_documents_than_there_is_room_for_give_nan():
     assert np.isfinite(y[:, :9]).all() and np.isnan(y[:, 9:]).all()
 
 
+def test_what_cannot_be_answered_stays_so_until_the_next_document():
+    """In generation: a second document for which a fed chunk has no room, and a row that begins within a document."""
+    module = module_of(LINEAR, documents=1)
+    x, batch = rows([[1] * 6 + [2] * 2])
+    y, state, _ = run(module, x, batch, module.init_state(1, 12))
+    assert np.isfinite(y[:, :6]).all() and np.isnan(y[:, 6:]).all()
+    token = lambda index: Batch(tokens=jnp.zeros((1, 1), jnp.int32), info=causal_info(np.ones((1, 1), np.int32) * 2, [index]))
+    y, state, _ = run(module, x[:, :1], token(2), state)
+    assert np.isnan(y).all()
+    y, state, _ = run(module, x[:, :1], token(0), state)
+    assert np.isfinite(y).all()
+    assert np.isnan(run(module, x[:, :1], token(3), module.init_state(1, 12))[0]).all()
+
+
 def test_steps_cannot_overshoot():
     """Sixteen times one key at the largest step: unbounded steps leave the value behind, bounded ones end at it."""
     x = jnp.ones((1, 32, WIDTH))

@@ -155,8 +155,9 @@ def test_reading_by_segments():
     plain = counter(MODEL, abstract_model(MODEL)[1])
     spec = edit(MODEL, "memory", RMT(segment=4, slots=2))
     found = counter(spec, abstract_model(spec)[1])
-    head, own = 2 * MODEL.vocab * MODEL.width, 2 * 2 * MODEL.width
-    assert found.per_token == 2 * plain.per_token - head + own
+    assert found.per_token == found.trained_per_token == 2 * plain.per_token - 2 * MODEL.vocab * MODEL.width
+    state = abstract_model(spec)[1]
+    assert counter(spec, state, trained_paths(state, ("memory/*",))).trained_per_token == 0
     assert found.per_pair == {mask & Chunk(size=4): round(3.6 * flops) for mask, flops in plain.per_pair.items()}
 
 
