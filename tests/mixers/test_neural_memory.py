@@ -67,7 +67,9 @@ def test_what_cannot_be_answered_stays_so_until_the_next_document():
     x, batch = rows([[1] * 6 + [2] * 2])
     y, state, _ = run(module, x, batch, module.init_state(1, 12))
     assert np.isfinite(y[:, :6]).all() and np.isnan(y[:, 6:]).all()
-    token = lambda index: Batch(tokens=jnp.zeros((1, 1), jnp.int32), info=causal_info(np.ones((1, 1), np.int32) * 2, [index]))
+    token = lambda index: Batch(
+        tokens=jnp.zeros((1, 1), jnp.int32), info=causal_info(2 * np.ones((1, 1), np.int32), np.asarray([index]))
+    )
     y, state, _ = run(module, x[:, :1], token(2), state)
     assert np.isnan(y).all()
     y, state, _ = run(module, x[:, :1], token(0), state)
