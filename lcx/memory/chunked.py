@@ -92,7 +92,7 @@ def _whole_rows(kind: FastWeight, first: State, arrays, info: TokenInfo, chunk: 
     chunks = document_chunks(info, chunk, documents)
     course = Course(chunks.begins, chunks.count == chunk, chunks.live, first)
     start = jax.tree.map(lambda x: jnp.broadcast_to(x, (info.shape[0], *x.shape)), first)
-    out, _, loss = _run(kind, start, jax.tree.map(chunks.gather, arrays), course, chunk)
+    out, _, loss = fast_weight(kind, start, *jax.tree.map(chunks.gather, arrays), chunk=chunk, course=course)
     return chunks.scatter(out), chunks.scatter(loss)
 
 
@@ -108,7 +108,8 @@ def _more(kind: FastWeight, first: State, arrays, info: TokenInfo, state: Chunke
     whole = chunks.count == chunk
     memory = chosen(whole[:, 0], after, state.memory)
     course = Course(chunks.begins[:, 1:], whole[:, 1:], chunks.live[1:], first)
-    outs, memory, losses = _run(kind, memory, jax.tree.map(lambda x: x[:, chunk:], laid), course, chunk)
+    others = jax.tree.map(lambda x: x[:, chunk:], laid)
+    outs, memory, losses = fast_weight(kind, memory, *others, chunk=chunk, course=course)
     tokens_first = lambda x, more: jnp.concatenate([jnp.moveaxis(x, 1, 2), more], axis=1)
     out, loss = chunks.scatter(tokens_first(out, outs)), chunks.scatter(tokens_first(loss, losses))
 
@@ -138,10 +139,6 @@ def _one(kind: FastWeight, first: State, arrays, info: TokenInfo, state: Chunked
     memory = jax.lax.cond(whole.any(), fold, lambda memory: memory, memory)
     tokens_first = lambda x: jnp.moveaxis(x, 1, 2)
     return tokens_first(out), tokens_first(loss), memory, opened._replace(filled=opened.filled & ~whole[:, None])
-
-
-def _run(kind: FastWeight, start: State, arrays, course: Course, chunk: int):
-    return fast_weight(kind, start, *arrays, chunk=chunk, course=course)
 
 
 def _in_rows(filled: Bool[Array, "B b"], held: Float[Array, "B H b ..."], new: Float[Array, "B H b ..."]) -> Array:

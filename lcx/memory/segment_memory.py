@@ -63,23 +63,23 @@ class SegmentMemoryModule(nnx.Module):
 
     def empty(self, rows: int) -> Any:
         """The bank at a document's start."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define empty")
 
     def read(self, bank: Any, query: Float[Array, "B M"] | None) -> Vectors:
         """(vectors in front of the segment, which of them are there)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define read")
 
     def behind(self, bank: Any, vectors: Float[Array, "B p M"]) -> Float[Array, "B s M"]:
         """Vectors behind the segment, given those in front."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define behind")
 
     def written(self, bank: Any, hidden: Float[Array, "B s M"]) -> Any:
         """The bank after a segment whose last rows these are."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define written")
 
     def mark(self, rows: int) -> Float[Array, "B 1 M"]:
-        """What stands before and behind the tokens that a query is made from."""
-        raise NotImplementedError
+        """What stands before and behind the tokens that a query is made from; asked for only where `asked` is not 0."""
+        raise NotImplementedError(f"{type(self).__name__} must define mark")
 
 
 def added(value: Array, axes: tuple[str | None, ...]) -> nnx.Param:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from by_hand import LinearMemory, silu, weights_of
 from flax import nnx
+from meshes import equal_on_a_mesh
 
 from lcx.batch import Batch, causal_info
 from lcx.mixers.mixer import Inherited
 from lcx.mixers.neural_memory import NeuralMemory
-from lcx.parallel.mesh import MeshSpec
 from lcx.parallel.rules import Rules
 
 WIDTH, T = 8, 11
@@ -101,16 +101,7 @@ def test_matrices_keep_their_norm():
 def test_on_a_mesh(heads):
     spec = dataclasses.replace(LINEAR, heads=heads)
     module, (x, batch) = module_of(spec), rows([[1] * 9 + [2] * 7, [1] * 16])
-
-    def scalar(module, x):
-        y = module(x, batch)[0]
-        return jnp.sin(y).sum(), y
-
-    both = jax.jit(jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True))
-    wanted = both(module, x)
-    with jax.set_mesh(MeshSpec(data=2, context=2, tensor=2).build()):
-        found = both(module, x)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(b).max()), found, wanted)
+    equal_on_a_mesh(module, x, batch, 1e-4)
 
 
 def test_the_state_is_float32_where_the_model_computes_in_bfloat16():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from by_hand import LinearMemory, rms, silu, weights_of
 from flax import nnx
+from meshes import equal_on_a_mesh
 
 from lcx.attention.mask import Window
 from lcx.batch import Batch, causal_info
@@ -14,7 +15,6 @@ from lcx.mixers.mixer import Inherited
 from lcx.mixers.neural_memory import NeuralMemory
 from lcx.mixers.titans import TitansMAG, TitansMAL
 from lcx.mixers.titans_mac import TitansMAC
-from lcx.parallel.mesh import MeshSpec
 from lcx.parallel.rules import Rules
 from lcx.spec import SpecError
 
@@ -110,16 +110,7 @@ def test_mac_on_a_mesh():
     attention = Attention(heads=4, kv_heads=2, head_dim=4, rope="none", persistent=2)
     module = module_of(TitansMAC(attention=attention, memory=NeuralMemory(heads=4, head_dim=4, chunk=4, expand=2)))
     x, batch = rows([[1] * 9 + [2] * 7, [1] * 16])
-
-    def scalar(module, x):
-        y = module(x, batch)[0]
-        return jnp.sin(y).sum(), y
-
-    both = jax.jit(jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True))
-    wanted = both(module, x)
-    with jax.set_mesh(MeshSpec(data=2, context=2, tensor=2).build()):
-        found = both(module, x)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(b).max()), found, wanted)
+    equal_on_a_mesh(module, x, batch, 1e-4)
 
 
 def test_what_a_segment_does_not_have_is_refused():

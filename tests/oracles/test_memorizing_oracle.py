@@ -42,6 +42,7 @@ def test_what_is_found_is_attended_to_as_the_authors_do():
                 of_head = lambda name, s=segment, t=t, head=head: given[name][s, :, t, head][:, :, None].repeat(HEADS, axis=2)
                 found = external(q[:, t : t + 1], of_head("near_keys"), of_head("near_values"), jnp.ones((ROWS, NEAR), bool))
                 full = np.abs(of_head("near_keys")).sum(axis=(1, 2, 3)) > 0
+                assert full.any()
                 np.testing.assert_allclose(found[full, 0, head], given["external"][segment, :, t, head][full], atol=2e-6)
 
 
