@@ -20,10 +20,14 @@ from lcx.data.recall import TaskDoesNotFit
 from lcx.data.rows import Joined, Rows
 from lcx.data.skipped import Skipped
 from lcx.data.sources import Source, SourceError
+from lcx.memory.activation_beacon import ActivationBeacon
+from lcx.memory.segment_memory import SegmentMemory
 from lcx.mixers.attention import Attention
+from lcx.mixers.beacon_attention import PLAIN
 from lcx.mixers.mixer import Mixer
 from lcx.mixers.titans_mac import TitansMAC
 from lcx.models.decoder import Decoder
+from lcx.objectives.beacon_modeling import BeaconModeling
 from lcx.parallel.mesh import AXES, MeshSpec
 from lcx.positions.clex import CLEX
 from lcx.positions.clex_positions import CLEXPositions
@@ -203,7 +207,7 @@ def _table_holds_rows(experiment: Experiment) -> Iterator[str]:
     table, length = experiment.model.position_table, max(experiment.data.length, _reach(experiment))
     if table is None:
         return
-    if (memory := experiment.model.memory) is not None:
+    if isinstance(memory := experiment.model.memory, SegmentMemory):
         length = max(memory.segment + memory.around, memory.asks)
     given = experiment.data.positions
     if table.reads_lengths and given is not None and not given.tells_length:
@@ -283,16 +287,42 @@ def _segments_are_texts(experiment: Experiment) -> Iterator[str]:
     model, data = experiment.model, experiment.data
     if model.memory is None:
         return
-    for axis, size in sequence_axes(experiment).items():
+    for axis, size in sequence_axes(experiment).items() if isinstance(model.memory, SegmentMemory) else ():
         yield f"mesh.{axis} = {size}: expected 1, as model.memory reads segments one after the other, each on one row's devices"
     for path, part in below(model, "model"):
-        if isinstance(part, Mixer) and part.sequential:
+        if isinstance(part, Mixer) and part.sequential and isinstance(model.memory, SegmentMemory):
             yield f"{path} reads neighbours: expected mixers that do not beside model.memory, which puts padding between them"
     if length_policy(model) is not None:
         yield "model: expected ropes and query scales that no length changes, as model.memory reads short texts"
     given = ["data.positions"] if data.positions is not None else []
     for where in [*given, *(path for path, _ in _placed_rows(experiment))]:
         yield f"{where}: expected positions that are the index, as those of model.memory begin anew in each segment"
+
+
+def _beacons_are_read_by_attention(experiment: Experiment) -> Iterator[str]:
+    model, memory, objective = experiment.model, experiment.model.memory, experiment.objective
+    if not isinstance(memory, ActivationBeacon):
+        if isinstance(objective, BeaconModeling):
+            yield "model.memory: expected an ActivationBeacon, whose ratios objective draws"
+        return
+    for path, part in below(model, "model"):
+        if isinstance(part, Mixer) and not isinstance(part, Attention):
+            yield f"{path}: expected Attention beside model.memory, an ActivationBeacon, whose beacons are keys"
+    for path, mixer in _attentions(experiment):
+        for field, plain in PLAIN.items():
+            if getattr(mixer, field) != plain:
+                yield f"{path}.{field}: expected {plain} beside model.memory, an ActivationBeacon, which says what a token sees"
+    if model.position_table is not None:
+        yield "model.position_table: expected None beside model.memory, an ActivationBeacon, in which positions begin anew"
+    smallest = memory.ratio
+    if isinstance(objective, BeaconModeling):
+        smallest = memory.smallest
+        if missing := {*objective.ratios} - {memory.ratio, *memory.ratios}:
+            yield f"objective.ratios = {objective.ratios}: expected those of model.memory, which has no {sorted(missing)}"
+    shards = math.prod(sequence_axes(experiment).values())
+    beacons = memory.beacons(experiment.data.length, whole=True, ratio=smallest)
+    if beacons % shards:
+        yield f"model.memory: {beacons} beacons in data.length: expected a multiple of the {shards} devices that share a row"
 
 
 def _trained_parameters_are_there(experiment: Experiment) -> Iterator[str]:
@@ -443,6 +473,7 @@ RULES: Mapping[str, Rule] = {
     "a token that all documents see is seen by every layer": _shared_tokens_are_seen,
     "a row holds no more documents than the model makes room for": _documents_have_room,
     "a model that reads by segments gets whole rows of plain text": _segments_are_texts,
+    "beacons are keys of plain attention": _beacons_are_read_by_attention,
     "a mixer that reads places in segments gets no other positions": _places_in_segments_are_positions,
     "what is to be trained is there": _trained_parameters_are_there,
     "every head has channels that its rope can rotate": _heads_rotate,

@@ -18,7 +18,7 @@ from lcx.config_text import fields
 from lcx.data.packing import PackedText, Packing
 from lcx.data.pipeline import Pipeline, Weighted
 from lcx.data.sources import StandardLibrary
-from lcx.memory.segment_memory import SegmentMemory
+from lcx.memory.model_memory import ModelMemory
 from lcx.mixers.attention import Attention
 from lcx.mixers.mixer import Mixer
 from lcx.models.decoder import REMAT, Decoder
@@ -71,7 +71,7 @@ def kinds() -> Mapping[str, Kind]:
     shared = (("mesh", MeshSpec(fsdp=2, context=2)), ("model.rules", rules))  # rows over two axes
     return {
         "mixer": Kind(attention, _examples(Mixer) | {"Attention": base().model.pattern[0].mixer}),
-        "memory": Kind("model.memory", {"no memory": None} | _examples(SegmentMemory)),
+        "memory": Kind("model.memory", {"no memory": None} | _examples(ModelMemory)),
         "mask": Kind(f"{attention}.mask", _examples(Mask)),
         "rope": Kind("model.rope", _examples(FrequencyRule) | {"none": None}),
         "distances": Kind(f"{attention}.distances", {"plain": None} | _examples(DistancePlan)),

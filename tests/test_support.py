@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from lcx.attention.all_gather import AllGather
+from lcx.attention.mask import Window
 from lcx.attention.ring import Ring
 from lcx.attention.ulysses import RingUlysses, Ulysses
 from lcx.batch import Batch, causal_info
@@ -19,6 +20,7 @@ from lcx.data.frames import Frames
 from lcx.data.recall import Needles
 from lcx.data.skipped import Skipped
 from lcx.data.sources import TextFolder
+from lcx.memory.activation_beacon import ActivationBeacon
 from lcx.memory.rmt import RMT
 from lcx.mixers.attention import Attention
 from lcx.mixers.delta_net import GatedDeltaNet
@@ -26,6 +28,7 @@ from lcx.mixers.short_convolution import ShortConvolution
 from lcx.mixers.titans_mac import TitansMAC
 from lcx.mixers.ttt import TTT
 from lcx.models.position_table import PositionTable
+from lcx.objectives.beacon_modeling import BeaconModeling
 from lcx.parallel.layout import Contiguous, Zigzag
 from lcx.parallel.mesh import MeshSpec
 from lcx.parallel.rules import Rules
@@ -48,6 +51,7 @@ from lcx.spec import SpecError, edit, edits
 from lcx.support import RULES, broken, sequence_axes, validate
 from lcx.support_table import base, kinds, refusal
 
+BEACON = ActivationBeacon(window=16, ratio=4)
 LAYER = "model.pattern[0]"
 FILMS = Frames(positions=MRopePositions())
 GROWING = DynamicNTK(original_length=64, length_policy="growing")
@@ -89,6 +93,23 @@ SKIPPING = LogN(original_length=64, skip_layers=1)
         (
             [("model.memory", RMT(segment=16, slots=2)), ("data.positions", RandomPositions(target=256))],
             "data.positions: expected positions that are the index, as those of model.memory begin anew",
+        ),
+        (
+            [("model.memory", BEACON), (f"{LAYER}.mixer.mask", Window(size=8))],
+            "model.pattern[0].mixer.mask: expected Causal() beside model.memory, an ActivationBeacon",
+        ),
+        (
+            [("model.memory", BEACON), (f"{LAYER}.mixer", TTT(heads=2, head_dim=8))],
+            "model.pattern[0].mixer: expected Attention beside model.memory, an ActivationBeacon, whose beacons are keys",
+        ),
+        (
+            [("model.memory", BEACON), ("objective", BeaconModeling(ratios=(2, 8)))],
+            "objective.ratios = (2, 8): expected those of model.memory, which has no [2, 8]",
+        ),
+        ([("objective", BeaconModeling())], "model.memory: expected an ActivationBeacon, whose ratios objective draws"),
+        (
+            [("model.memory", edits(BEACON, [("ratio", 16)])), ("mesh", MeshSpec(context=8))],
+            "model.memory: 4 beacons in data.length: expected a multiple of the 8 devices that share a row",
         ),
         ([("mesh", MeshSpec(tensor=2)), ("model.vocab", 263)], "model.vocab = 263: expected a multiple of 2 (mesh.tensor 2)"),
         ([("mesh", MeshSpec(context=3))], "data.length = 64: expected a multiple of 3 (mesh.context 3)"),
@@ -288,9 +309,11 @@ def test_each_rule_is_broken_by_something_and_the_base_breaks_none():
     skipping = edit(base(), f"{LAYER}.mixer.query_scale", SKIPPING)
     crowded = edits(base(), [(f"{LAYER}.mixer", TTT(heads=2, head_dim=8)), ("model.documents", 2)])
     segmented = edits(base(), [("model.memory", RMT(segment=16, slots=2)), ("mesh", MeshSpec(context=2))])
+    drawing = edit(base(), "objective", BeaconModeling())
     mac = edits(spread, [(f"{LAYER}.mixer", TitansMAC.examples()[0])])
     configs = (
         skipping,
+        drawing,
         mac,
         crowded,
         segmented,

@@ -16,20 +16,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from lcx.spec import Spec
+from lcx.memory.model_memory import ModelMemory
 
 Vectors = tuple[Float[Array, "B p M"], Bool[Array, "B p"]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SegmentMemory(Spec, abc.ABC):
+class SegmentMemory(ModelMemory):
     """segment: its tokens. bptt: gradients go through groups of so many segments, counted from a row's start, and not from one
     to the one before; None is all of a row."""
 
     segment: int
     bptt: int | None = None
-    recurrent: ClassVar[bool] = True
-    sequential: ClassVar[bool] = True
     chunked: ClassVar[bool] = True
 
     def validate(self):

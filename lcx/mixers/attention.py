@@ -81,7 +81,10 @@ class Attention(Mixer):
             )
 
     def build(self, inherited, *, rngs):
-        return AttentionModule(self, inherited, rngs)
+        from lcx.mixers.beacon_attention import BeaconAttentionModule
+
+        kind = AttentionModule if inherited.beacons is None else BeaconAttentionModule
+        return kind(self, inherited, rngs)
 
     @classmethod
     def examples(cls):

@@ -18,6 +18,7 @@ from lcx.attention.all_gather import AllGather
 from lcx.attention.communication import Communication
 from lcx.batch import Batch
 from lcx.linear import GradientSum
+from lcx.memory.activation_beacon import ActivationBeacon
 from lcx.parallel.rules import Rules
 from lcx.positions.frequencies import Frequencies, FrequencyRule
 from lcx.spec import Spec
@@ -31,7 +32,8 @@ class Inherited:
     """What a part takes over from its model. gain scales the initial weights that write to the residual stream.
 
     channel_chunk: tokens of a row of a device that channel mixers see at a time; None is all. gradient_sum: of `linear`.
-    documents: the most that a row holds, which mixers that count chunks from a document's start make room for.
+    documents: the most that a row holds, which mixers that count chunks from a document's start make room for. beacons: those
+    of which attention keeps keys and values.
     """
 
     width: int
@@ -44,6 +46,7 @@ class Inherited:
     channel_chunk: int | None = None
     gradient_sum: GradientSum = "compute"
     documents: int = 1
+    beacons: ActivationBeacon | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

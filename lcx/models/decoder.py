@@ -18,7 +18,8 @@ from lcx.attention.all_gather import AllGather
 from lcx.attention.communication import Communication
 from lcx.batch import Batch, lengths_of
 from lcx.linear import GradientSum, wide_product
-from lcx.memory.segment_memory import SegmentMemory
+from lcx.memory.activation_beacon import ActivationBeacon
+from lcx.memory.model_memory import ModelMemory
 from lcx.mixers.attention import Attention
 from lcx.mixers.mixer import Aux, Compute, Inherited, Mixer, Place, weight
 from lcx.models.embedding import lookup
@@ -62,8 +63,8 @@ class Decoder(Spec):
     step, or `all` of them (faster on a CPU, longer to compile). rules, communication: how the model lies on a mesh, and how
     queries meet keys where the sequence is sharded. gradient_sum: what devices sum the gradients of projections in, `compute`
     or float32, which sends twice the bytes of bfloat16 (docs/numerics.md). documents: the most that a row holds; only mixers
-    that count chunks from a document's start, and `memory`, make room for them. memory: the model reads segment after segment,
-    and this is what it knows of those before.
+    that count chunks from a document's start, and some kinds of `memory`, make room for them. memory: the model reads segment
+    after segment, or window after window, and this is what it knows of those before.
     """
 
     vocab: int
@@ -85,7 +86,7 @@ class Decoder(Spec):
     communication: Communication = AllGather()
     gradient_sum: GradientSum = "compute"
     documents: int = 1
-    memory: SegmentMemory | None = None
+    memory: ModelMemory | None = None
 
     def validate(self):
         for field in ("vocab", "width", "periods", "documents"):
@@ -108,9 +109,13 @@ class Decoder(Spec):
         return self.periods * len(self.pattern)
 
     def build(self, *, rngs: nnx.Rngs) -> "DecoderModel":
+        from lcx.models.beacon_decoder import BeaconDecoderModel
         from lcx.models.segmented import SegmentedModel
 
-        return SegmentedModel(self, rngs) if self.memory is not None else DecoderModel(self, rngs)
+        if self.memory is None:
+            return DecoderModel(self, rngs)
+        kind = BeaconDecoderModel if isinstance(self.memory, ActivationBeacon) else SegmentedModel
+        return kind(self, rngs)
 
 
 class DecoderModel(nnx.Module):
@@ -126,6 +131,7 @@ class DecoderModel(nnx.Module):
             channel_chunk=spec.channel_chunk,
             gradient_sum=spec.gradient_sum,
             documents=spec.documents,
+            beacons=spec.memory if isinstance(spec.memory, ActivationBeacon) else None,
         )
         self.rope = _learned_rope(spec, rngs)
         self.embedding = weight(rngs, (spec.vocab, spec.width), ("vocab", "width"), fan_in=spec.width)

@@ -16,8 +16,9 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from lcx.attention.count import document_pairs, visible_pairs
-from lcx.attention.mask import Causal, Chunk, Mask, Window
+from lcx.attention.mask import Beyond, Causal, Chunk, ChunksBack, Mask, Window, Within
 from lcx.batch import PADDING, TokenInfo
+from lcx.memory.activation_beacon import ActivationBeacon
 from lcx.mixers.attention import Attention
 from lcx.mixers.delta_net import GatedDeltaNet
 from lcx.mixers.infini_attention import InfiniAttention
@@ -108,6 +109,9 @@ def counter(spec: Decoder, state: nnx.State, trained: Collection[Path] | None = 
             per_pair[mask] = per_pair.get(mask, 0) + times * flops
     learned = {path: size for path, size in matrices.items() if trained is None or path in trained}
     recurrent = sum(times * token_flops(mixer, spec.width) for mixer, times in mixers)
+    if isinstance(spec.memory, ActivationBeacon):
+        per_token = [_with_beacons(spec.memory, held) + recurrent for held in (matrices, learned)]
+        return Counter(per_token[0], _pairs_with_beacons(spec.memory, per_pair), per_token[1])
     if spec.memory is not None:
         per_token = [_by_segments(spec, held, recurrent) for held in (matrices, learned)]
         return Counter(per_token[0], _pairs_by_segments(spec, per_pair), per_token[1])
@@ -128,6 +132,26 @@ def _pairs_by_segments(spec: Decoder, per_pair: Mapping[Mask, int]) -> dict[Mask
     size, pairs = spec.memory.segment, lambda n: n * (n + 1) / 2
     more = (pairs(size + spec.memory.around) + pairs(spec.memory.asks)) / pairs(size)
     return {mask & Chunk(size=size): round(flops * more) for mask, flops in per_pair.items()}
+
+
+def _with_beacons(memory: ActivationBeacon, matrices: Mapping[Path, int]) -> int:
+    """A beacon for `ratio` tokens goes through the layers, by its own projections where it has them; the head reads none."""
+    layers = {path: count for path, count in matrices.items() if path[0] not in ("head", "embedding", "memory")}
+    own = {path for path in layers if str(path[-1]).startswith("beacon_")}
+    tokens = sum(count for path, count in matrices.items() if path not in own and path[0] != "memory")
+    beacons = sum(count for path, count in layers.items() if path[-1] not in memory.own)
+    return 2 * tokens + round(2 * beacons / memory.ratio)
+
+
+def _pairs_with_beacons(memory: ActivationBeacon, per_pair: Mapping[Mask, int]) -> dict[Mask, int]:
+    """Tokens and beacons of a window see half of its pairs, and all beacons of windows before."""
+    size, more = memory.window, 1 + 1 / memory.ratio
+    flops = sum(per_pair.values())
+    far = max(1, round(flops * more / memory.ratio))
+    back = {ChunksBack(size=size): far, ChunksBack(size=size, farther=True): far}
+    if memory.most is not None:  # of tokens that the newest beacons stand for
+        back = {Beyond(size=size) & Within(size=size + memory.most * memory.ratio): far}
+    return {Chunk(size=size): round(flops * more**2), **back}
 
 
 @functools.singledispatch

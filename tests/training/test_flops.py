@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lcx.attention.mask import Causal, Chunk, Sink, Window
+from lcx.attention.mask import Causal, Chunk, ChunksBack, Sink, Window
 from lcx.batch import Batch, causal_info
 from lcx.channels.glu import GLU
+from lcx.memory.activation_beacon import ActivationBeacon
 from lcx.memory.rmt import RMT
 from lcx.mixers.attention import Attention
 from lcx.mixers.delta_net import GatedDeltaNet
@@ -23,7 +24,7 @@ from lcx.models.layer import Layer
 from lcx.models.position_table import PositionTable
 from lcx.positions.dimension_groups import DimensionGroups
 from lcx.positions.long_heads import LongHeads
-from lcx.spec import edit
+from lcx.spec import edit, edits
 from lcx.training.flops import PEAKS, counter, pair_flops, peak, token_flops
 from lcx.training.step import abstract_model
 from lcx.training.trainable import trained_paths
@@ -159,6 +160,21 @@ def test_reading_by_segments():
     state = abstract_model(spec)[1]
     assert counter(spec, state, trained_paths(state, ("memory/*",))).trained_per_token == 0
     assert found.per_pair == {mask & Chunk(size=4): round(3.6 * flops) for mask, flops in plain.per_pair.items()}
+
+
+def test_reading_with_beacons():
+    """A beacon for 2 tokens of windows of 4: three halves of the layers' products, with their own queries and values; pairs of
+    windows of 6, and of 6 and 2 before; what is trained of a beacon is half of its projections."""
+    beacon = ActivationBeacon(window=4, ratio=2, own=("query", "value"))
+    spec = edits(MODEL, [("pattern", MODEL.pattern[:1]), ("memory", beacon)])
+    state = abstract_model(spec)[1]
+    plain, found = counter(edit(spec, "memory", None), abstract_model(edit(spec, "memory", None))[1]), counter(spec, state)
+    head = 2 * MODEL.vocab * MODEL.width
+    assert found.per_token == (3 * plain.per_token - head) // 2
+    assert counter(spec, state, trained_paths(state, ("*beacon_*",))).trained_per_token == 3 * (8 * 16 + 8 * 8)
+    (flops,) = plain.per_pair.values()
+    far = 3 * flops // 4
+    assert found.per_pair == {Chunk(size=4): 9 * flops // 4, ChunksBack(size=4): far, ChunksBack(size=4, farther=True): far}
 
 
 def test_unknown_mixers_and_devices_are_not_guessed():

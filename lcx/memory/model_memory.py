@@ -1,0 +1,16 @@
+"""The base of what `Decoder.memory` takes: memories that the whole model has, beside those of its mixers."""
+
+import abc
+import dataclasses
+from typing import ClassVar
+
+from lcx.spec import Spec
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelMemory(Spec, abc.ABC):
+    """`sequential`, `recurrent`, `chunked`: as of `Mixer`."""
+
+    sequential: ClassVar[bool] = True
+    recurrent: ClassVar[bool] = True
+    chunked: ClassVar[bool] = False

@@ -1,0 +1,234 @@
+"""Attention of a decoder with an Activation Beacon: keys of the own window, and of beacons of the windows before.
+
+`batch.info` is a `BeaconInfo`: tokens of the text first, beacons behind them. The two sums of one softmax are merged; a
+beacon's key is turned by its place in its window for the one and by its place in memory for the other. A projection of beacons
+is the model's, with what is learned for them added to it, so that they begin as the model's own.
+
+The state holds raw keys: of the tokens of the open window, each in its place of it, and of what memory holds, by number.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from lcx.attention.attend import attend
+from lcx.attention.mask import Causal, Chunk, Mask, Sink, Within
+from lcx.attention.merge import merge, with_sinks
+from lcx.attention.sharded import sharded_attend
+from lcx.batch import PADDING, Batch, TokenInfo
+from lcx.linear import linear
+from lcx.memory.activation_beacon import BEACON, BeaconInfo
+from lcx.memory.segment_memory import added
+from lcx.mixers.attention import Attention, AttentionModule
+from lcx.mixers.mixer import Inherited, Place
+from lcx.parallel.gathered import logical_axes
+from lcx.parallel.rules import shard
+from lcx.positions.rotate import rotate
+from lcx.record import record
+
+PLAIN = {"mask": Causal(), "distances": None, "query_scale": None, "distance_bias": None, "persistent": 0}
+
+
+@record
+class Store:
+    """Raw keys and values in slots."""
+
+    k: Float[Array, "B S K D"]
+    v: Float[Array, "B S K E"]
+    info: BeaconInfo
+
+    def put(self, slot: Int[Array, "B T"], new: "Store") -> "Store":
+        """With tokens in these slots; a slot beyond the last drops its token."""
+        row = jnp.arange(len(slot))[:, None]
+        write = lambda old, new: old.at[row, slot].set(new.astype(old.dtype), mode="drop")
+        return jax.tree.map(write, self, dataclasses.replace(new, info=dataclasses.replace(new.info, raw=self.info.raw)))
+
+
+@record
+class BeaconAttentionState:
+    """overflow: entries that found no slot."""
+
+    window: Store
+    memory: Store
+    overflow: Int[Array, "B"]
+
+
+class BeaconAttentionModule(AttentionModule):
+    def __init__(self, spec: Attention, inherited: Inherited, rngs: nnx.Rngs):
+        super().__init__(spec, inherited, rngs)
+        for field, plain in PLAIN.items():
+            spec.check(getattr(spec, field) == plain, field, f"{plain} beside {type(inherited.beacons).__name__}")
+        for name in inherited.beacons.own:
+            base = getattr(self, name)
+            setattr(self, f"beacon_{name}", added(jnp.zeros(base.shape), logical_axes(base, base.ndim)))
+
+    def __call__(
+        self, x: Float[Array, "B T M"], batch: Batch, state: Any = None, *, place: Place = Place(), beside: Any = None
+    ):
+        """Raises ValueError for a batch that is not laid out, or for `beside`."""
+        info, rules = batch.info, self.inherited.rules
+        if not isinstance(info, BeaconInfo) or beside is not None:
+            raise ValueError("attention: its model has beacons: expected a batch that they are laid out in, and nothing beside")
+        q = self._projected(x, info, "query", "heads")
+        k = self._projected(x, info, "key", "kv_heads")
+        v = self._projected(x, info, "value", "kv_heads")
+        frequencies = self.frequencies(x.shape[1])
+        if frequencies is None and self._rope is not None:
+            frequencies = place.frequencies
+        turned = lambda y, info, side: (
+            y if frequencies is None else rotate(y, info.positions, frequencies, side=side).astype(y.dtype)
+        )
+        options = {"scale": self.spec.scale or 1 / math.sqrt(self.spec.head_dim), "softcap": self.spec.softcap}
+        options |= {"backend": self.spec.backend}
+        if state is None:
+            options |= {"rules": rules, "communication": self.inherited.communication}
+        call = sharded_attend if state is None else attend
+        asking = turned(q, info, "query")
+
+        def fold(columns: slice, q_info: TokenInfo, keys: Store, k_info: TokenInfo, mask: Mask):
+            return call(asking[:, columns], turned(keys.k, k_info, "key"), keys.v, q_info, k_info, mask=mask, **options)
+
+        new = Store(k=k, v=v, info=info)
+        out, lse = self._near(fold, new, state)
+        for keys, mask in self._far(new, state):
+            out, lse = merge((out, lse), fold(slice(None), info.reading(), keys, keys.info.held(), mask))
+        if self.sinks is not None:
+            out = with_sinks(out, lse, self.sinks[...])
+        parts = self._parts(info, lambda weight, y: self._linear(y, weight, contracted=2), out.astype(x.dtype), "output")
+        y = jnp.concatenate(parts, axis=1)
+        if self.output_bias is not None:
+            y = y + self.output_bias[...].astype(x.dtype)
+        return shard(y, rules, "batch", "sequence", None), None if state is None else self._kept(state, new), {}
+
+    def _near(self, fold, new: Store, state: BeaconAttentionState | None):
+        """(out, lse) over the query's own window."""
+        spec, info, own = self.inherited.beacons, new.info, Chunk(size=2 * self.inherited.beacons.window)
+        R = info.raw
+        tokens, beacons = slice(0, R), slice(R, None)
+        of = lambda store, columns, raw: Store(k=store.k[:, columns], v=store.v[:, columns], info=store.info.part(columns, raw))
+        held = [] if state is None else [state.window]
+        if spec.layout == "interleaved":
+            if state is not None:
+                held.append(dataclasses.replace(state.memory, info=state.memory.info.beacons()))
+            keys = _joined(*held, new)
+            return fold(slice(None), info, keys, keys.info, own)
+        found = []
+        if R:
+            keys = _joined(*held, of(new, tokens, R))
+            found.append(fold(tokens, info.part(tokens, R), keys, keys.info, own))
+        if info.shape[1] > R:
+            keys = _joined(*held, new)
+            own = _OwnWindow(window=spec.window, coverage=spec.coverage, previous=spec.previous)
+            found.append(fold(beacons, info.part(beacons, 0), keys, keys.info, own))
+        return tuple(jnp.concatenate(part, axis=1) for part in zip(*found, strict=True))
+
+    def _far(self, new: Store, state: BeaconAttentionState | None) -> list[tuple[Store, Mask]]:
+        """Sets of keys in memory, with who sees them."""
+        spec, R = self.inherited.beacons, new.info.raw
+        mask: Mask = Causal() if spec.most is None else Within(size=spec.most)
+        if spec.most is not None and spec.sink:
+            mask = mask | Sink(size=spec.sink + 1)
+        if state is not None:
+            return [(_joined(state.memory, new), mask)]
+        sides = [slice(R, None)] if new.info.shape[1] > R else []
+        if spec.sink or 0 in spec.ratios:  # tokens that stay
+            sides.append(slice(0, R))
+        return [(Store(k=new.k[:, s], v=new.v[:, s], info=new.info.part(s, 0)), mask) for s in sides]
+
+    def _kept(self, state: BeaconAttentionState, new: Store) -> BeaconAttentionState:
+        """The state behind a chunk: of its newest document alone, as what came before that is not asked for again."""
+        spec, info, R = self.inherited.beacons, new.info, new.info.raw
+        real = info.segments != PADDING
+        place = jnp.where(info.roles == BEACON, 0, jnp.arange(info.shape[1]) + 1)  # a beacon alone is of the newest document
+        last = jnp.argmax(jnp.where(real, place + 1, 0), axis=1)[:, None]
+        of = lambda field: jnp.take_along_axis(field, last, axis=1)
+        mine = real & (info.segments == of(info.segments))
+        size = 2 * spec.window
+        open_ = mine & (info.roles != BEACON) & (info.index // size == of(info.index) // size)
+        # The place of a token in its window, whatever beacons stand among them: as many slots as positions.
+        window = state.window.put(jnp.where(open_, info.index % size, size), new) if R else state.window
+        slots = state.memory.info.shape[1]
+        room, stays = slots - spec.sink, mine & (info.number >= 0)
+        behind = info.number - spec.sink
+        newest = jnp.max(jnp.where(stays, behind, -1), axis=1, keepdims=True)
+        ring = spec.most is not None
+        fits = (behind > newest - room) if ring else (behind < room)
+        slot = jnp.where(behind < 0, info.number, spec.sink + behind % room)
+        memory = state.memory.put(jnp.where(stays & (fits | (behind < 0)), slot, slots), new)
+        lost = jnp.zeros_like(state.overflow) if ring else (stays & ~fits & (behind >= 0)).sum(axis=1)
+        return BeaconAttentionState(window=window, memory=memory, overflow=state.overflow + lost)
+
+    def init_state(self, batch_size, length):
+        spec = self.inherited.beacons
+        entries = -(-length // spec.ratio) if spec.most is None else spec.most + spec.window // spec.ratio
+        store = lambda slots: self._empty(batch_size, slots)
+        none = jnp.zeros(batch_size, jnp.int32)
+        return BeaconAttentionState(window=store(2 * spec.window), memory=store(spec.sink + entries), overflow=none)
+
+    def _empty(self, rows: int, slots: int) -> Store:
+        none = jnp.zeros((rows, slots), jnp.int32)
+        fields = dict.fromkeys(("index", "order", "segments", "roles", "seen"), none)
+        info = BeaconInfo(**fields, number=none - 1, positions=jnp.zeros((rows, slots, 1)), raw=0)
+        held = jnp.zeros((rows, slots, self.spec.kv_heads, self.spec.head_dim), self.inherited.compute)
+        return Store(k=held, v=held, info=info)
+
+    def _projected(self, x, info: BeaconInfo, name: str, heads: str):
+        norm = {"query": self.query_norm, "key": self.key_norm}.get(name)
+        bias = getattr(self, f"{name}_bias")
+        y = jnp.concatenate(self._parts(info, lambda weight, x: self._linear(x, weight), x, name), axis=1)
+        y = y if bias is None else y + bias[...].astype(x.dtype)
+        y = y if norm is None else norm(y)
+        return shard(y, self.inherited.rules, "batch", "sequence", heads, None)
+
+    def _parts(self, info: BeaconInfo, product, x, name: str) -> list[Array]:
+        """Of tokens and of beacons, each by its weights."""
+        base, more = getattr(self, name), getattr(self, f"beacon_{name}", None)
+        if more is None:
+            return [product(base, x)]
+        parts = []
+        if info.raw:
+            parts.append(product(base, x[:, : info.raw]))
+        if x.shape[1] > info.raw:
+            theirs = nnx.Param(base[...] + more[...], axes=logical_axes(base, base.ndim))
+            parts.append(product(theirs, x[:, info.raw :]))
+        return parts
+
+    def _linear(self, x, weight, contracted: int = 1):
+        return linear(x, weight, self.inherited.rules, contracted=contracted, gradient_sum=self.inherited.gradient_sum)
+
+
+def _joined(*stores: Store) -> Store:
+    raw = stores[-1].info.raw
+    same = [dataclasses.replace(store, info=dataclasses.replace(store.info, raw=raw)) for store in stores]
+    return same[0] if len(same) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *same)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _OwnWindow(Mask):
+    """What beacons behind a window see of it, in the index and order of `BeaconInfo`."""
+
+    window: int
+    coverage: str
+    previous: bool
+
+    def term(self, q, k):
+        size = 2 * self.window
+        is_beacon = k.roles == BEACON
+        to_beacon = is_beacon if self.previous else is_beacon & (q.index == k.index)
+        to_token = ~is_beacon
+        if self.coverage == "segment":
+            i = (q.index % size - self.window).clip(0)
+            to_token &= k.order > q.order - (q.order % size + 1) // (i + 1)
+        return (q.index // size == k.index // size) & (to_beacon | to_token)
+
+    def term_bounds(self, q, k):
+        may, _ = Chunk(size=2 * self.window).term_bounds(q, k)
+        return may, may & ~may
+
+    def intervals(self, index):
+        return None

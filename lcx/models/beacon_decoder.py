@@ -1,0 +1,84 @@
+"""A decoder whose documents are read in windows, of which beacons stay (`Decoder.memory = ActivationBeacon(...)`).
+
+Beacons are laid out among the tokens of a batch before the first layer, and left out of the hidden states behind the last.
+`batch.side["ratios"] [B,T]` gives each token the ratio of its window, where training draws them; a ratio that is not the spec's
+makes sense for whole rows alone.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from lcx.batch import PADDING, Batch
+from lcx.memory.activation_beacon import BeaconInfo, lay_out
+from lcx.mixers.neighbours import resumed, torn
+from lcx.models.decoder import Decoder, DecoderModel
+from lcx.record import record
+
+
+@record
+class BeaconState:
+    """index, segments: of the newest token."""
+
+    decoder: Any
+    index: Int[Array, "B"]
+    segments: Int[Array, "B"]
+
+
+class BeaconDecoderModel(DecoderModel):
+    """Parameters are the decoder's, `memory`, and those of beacons in its attention."""
+
+    def __init__(self, spec: Decoder, rngs: nnx.Rngs):
+        super().__init__(spec, rngs)
+        like = spec.memory.like
+        spec.memory.check(like is None or like < spec.vocab, "like", f"a token below vocab = {spec.vocab}, or None")
+        self.memory = spec.memory.build(spec.width, rngs=rngs)
+
+    def __call__(self, batch: Batch, state: Any = None, *, upto: int | None = None):
+        """Hidden states after the final norm; with `upto`, the raw stream of the tokens after that many layers. Raises
+        ValueError for ratios beside a state."""
+        batch, spec = jax.tree.map(jnp.asarray, batch), self.spec.memory
+        ratios = batch.side.get("ratios")
+        if state is None:
+            ratio = spec.ratio if ratios is None else spec.smallest
+            beacons = spec.beacons(batch.shape[1], whole=True, ratio=ratio)
+            info = lay_out(spec, batch.info, beacons, ratios)
+            hidden, _, aux = super().__call__(self._laid(batch, info), upto=upto)
+            return self._marked(hidden[:, : info.raw], torn(batch.info, within=False)), None, aux
+        if ratios is not None:
+            raise ValueError("decoder.memory: ratios in a batch beside a state: expected that of the spec")
+        length = batch.shape[1]
+        info = lay_out(spec, batch.info, spec.beacons(length, whole=False, ratio=spec.ratio))
+        if length > 1:
+            hidden, decoder, aux = super().__call__(self._laid(batch, info), state.decoder, upto=upto)
+        else:
+            first, behind = info.part(slice(0, 1), 1), info.part(slice(1, None), 0)
+            hidden, decoder, aux = super().__call__(self._laid(batch, first), state.decoder, upto=upto)
+            close = lambda decoder: super(BeaconDecoderModel, self).__call__(self._laid(None, behind), decoder)[1]
+            decoder = jax.lax.cond((behind.segments != PADDING).any(), close, lambda decoder: decoder, decoder)
+        broken, index, segments = resumed(batch.info, state.index, state.segments, within=False)
+        return self._marked(hidden[:, :length], broken), BeaconState(decoder=decoder, index=index, segments=segments), aux
+
+    def init_state(self, batch_size, length):
+        none = jnp.zeros(batch_size, jnp.int32)
+        return BeaconState(decoder=super().init_state(batch_size, length), index=none, segments=none)
+
+    def _laid(self, batch: Batch | None, info: BeaconInfo) -> Batch:
+        """Tokens of the batch, if any, and beacons behind them."""
+        beacon, like = self.memory.embedding[0], self.spec.memory.like
+        if like is not None:
+            beacon = beacon + self.spec.embed_scale * self.embedding[like]
+        rows, length = info.shape
+        tokens = jnp.full((rows, length - info.raw), -1, jnp.int32)
+        embeds = jnp.broadcast_to(beacon, (rows, length, len(beacon)))
+        if batch is not None:
+            tokens = jnp.concatenate([batch.tokens, tokens], axis=1)
+            if batch.embeds is not None:
+                embeds = embeds.at[:, : info.raw].set(batch.embeds.astype(embeds.dtype))
+        return Batch(tokens=tokens, info=info, embeds=embeds)
+
+    def _marked(self, hidden: Float[Array, "B T M"], broken) -> Float[Array, "B T M"]:
+        return jnp.where(broken[..., None], jnp.nan, hidden)
