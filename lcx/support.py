@@ -289,9 +289,6 @@ def _segments_are_texts(experiment: Experiment) -> Iterator[str]:
         return
     for axis, size in sequence_axes(experiment).items() if isinstance(model.memory, SegmentMemory) else ():
         yield f"mesh.{axis} = {size}: expected 1, as model.memory reads segments one after the other, each on one row's devices"
-    for path, part in below(model, "model"):
-        if isinstance(part, Mixer) and part.sequential and isinstance(model.memory, SegmentMemory):
-            yield f"{path} reads neighbours: expected mixers that do not beside model.memory, which puts padding between them"
     if length_policy(model) is not None:
         yield "model: expected ropes and query scales that no length changes, as model.memory reads short texts"
     given = ["data.positions"] if data.positions is not None else []

@@ -87,10 +87,6 @@ SKIPPING = LogN(original_length=64, skip_layers=1)
             "mesh.context = 2: expected 1, as model.memory reads segments one after the other",
         ),
         (
-            [("model.memory", RMT(segment=16, slots=2)), ("model.embed_mixer", ShortConvolution())],
-            "model.embed_mixer reads neighbours: expected mixers that do not beside model.memory",
-        ),
-        (
             [("model.memory", RMT(segment=16, slots=2)), ("data.positions", RandomPositions(target=256))],
             "data.positions: expected positions that are the index, as those of model.memory begin anew",
         ),

@@ -18,9 +18,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lcx.batch import PADDING, Batch, causal_info
 from lcx.memory.document_chunks import DocumentChunks, document_chunks
+from lcx.mixers.mixer import Mixer
 from lcx.mixers.neighbours import resumed, torn
 from lcx.models.decoder import Decoder, DecoderModel
 from lcx.record import record
+from lcx.spec import below
 from pallas_kernels.grouped_scan import chosen, grouped_scan
 
 
@@ -45,6 +47,7 @@ class SegmentedModel(DecoderModel):
 
     def __init__(self, spec: Decoder, rngs: nnx.Rngs):
         super().__init__(spec, rngs)
+        self.reads_neighbours = any(isinstance(part, Mixer) and part.sequential for _, part in below(spec))
         self.memory = spec.memory.build(spec.width, rngs=rngs)
 
     def __call__(self, batch: Batch, state: Any = None, *, upto: int | None = None):
@@ -94,8 +97,7 @@ class SegmentedModel(DecoderModel):
         kept = self._kept(tail)
         behind = self.memory.behind(bank, vectors)
         some = jnp.broadcast_to(real.any(axis=1, keepdims=True), behind.shape[:2])
-        batch = _sequence([(vectors, there), (kept, kept >= 0), (tokens, real), (behind, some)])
-        hidden, _, aux = super().__call__(batch)
+        hidden, _, aux = self._read(_sequence([(vectors, there), (kept, kept >= 0), (tokens, real), (behind, some)]))
         front = vectors.shape[1] + kept.shape[1]
         return hidden[:, front : front + tokens.shape[1]], hidden[:, front + tokens.shape[1] :], aux
 
@@ -107,7 +109,7 @@ class SegmentedModel(DecoderModel):
         there = real[:, : self.memory.asked] if self.memory.ahead else given >= 0
         mark = self.memory.mark(len(tail))
         always = jnp.ones((len(tail), 1), bool)
-        hidden, _, _ = super().__call__(_sequence([(mark, always), (given, there), (mark, always)]))
+        hidden, _, _ = self._read(_sequence([(mark, always), (given, there), (mark, always)]))
         return self.memory.read(bank, hidden[:, -1])
 
     def _more(self, batch: Batch, state: SegmentedState):
@@ -167,8 +169,17 @@ class SegmentedModel(DecoderModel):
     def _fed(self, parts, decoder: Any, read: Int[Array, "B"]):
         """(hidden, state, positions read, aux) of the decoder over the next positions of its segment."""
         batch = _sequence(parts, read)
-        hidden, decoder, aux = super().__call__(batch, decoder)
+        hidden, decoder, aux = self._read(batch, decoder)
         return hidden, decoder, read + (batch.info.segments != PADDING).sum(axis=1, dtype=jnp.int32), aux
+
+    def _read(self, batch: Batch, decoder: Any = None):
+        """(hidden, state, aux) of the decoder; where it reads neighbours, padding stands behind all that is there."""
+        if not self.reads_neighbours or batch.shape[1] == 1:
+            return super().__call__(batch, decoder)
+        order = jnp.argsort(batch.info.segments == PADDING, axis=1, stable=True)
+        moved = lambda order: lambda x: jnp.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 2)), axis=1)
+        hidden, decoder, aux = super().__call__(jax.tree.map(moved(order), batch), decoder)
+        return moved(jnp.argsort(order, axis=1))(hidden), decoder, aux
 
     def _anew(self, rows: Bool[Array, "B"], decoder: Any) -> Any:
         """The decoder's state, empty in some rows; states of layers are stacked in front."""

@@ -17,6 +17,9 @@ from lcx.memory.hmt import HMT
 from lcx.memory.rmt import RMT
 from lcx.memory.segment_memory import SegmentMemory, pushed
 from lcx.mixers.attention import Attention
+from lcx.mixers.delta_net import GatedDeltaNet
+from lcx.mixers.neural_memory import NeuralMemory
+from lcx.mixers.short_convolution import ShortConvolution
 from lcx.models.decoder import Decoder
 from lcx.models.layer import Layer
 from lcx.parallel.mesh import MeshSpec
@@ -132,6 +135,28 @@ def test_rows_generate_as_they_do_alone(model, request):
         hidden = run(model, *wide(np.asarray([tokens[:-1]] * 2), ones(len(tokens) - 1)))[0][0]
         chosen = np.argmax(model.logits(hidden), axis=-1)[len(prompt) - 1 : len(tokens) - 1]
         assert len(made.ids) == 5 and chosen.tolist() == made.ids
+
+
+NEIGHBOURS = {
+    "convolution": {"embed_mixer": ShortConvolution(taps=2)},
+    "delta net": {"pattern": (LAYER, dataclasses.replace(LAYER, mixer=GatedDeltaNet(heads=2, head_dim=4)))},
+    "neural memory": {"pattern": (dataclasses.replace(LAYER, mixer=NeuralMemory(heads=2, head_dim=4, chunk=2)),)},
+}
+
+
+@pytest.mark.parametrize("mixers", NEIGHBOURS)
+def test_beside_mixers_that_read_neighbours(mixers):
+    """A document that is shorter than another leaves padding among the vectors of its row, which nothing reads."""
+    plain = dataclasses.replace(PLAIN, periods=1, **NEIGHBOURS[mixers])
+    memory = AutoCompressor(segment=4, slots=2, most=6)
+    model = dataclasses.replace(plain, memory=memory).build(rngs=nnx.Rngs(0))
+    tokens, state = drawn(), model.init_state(2, T)
+    whole = run(model, *wide(tokens, ones()))[0][:, :T]
+    wanted, _ = by_segments.auto_compressor(plain.build(rngs=nnx.Rngs(0)), model.memory.summary[...], tokens, [4, 4, 2], most=6)
+    close(whole, wanted, 2e-5)
+    first, state = run(model, *wide(tokens[:, :7], ones(7)), state, np.asarray([0, 0]))
+    rest = [run(model, tokens[:, 7:8], ones(1), state, np.asarray([7, 7]))]
+    close(jnp.concatenate([first[:, :7], rest[0][0]], axis=1), whole[:, :8], 2e-5)
 
 
 def test_on_a_mesh():
