@@ -303,7 +303,7 @@ def _beacons_are_read_by_attention(experiment: Experiment) -> Iterator[str]:
             yield "model.memory: expected an ActivationBeacon, whose ratios objective draws"
         return
     for path, part in below(model, "model"):
-        if isinstance(part, Mixer) and not isinstance(part, Attention):
+        if isinstance(part, Mixer) and not isinstance(part, Attention) and path != "model.embed_mixer":
             yield f"{path}: expected Attention beside model.memory, an ActivationBeacon, whose beacons are keys"
     for path, mixer in _attentions(experiment):
         for field, plain in PLAIN.items():

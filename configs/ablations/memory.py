@@ -25,6 +25,7 @@ from lcx.data.pipeline import Pipeline, Weighted
 from lcx.evaluation.ablation import Ablation, Arm, Variant
 from lcx.evaluation.panels import Panel
 from lcx.evaluation.tasks.retrieval import Retrieval
+from lcx.memory.activation_beacon import ActivationBeacon
 from lcx.memory.auto_compressor import AutoCompressor
 from lcx.memory.hmt import HMT
 from lcx.memory.rmt import RMT
@@ -140,11 +141,11 @@ def _mixers() -> dict:
 
 
 def _between() -> dict:
-    """Memories between segments of four windows, which full attention reads, without the convolution: it reads neighbours."""
-    size, plain = 4 * WINDOW, (*_mixer(FULL), ("model.embed_mixer", None))
+    """Memories between segments of two windows, which full attention reads; beacons for every four tokens of such windows."""
+    size, full = 2 * WINDOW, _mixer(FULL)
     return {
-        "full attention, no convolution": plain,
-        "RMT": (*plain, ("model.memory", RMT(segment=size, slots=16))),
-        "AutoCompressor": (*plain, ("model.memory", AutoCompressor(segment=size, slots=4, most=64))),
-        "HMT": (*plain, ("model.memory", HMT(segment=size, sensory=8, size=DIM))),
+        "RMT": (*full, ("model.memory", RMT(segment=size, slots=8))),
+        "AutoCompressor": (*full, ("model.memory", AutoCompressor(segment=size, slots=4, most=64))),
+        "HMT": (*full, ("model.memory", HMT(segment=size, sensory=8, size=DIM))),
+        "Activation Beacon": (*full, ("model.memory", ActivationBeacon(window=size, ratio=4))),
     }

@@ -5,6 +5,7 @@ Beacons are laid out among the tokens of a batch before the first layer, and lef
 makes sense for whole rows alone.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -66,6 +67,18 @@ class BeaconDecoderModel(DecoderModel):
         none = jnp.zeros(batch_size, jnp.int32)
         return BeaconState(decoder=super().init_state(batch_size, length), index=none, segments=none)
 
+    def _entered(self, batch, state, place):
+        """The embeddings' mixer reads the text alone, as it stands."""
+        if self.embed_mixer is None:
+            return self._embed(batch), None
+        raw = batch.info.raw
+        if not raw:
+            return self._embed(batch), state
+        text = Batch(tokens=batch.tokens[:, :raw], info=batch.side["text"], embeds=batch.embeds[:, :raw])
+        x, state = super()._entered(text, state, place)
+        beacons = dataclasses.replace(batch, tokens=batch.tokens[:, raw:], embeds=batch.embeds[:, raw:])
+        return jnp.concatenate([x, self._embed(beacons)], axis=1), state
+
     def _laid(self, batch: Batch | None, info: BeaconInfo) -> Batch:
         """Tokens of the batch, if any, and beacons behind them."""
         beacon, like = self.memory.embedding[0], self.spec.memory.like
@@ -78,7 +91,7 @@ class BeaconDecoderModel(DecoderModel):
             tokens = jnp.concatenate([batch.tokens, tokens], axis=1)
             if batch.embeds is not None:
                 embeds = embeds.at[:, : info.raw].set(batch.embeds.astype(embeds.dtype))
-        return Batch(tokens=tokens, info=info, embeds=embeds)
+        return Batch(tokens=tokens, info=info, embeds=embeds, side={} if batch is None else {"text": batch.info})
 
     def _marked(self, hidden: Float[Array, "B T M"], broken) -> Float[Array, "B T M"]:
         return jnp.where(broken[..., None], jnp.nan, hidden)

@@ -152,11 +152,7 @@ class DecoderModel(nnx.Module):
         if state is None and length_policy(self.spec) is not None:  # once for all layers
             batch = dataclasses.replace(batch, info=dataclasses.replace(batch.info, lengths=lengths_of(batch.info)))
         rope = None if self.rope is None else self.rope()
-        x = self._embed(batch)
-        embed_state = None
-        if self.embed_mixer is not None:
-            y, embed_state, _ = self.embed_mixer(x, batch, state and state["embed"], place=Place(frequencies=rope))
-            x = x + y
+        x, embed_state = self._entered(batch, state and state["embed"], Place(frequencies=rope))
         slots = tuple(self.slots) if periods == self.spec.periods else jax.tree.map(lambda p: p[:periods], tuple(self.slots))
 
         def period(x, stacked):
@@ -194,6 +190,14 @@ class DecoderModel(nnx.Module):
         layers = tuple(jax.tree.map(stack, slot.init_state(batch_size, length)) for slot in first)
         embed = self.embed_mixer.init_state(batch_size, length) if self.embed_mixer is not None else None
         return {"embed": embed, "layers": layers}
+
+    def _entered(self, batch: Batch, state: Any, place: Place) -> tuple[Float[Array, "B T M"], Any]:
+        """What the first layer reads, and the state of the embeddings' mixer."""
+        x = self._embed(batch)
+        if self.embed_mixer is None:
+            return x, None
+        y, state, _ = self.embed_mixer(x, batch, state, place=place)
+        return x + y, state
 
     def _embed(self, batch: Batch) -> Float[Array, "B T M"]:
         spec = self.spec

@@ -13,6 +13,7 @@ from lcx.channels.glu import GLU
 from lcx.inference.generate import generate
 from lcx.memory.activation_beacon import ActivationBeacon
 from lcx.mixers.attention import Attention
+from lcx.mixers.short_convolution import ShortConvolution
 from lcx.models.decoder import Decoder
 from lcx.models.layer import Layer
 from lcx.objectives.beacon_modeling import BeaconModeling
@@ -21,7 +22,8 @@ from lcx.spec import SpecError
 
 VOCAB, T, WIDE = 12, 13, 16
 MIXER = Attention(heads=4, kv_heads=2, head_dim=4)
-PLAIN = Decoder(vocab=VOCAB, width=8, pattern=(Layer(mixer=MIXER, channel=GLU(hidden=8)),), periods=2)
+LAYER = Layer(mixer=MIXER, channel=GLU(hidden=8))
+PLAIN = Decoder(vocab=VOCAB, width=8, pattern=(LAYER,), periods=2, embed_mixer=ShortConvolution(taps=2))
 INTERLEAVED, STEP, SEGMENT = ActivationBeacon.examples()
 
 
@@ -144,7 +146,8 @@ def test_the_oldest_beacons_go():
         before, after = (run(model, *wide(x))[0][:, 12] for x in given)
         return bool((before != after).any())
 
-    model, with_sink = built(SEGMENT), built(dataclasses.replace(SEGMENT, sink=1))
+    plain = dataclasses.replace(PLAIN, embed_mixer=None)
+    model, with_sink = built(SEGMENT, plain), built(dataclasses.replace(SEGMENT, sink=1), plain)
     for one in (model, with_sink):
         assert [seen(one, t) for t in (1, 2, 3, 4, 5, 6, 8, 11)] == [False] * 5 + [True] * 3
     assert (seen(model, 0), seen(with_sink, 0)) == (False, True)
