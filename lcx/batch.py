@@ -122,3 +122,13 @@ def document_index(segments: Int[AnyArray, "B T"]) -> Int[AnyArray, "B T"]:
     place = column - cummax(xp.where(begins, column, 0), axis=1)
     index = xp.take_along_axis(place, xp.argsort(order, axis=1), axis=1)
     return xp.where(segments != PADDING, index, 0).astype(xp.int32)
+
+
+def sum_before(values: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Sum over the tokens of the same document that stand before each."""
+    order = jnp.argsort(segments, axis=1, stable=True)
+    grouped, values = (jnp.take_along_axis(x, order, axis=1) for x in (segments, values))
+    total = jnp.cumsum(values, axis=1) - values
+    begins = jnp.concatenate([jnp.ones_like(grouped[:, :1], bool), grouped[:, 1:] != grouped[:, :-1]], axis=1)
+    first = jax.lax.cummax(jnp.where(begins, total, 0), axis=1)
+    return jnp.take_along_axis(total - first, jnp.argsort(order, axis=1), axis=1)

@@ -16,11 +16,13 @@ from lcx.attention.mask import Hide
 from lcx.batch import EXACT_POSITIONS
 from lcx.config_text import fields
 from lcx.data.continuous import Continuous
+from lcx.data.glossary import Glossary
 from lcx.data.recall import TaskDoesNotFit
 from lcx.data.rows import Joined, Rows
 from lcx.data.skipped import Skipped
 from lcx.data.sources import Source, SourceError
 from lcx.memory.activation_beacon import ActivationBeacon
+from lcx.memory.gist import Gist
 from lcx.memory.segment_memory import SegmentMemory
 from lcx.mixers.attention import Attention
 from lcx.mixers.beacon_attention import PLAIN
@@ -285,7 +287,7 @@ def _places_in_segments_are_positions(experiment: Experiment) -> Iterator[str]:
 
 def _segments_are_texts(experiment: Experiment) -> Iterator[str]:
     model, data = experiment.model, experiment.data
-    if model.memory is None:
+    if not isinstance(model.memory, SegmentMemory | ActivationBeacon):
         return
     for axis, size in sequence_axes(experiment).items() if isinstance(model.memory, SegmentMemory) else ():
         yield f"mesh.{axis} = {size}: expected 1, as model.memory reads segments one after the other, each on one row's devices"
@@ -320,6 +322,26 @@ def _beacons_are_read_by_attention(experiment: Experiment) -> Iterator[str]:
     beacons = memory.beacons(experiment.data.length, whole=True, ratio=smallest)
     if beacons % shards:
         yield f"model.memory: {beacons} beacons in data.length: expected a multiple of the {shards} devices that share a row"
+
+
+def _prompts_are_seen_through_gists(experiment: Experiment) -> Iterator[str]:
+    model, data = experiment.model, experiment.data
+    if not isinstance(model.memory, Gist):
+        return
+    if model.memory.token >= model.vocab:
+        yield f"model.memory.token = {model.memory.token}: expected a token below model.vocab = {model.vocab}"
+    for path, rows in below(data, "data"):
+        if (
+            isinstance(rows, Glossary)
+            and rows.gists
+            and (ids := data.tokenizer.encode(rows.mark).tolist()) != [model.memory.token]
+        ):
+            yield f"model.memory.token = {model.memory.token}: expected {ids[0]}, the gists of {path}"
+    for path, part in below(model, "model"):
+        if isinstance(part, Mixer) and (part.sequential or part.recurrent) and path != "model.embed_mixer":
+            yield f"{path}: expected a mixer that reads single tokens beside model.memory, behind whose gists a prompt is hidden"
+        if isinstance(part, Attention) and part.distances is not None and part.distances.reads_queries:
+            yield f"{path}.distances: expected one that chooses by distance beside model.memory, which hides a prompt"
 
 
 def _trained_parameters_are_there(experiment: Experiment) -> Iterator[str]:
@@ -471,6 +493,7 @@ RULES: Mapping[str, Rule] = {
     "a row holds no more documents than the model makes room for": _documents_have_room,
     "a model that reads by segments gets whole rows of plain text": _segments_are_texts,
     "beacons are keys of plain attention": _beacons_are_read_by_attention,
+    "a prompt is seen through its gists alone": _prompts_are_seen_through_gists,
     "a mixer that reads places in segments gets no other positions": _places_in_segments_are_positions,
     "what is to be trained is there": _trained_parameters_are_there,
     "every head has channels that its rope can rotate": _heads_rotate,

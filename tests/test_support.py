@@ -17,10 +17,12 @@ from lcx.attention.ulysses import RingUlysses, Ulysses
 from lcx.batch import Batch, causal_info
 from lcx.data.continuous import Continuous
 from lcx.data.frames import Frames
+from lcx.data.glossary import Glossary
 from lcx.data.recall import Needles
 from lcx.data.skipped import Skipped
 from lcx.data.sources import TextFolder
 from lcx.memory.activation_beacon import ActivationBeacon
+from lcx.memory.gist import Gist
 from lcx.memory.rmt import RMT
 from lcx.mixers.attention import Attention
 from lcx.mixers.delta_net import GatedDeltaNet
@@ -102,6 +104,19 @@ SKIPPING = LogN(original_length=64, skip_layers=1)
             [("model.memory", BEACON), ("objective", BeaconModeling(ratios=(2, 8)))],
             "objective.ratios = (2, 8): expected those of model.memory, which has no [2, 8]",
         ),
+        (
+            [("model.memory", Gist(token=2)), ("data.mixture[0].rows", Glossary())],
+            "model.memory.token = 2: expected 1, the gists of data.mixture[0].rows",
+        ),
+        (
+            [("model.memory", Gist(token=1)), (f"{LAYER}.mixer", GatedDeltaNet(heads=2, head_dim=8))],
+            "model.pattern[0].mixer: expected a mixer that reads single tokens beside model.memory",
+        ),
+        (
+            [("model.memory", Gist(token=1)), (f"{LAYER}.mixer.distances", LongHeads())],
+            "model.pattern[0].mixer.distances: expected one that chooses by distance beside model.memory",
+        ),
+        ([("model.memory", Gist(token=300))], "model.memory.token = 300: expected a token below model.vocab = 264"),
         ([("objective", BeaconModeling())], "model.memory: expected an ActivationBeacon, whose ratios objective draws"),
         (
             [("model.memory", edits(BEACON, [("ratio", 16)])), ("mesh", MeshSpec(context=8))],
@@ -305,11 +320,13 @@ def test_each_rule_is_broken_by_something_and_the_base_breaks_none():
     skipping = edit(base(), f"{LAYER}.mixer.query_scale", SKIPPING)
     crowded = edits(base(), [(f"{LAYER}.mixer", TTT(heads=2, head_dim=8)), ("model.documents", 2)])
     segmented = edits(base(), [("model.memory", RMT(segment=16, slots=2)), ("mesh", MeshSpec(context=2))])
+    gists = edit(base(), "model.memory", Gist(token=300))
     drawing = edit(base(), "objective", BeaconModeling())
     mac = edits(spread, [(f"{LAYER}.mixer", TitansMAC.examples()[0])])
     configs = (
         skipping,
         drawing,
+        gists,
         mac,
         crowded,
         segmented,

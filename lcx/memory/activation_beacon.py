@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int
 
-from lcx.batch import PADDING, TokenInfo
+from lcx.batch import PADDING, TokenInfo, sum_before
 from lcx.memory.model_memory import ModelMemory
 from lcx.memory.segment_memory import added
 from lcx.record import record, static
@@ -154,7 +154,7 @@ def lay_out(spec: ActivationBeacon, info: TokenInfo, beacons: int, ratios: Int[A
     if ratios is None:
         seen = jnp.where(window > 0, spec.sink, 0) + window * (W // spec.ratio)
     else:
-        seen = _before(jnp.where(real & (place == W - 1), stays, 0), info.segments)
+        seen = sum_before(jnp.where(real & (place == W - 1), stays, 0), info.segments)
     sink = (window == 0) & (place < spec.sink)
     number = jnp.where(ratio == 0, seen + place, jnp.where(sink, place, -1))
     within = place + jnp.where(ratio > 0, place // divisor, 0) if spec.layout == "interleaved" else place
@@ -196,13 +196,3 @@ def lay_out(spec: ActivationBeacon, info: TokenInfo, beacons: int, ratios: Int[A
         seen=both["seen"],
         raw=info.shape[1],
     )
-
-
-def _before(values: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Sum over the tokens of the same document that stand before each."""
-    order = jnp.argsort(segments, axis=1, stable=True)
-    grouped, values = (jnp.take_along_axis(x, order, axis=1) for x in (segments, values))
-    total = jnp.cumsum(values, axis=1) - values
-    begins = jnp.concatenate([jnp.ones_like(grouped[:, :1], bool), grouped[:, 1:] != grouped[:, :-1]], axis=1)
-    first = jax.lax.cummax(jnp.where(begins, total, 0), axis=1)
-    return jnp.take_along_axis(total - first, jnp.argsort(order, axis=1), axis=1)

@@ -4,13 +4,18 @@ import abc
 import dataclasses
 from typing import ClassVar
 
+from lcx.attention.mask import Mask
 from lcx.spec import Spec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelMemory(Spec, abc.ABC):
-    """`sequential`, `recurrent`, `chunked`: as of `Mixer`."""
+    """`sequential`, `recurrent`, `chunked`: as of `Mixer`. hides: pairs that no attention of the model sees."""
 
     sequential: ClassVar[bool] = True
     recurrent: ClassVar[bool] = True
     chunked: ClassVar[bool] = False
+
+    @property
+    def hides(self) -> Mask | None:
+        return None

@@ -108,6 +108,7 @@ class Attention(Mixer):
 class AttentionModule(MixerModule):
     def __init__(self, spec: Attention, inherited: Inherited, rngs: nnx.Rngs):
         self.spec, self.inherited = spec, inherited
+        self.mask = spec.mask if inherited.hides is None else spec.mask & inherited.hides
         spec.check(
             spec.distances is None or self._rope is not None, "distances", "None where the model has no rope: nothing turns"
         )
@@ -171,7 +172,7 @@ class AttentionModule(MixerModule):
             q = rotate(q, info.positions, frequencies, lengths)
         q = q.astype(x.dtype)
         options = {
-            "mask": spec.mask,
+            "mask": self.mask,
             "scale": spec.scale or 1 / math.sqrt(spec.head_dim),
             "softcap": spec.softcap,
             "bias": spec.distance_bias,

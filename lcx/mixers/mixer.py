@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from lcx.attention.all_gather import AllGather
 from lcx.attention.communication import Communication
+from lcx.attention.mask import Mask
 from lcx.batch import Batch
 from lcx.linear import GradientSum
 from lcx.memory.activation_beacon import ActivationBeacon
@@ -33,7 +34,7 @@ class Inherited:
 
     channel_chunk: tokens of a row of a device that channel mixers see at a time; None is all. gradient_sum: of `linear`.
     documents: the most that a row holds, which mixers that count chunks from a document's start make room for. beacons: those
-    of which attention keeps keys and values.
+    of which attention keeps keys and values. hides: pairs that no attention of the model sees, beside those of its own mask.
     """
 
     width: int
@@ -47,6 +48,7 @@ class Inherited:
     gradient_sum: GradientSum = "compute"
     documents: int = 1
     beacons: ActivationBeacon | None = None
+    hides: Mask | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -109,13 +109,9 @@ class Decoder(Spec):
         return self.periods * len(self.pattern)
 
     def build(self, *, rngs: nnx.Rngs) -> "DecoderModel":
-        from lcx.models.beacon_decoder import BeaconDecoderModel
-        from lcx.models.segmented import SegmentedModel
+        from lcx.models.with_memory import decoder_with_memory
 
-        if self.memory is None:
-            return DecoderModel(self, rngs)
-        kind = BeaconDecoderModel if isinstance(self.memory, ActivationBeacon) else SegmentedModel
-        return kind(self, rngs)
+        return DecoderModel(self, rngs) if self.memory is None else decoder_with_memory(self, rngs)
 
 
 class DecoderModel(nnx.Module):
@@ -132,6 +128,7 @@ class DecoderModel(nnx.Module):
             gradient_sum=spec.gradient_sum,
             documents=spec.documents,
             beacons=spec.memory if isinstance(spec.memory, ActivationBeacon) else None,
+            hides=None if spec.memory is None else spec.memory.hides,
         )
         self.rope = _learned_rope(spec, rngs)
         self.embedding = weight(rngs, (spec.vocab, spec.width), ("vocab", "width"), fan_in=spec.width)

@@ -19,6 +19,7 @@ from lcx.attention.count import document_pairs, visible_pairs
 from lcx.attention.mask import Beyond, Causal, Chunk, ChunksBack, Mask, Window, Within
 from lcx.batch import PADDING, TokenInfo
 from lcx.memory.activation_beacon import ActivationBeacon
+from lcx.memory.segment_memory import SegmentMemory
 from lcx.mixers.attention import Attention
 from lcx.mixers.delta_net import GatedDeltaNet
 from lcx.mixers.infini_attention import InfiniAttention
@@ -95,7 +96,7 @@ class Counter:
 def counter(spec: Decoder, state: nnx.State, trained: Collection[Path] | None = None) -> Counter:
     """The counter of a decoder; `state` may be abstract. trained: paths of the parameters that are trained, None all.
 
-    Raises TypeError for a mixer whose FLOPs are not known here.
+    Pairs that gists hide are counted. Raises TypeError for a mixer whose FLOPs are not known here.
     """
     flat, names = nnx.to_flat_state(state), flatten_dict(groups(state))
     matrices = {path: math.prod(leaf.shape) for path, leaf in flat if names[path] == "matrices"}
@@ -112,7 +113,7 @@ def counter(spec: Decoder, state: nnx.State, trained: Collection[Path] | None = 
     if isinstance(spec.memory, ActivationBeacon):
         per_token = [_with_beacons(spec.memory, held) + recurrent for held in (matrices, learned)]
         return Counter(per_token[0], _pairs_with_beacons(spec.memory, per_pair), per_token[1])
-    if spec.memory is not None:
+    if isinstance(spec.memory, SegmentMemory):
         per_token = [_by_segments(spec, held, recurrent) for held in (matrices, learned)]
         return Counter(per_token[0], _pairs_by_segments(spec, per_pair), per_token[1])
     per_token = [2 * sum(held.values()) + recurrent for held in (matrices, learned)]

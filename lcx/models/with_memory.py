@@ -1,0 +1,18 @@
+"""The kind of decoder that each kind of model memory makes."""
+
+from flax import nnx
+
+from lcx.memory.activation_beacon import ActivationBeacon
+from lcx.memory.gist import Gist
+from lcx.memory.segment_memory import SegmentMemory
+from lcx.models.beacon_decoder import BeaconDecoderModel
+from lcx.models.decoder import Decoder, DecoderModel
+from lcx.models.gist_decoder import GistDecoderModel
+from lcx.models.segmented import SegmentedModel
+
+KINDS = {SegmentMemory: SegmentedModel, ActivationBeacon: BeaconDecoderModel, Gist: GistDecoderModel}
+
+
+def decoder_with_memory(spec: Decoder, rngs: nnx.Rngs) -> DecoderModel:
+    """The decoder of a spec whose `memory` is set."""
+    return next(model for kind, model in KINDS.items() if isinstance(spec.memory, kind))(spec, rngs)
