@@ -331,15 +331,12 @@ def _prompts_are_seen_through_gists(experiment: Experiment) -> Iterator[str]:
     if model.memory.token >= model.vocab:
         yield f"model.memory.token = {model.memory.token}: expected a token below model.vocab = {model.vocab}"
     for path, rows in below(data, "data"):
-        if (
-            isinstance(rows, Glossary)
-            and rows.gists
-            and (ids := data.tokenizer.encode(rows.mark).tolist()) != [model.memory.token]
-        ):
-            yield f"model.memory.token = {model.memory.token}: expected {ids[0]}, the gists of {path}"
+        marks = data.tokenizer.encode(rows.mark).tolist() if isinstance(rows, Glossary) and rows.gists else []
+        if marks and marks != [model.memory.token]:
+            yield f"model.memory.token = {model.memory.token}: expected {marks[0]}, the gists of {path}"
     for path, part in below(model, "model"):
         if isinstance(part, Mixer) and (part.sequential or part.recurrent) and path != "model.embed_mixer":
-            yield f"{path}: expected a mixer that reads single tokens beside model.memory, behind whose gists a prompt is hidden"
+            yield f"{path}: expected a mixer of single tokens beside model.memory, behind whose gists a prompt is hidden"
         if isinstance(part, Attention) and part.distances is not None and part.distances.reads_queries:
             yield f"{path}.distances: expected one that chooses by distance beside model.memory, which hides a prompt"
 

@@ -110,7 +110,7 @@ SKIPPING = LogN(original_length=64, skip_layers=1)
         ),
         (
             [("model.memory", Gist(token=1)), (f"{LAYER}.mixer", GatedDeltaNet(heads=2, head_dim=8))],
-            "model.pattern[0].mixer: expected a mixer that reads single tokens beside model.memory",
+            "model.pattern[0].mixer: expected a mixer of single tokens beside model.memory",
         ),
         (
             [("model.memory", Gist(token=1)), (f"{LAYER}.mixer.distances", LongHeads())],
