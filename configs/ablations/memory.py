@@ -83,18 +83,21 @@ def bindings(steps: int = 600, only: str | None = None) -> Ablation:
 
 def titans(steps: int = 600, only: str | None = None) -> Ablation:
     """The three ways, and the memory without each part; or only the named arm."""
+    exact = {"depth": 1, "network": "plain", "gradient": "token", "overshoot": None}
     less = lambda **changes: _mixer(TitansMAG(attention=HELD, memory=dataclasses.replace(MEMORY, **changes)))
     arms = {
         "MAC": _mixer(_mac()),
         "MAG": less(),
         "MAL": _mixer(TitansMAL(attention=HELD, memory=MEMORY)),
         "LMM": _mixer(MEMORY),
+        "LMM, chunks of 4": _mixer(dataclasses.replace(MEMORY, chunk=4)),
+        "LMM, steps at each token": _mixer(dataclasses.replace(MEMORY, **exact)),
         "MAG, one matrix": less(depth=1, network="plain"),
         "MAG, no forgetting": less(decay=False),
         "MAG, no momentum": less(momentum=False),
         "MAG, no convolution": less(taps=0),
         "MAG, no persistent tokens": _mixer(TitansMAG(attention=NEAR, memory=MEMORY)),
-        "MAG, steps at each token": less(depth=1, network="plain", gradient="token", overshoot=None),
+        "MAG, steps at each token": less(**exact),
     }
     return _ablation(arms, steps, only)
 
