@@ -29,6 +29,7 @@ from lcx.mixers.beacon_attention import PLAIN
 from lcx.mixers.mixer import Mixer
 from lcx.mixers.titans_mac import TitansMAC
 from lcx.models.decoder import Decoder
+from lcx.objectives.autoencoding import Autoencoding
 from lcx.objectives.beacon_modeling import BeaconModeling
 from lcx.parallel.mesh import AXES, MeshSpec
 from lcx.positions.clex import CLEX
@@ -291,6 +292,9 @@ def _segments_are_texts(experiment: Experiment) -> Iterator[str]:
         return
     for axis, size in sequence_axes(experiment).items() if isinstance(model.memory, SegmentMemory) else ():
         yield f"mesh.{axis} = {size}: expected 1, as model.memory reads segments one after the other, each on one row's devices"
+    for slot, layer in enumerate(model.pattern):
+        if getattr(model.memory, "encoder", None) is not None and not isinstance(layer.mixer, Attention):
+            yield f"model.pattern[{slot}].mixer: expected Attention beside model.memory.lora, which is added to its projections"
     if length_policy(model) is not None:
         yield "model: expected ropes and query scales that no length changes, as model.memory reads short texts"
     given = ["data.positions"] if data.positions is not None else []
@@ -322,6 +326,11 @@ def _beacons_are_read_by_attention(experiment: Experiment) -> Iterator[str]:
     beacons = memory.beacons(experiment.data.length, whole=True, ratio=smallest)
     if beacons % shards:
         yield f"model.memory: {beacons} beacons in data.length: expected a multiple of the {shards} devices that share a row"
+
+
+def _texts_are_told_back_by_an_encoder(experiment: Experiment) -> Iterator[str]:
+    if isinstance(experiment.objective, Autoencoding) and getattr(experiment.model.memory, "encoder", None) is None:
+        yield "model.memory: expected one with an encoder, such as ICAE, from whose vectors objective tells a text back"
 
 
 def _prompts_are_seen_through_gists(experiment: Experiment) -> Iterator[str]:
@@ -490,6 +499,7 @@ RULES: Mapping[str, Rule] = {
     "a row holds no more documents than the model makes room for": _documents_have_room,
     "a model that reads by segments gets whole rows of plain text": _segments_are_texts,
     "beacons are keys of plain attention": _beacons_are_read_by_attention,
+    "a text is told back from what an encoder made of it": _texts_are_told_back_by_an_encoder,
     "a prompt is seen through its gists alone": _prompts_are_seen_through_gists,
     "a mixer that reads places in segments gets no other positions": _places_in_segments_are_positions,
     "what is to be trained is there": _trained_parameters_are_there,

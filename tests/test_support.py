@@ -23,6 +23,7 @@ from lcx.data.skipped import Skipped
 from lcx.data.sources import TextFolder
 from lcx.memory.activation_beacon import ActivationBeacon
 from lcx.memory.gist import Gist
+from lcx.memory.icae import ICAE
 from lcx.memory.rmt import RMT
 from lcx.mixers.attention import Attention
 from lcx.mixers.delta_net import GatedDeltaNet
@@ -30,6 +31,7 @@ from lcx.mixers.short_convolution import ShortConvolution
 from lcx.mixers.titans_mac import TitansMAC
 from lcx.mixers.ttt import TTT
 from lcx.models.position_table import PositionTable
+from lcx.objectives.autoencoding import Autoencoding
 from lcx.objectives.beacon_modeling import BeaconModeling
 from lcx.parallel.layout import Contiguous, Zigzag
 from lcx.parallel.mesh import MeshSpec
@@ -117,6 +119,11 @@ SKIPPING = LogN(original_length=64, skip_layers=1)
             "model.pattern[0].mixer.distances: expected one that chooses by distance beside model.memory",
         ),
         ([("model.memory", Gist(token=300))], "model.memory.token = 300: expected a token below model.vocab = 264"),
+        (
+            [("model.memory", ICAE(segment=8, slots=2, most=4)), (f"{LAYER}.mixer", GatedDeltaNet(heads=2, head_dim=8))],
+            "model.pattern[0].mixer: expected Attention beside model.memory.lora, which is added to its projections",
+        ),
+        ([("objective", Autoencoding())], "model.memory: expected one with an encoder, such as ICAE"),
         ([("objective", BeaconModeling())], "model.memory: expected an ActivationBeacon, whose ratios objective draws"),
         (
             [("model.memory", edits(BEACON, [("ratio", 16)])), ("mesh", MeshSpec(context=8))],
@@ -320,6 +327,7 @@ def test_each_rule_is_broken_by_something_and_the_base_breaks_none():
     skipping = edit(base(), f"{LAYER}.mixer.query_scale", SKIPPING)
     crowded = edits(base(), [(f"{LAYER}.mixer", TTT(heads=2, head_dim=8)), ("model.documents", 2)])
     segmented = edits(base(), [("model.memory", RMT(segment=16, slots=2)), ("mesh", MeshSpec(context=2))])
+    telling = edit(base(), "objective", Autoencoding())
     gists = edit(base(), "model.memory", Gist(token=300))
     drawing = edit(base(), "objective", BeaconModeling())
     mac = edits(spread, [(f"{LAYER}.mixer", TitansMAC.examples()[0])])
@@ -327,6 +335,7 @@ def test_each_rule_is_broken_by_something_and_the_base_breaks_none():
         skipping,
         drawing,
         gists,
+        telling,
         mac,
         crowded,
         segmented,

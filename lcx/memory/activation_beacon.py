@@ -25,8 +25,7 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from lcx.batch import PADDING, TokenInfo, sum_before
-from lcx.memory.model_memory import ModelMemory
-from lcx.memory.segment_memory import added
+from lcx.memory.model_memory import ModelMemory, added
 from lcx.record import record, static
 
 ORDINARY, BEACON = 0, 1  # roles

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lcx.memory.segment_memory import SegmentMemory, SegmentMemoryModule, added, pushed
+from lcx.memory.model_memory import added
+from lcx.memory.segment_memory import SegmentMemory, SegmentMemoryModule, pushed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,9 @@ import abc
 import dataclasses
 from typing import ClassVar
 
+from flax import nnx
+from jaxtyping import Array
+
 from lcx.attention.mask import Mask
 from lcx.spec import Spec
 
@@ -19,3 +22,8 @@ class ModelMemory(Spec, abc.ABC):
     @property
     def hides(self) -> Mask | None:
         return None
+
+
+def added(value: Array, axes: tuple[str | None, ...]) -> nnx.Param:
+    """A parameter that a trained decoder lacks."""
+    return nnx.Param(value, axes=axes, added=True)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from lcx.memory.lora import LoRA
 from lcx.memory.model_memory import ModelMemory
 
 Vectors = tuple[Float[Array, "B p M"], Bool[Array, "B p"]]
@@ -43,6 +44,12 @@ class SegmentMemory(ModelMemory):
     def asks(self) -> int:
         """Positions that it reads for a segment's query."""
         return 0
+
+    @property
+    def encoder(self) -> LoRA | None:
+        """What is added to the model where a segment is encoded by itself; None where the vectors to write with stand behind
+        it as it is read."""
+        return None
 
     @abc.abstractmethod
     def build(self, width: int, *, rngs: nnx.Rngs) -> "SegmentMemoryModule":
@@ -78,11 +85,6 @@ class SegmentMemoryModule(nnx.Module):
     def mark(self, rows: int) -> Float[Array, "B 1 M"]:
         """What stands before and behind the tokens that a query is made from; asked for only where `asked` is not 0."""
         raise NotImplementedError(f"{type(self).__name__} must define mark")
-
-
-def added(value: Array, axes: tuple[str | None, ...]) -> nnx.Param:
-    """A parameter that a trained decoder lacks."""
-    return nnx.Param(value, axes=axes, added=True)
 
 
 def pushed(

@@ -23,7 +23,7 @@ from lcx.attention.sharded import sharded_attend
 from lcx.batch import PADDING, Batch, TokenInfo
 from lcx.linear import linear
 from lcx.memory.activation_beacon import BEACON, BeaconInfo
-from lcx.memory.segment_memory import added
+from lcx.memory.model_memory import added
 from lcx.mixers.attention import Attention, AttentionModule
 from lcx.mixers.mixer import Inherited, Place
 from lcx.parallel.gathered import logical_axes

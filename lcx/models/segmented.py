@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from lcx.batch import PADDING, Batch, causal_info
+from lcx.batch import PADDING, Batch, TokenInfo, causal_info, document_lengths
 from lcx.memory.document_chunks import DocumentChunks, document_chunks
+from lcx.memory.lora import LoRAModule, adapted
 from lcx.mixers.mixer import Mixer
 from lcx.mixers.neighbours import resumed, torn
 from lcx.models.decoder import Decoder, DecoderModel
@@ -49,6 +50,7 @@ class SegmentedModel(DecoderModel):
         super().__init__(spec, rngs)
         self.reads_neighbours = any(isinstance(part, Mixer) and part.sequential for _, part in below(spec))
         self.memory = spec.memory.build(spec.width, rngs=rngs)
+        self.encoder = None if spec.memory.encoder is None else LoRAModule(spec.memory.encoder, self.slots, rngs)
 
     def __call__(self, batch: Batch, state: Any = None, *, upto: int | None = None):
         """Hidden states after the final norm. Raises ValueError for `upto`, embeddings, or a state beside a memory that reads
@@ -92,14 +94,63 @@ class SegmentedModel(DecoderModel):
         aux = jax.tree.map(lambda x: x.sum() / jnp.maximum(chunks.live.sum(), 1), aux)
         return jnp.where(torn(info, within=False)[..., None], jnp.nan, hidden), None, aux
 
+    def autoencoded(self, batch: Batch) -> Float[Array, "B T M"]:
+        """Hidden states from which each token of a document is to be predicted, given the vectors of all its segments, the mark
+        of autoencoding and the tokens before it. Raises ValueError for a memory without an encoder."""
+        if self.encoder is None:
+            raise ValueError(f"decoder.memory: {type(self.spec.memory).__name__}: expected one with an encoder, as ICAE")
+        batch = jax.tree.map(jnp.asarray, batch)
+        size, info, slots = self.spec.memory.segment, batch.info, self.spec.memory.slots
+        chunks = document_chunks(info, size, self.spec.documents)
+        tokens, real = _laid(chunks, batch.tokens, size)
+        rows, n = chunks.count.shape
+        there = chunks.count > 0
+        behind = jnp.broadcast_to(self.memory.summary[...], (rows, slots, self.spec.width))
+
+        def encode(given):
+            tokens, real = given
+            return self._encoded(tokens, real, behind, jnp.broadcast_to(real.any(axis=1, keepdims=True), (rows, slots)))
+
+        vectors = _joined(jax.lax.map(jax.checkpoint(encode), (tokens, real)))
+        first = lambda field: chunks.gather(field).reshape(rows, n, size)[:, :, 0]  # of each segment's first token
+        segments, place, lengths = (first(field) for field in (info.segments, info.index // size, document_lengths(info)))
+        marks = jnp.broadcast_to(self.memory.autoencoding[...], (rows, n, self.spec.width))
+        wide = lambda x: jnp.repeat(x, slots, axis=1)
+        whole = slots * (-(-document_lengths(info) // size))
+        index = [
+            wide(place) * slots + jnp.tile(jnp.arange(slots), (rows, n)),
+            slots * (-(-lengths // size)),
+            whole + 1 + info.index,
+        ]
+        ids = [wide(jnp.where(there, segments, PADDING)), jnp.where(chunks.begins, segments, PADDING), info.segments]
+        index, ids = jnp.concatenate(index, axis=1), jnp.concatenate(ids, axis=1)
+        joined = _sequence([(vectors, wide(there)), (marks, chunks.begins), (batch.tokens, info.segments != PADDING)])
+        text = TokenInfo(index=index, order=index, positions=index[..., None].astype(jnp.float32), segments=ids)
+        order = jnp.lexsort((index, ids, ids == PADDING), axis=1)
+        moved = lambda order: lambda x: jnp.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 2)), axis=1)
+        given = jax.tree.map(moved(order), dataclasses.replace(joined, info=text))
+        hidden = moved(jnp.argsort(order, axis=1))(DecoderModel.__call__(self, given)[0])
+        of_marks, of_tokens = hidden[:, n * slots : n * slots + n], hidden[:, n * slots + n :]
+        before = jnp.pad(of_tokens, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+        chunk = jnp.minimum(chunks.slot // size, n - 1)[..., None]
+        hidden = jnp.where((info.index == 0)[..., None], jnp.take_along_axis(of_marks, chunk, axis=1), before)
+        return jnp.where((torn(info, within=False) | chunks.lost)[..., None], jnp.nan, hidden)
+
     def _segment(self, bank, vectors, there, tail, tokens, real):
         """(hidden states of the tokens, of the vectors behind them, aux) of one segment of all rows."""
         kept = self._kept(tail)
         behind = self.memory.behind(bank, vectors)
         some = jnp.broadcast_to(real.any(axis=1, keepdims=True), behind.shape[:2])
-        hidden, _, aux = self._read(_sequence([(vectors, there), (kept, kept >= 0), (tokens, real), (behind, some)]))
+        given = [(vectors, there), (kept, kept >= 0), (tokens, real), (behind, some)]
+        hidden, _, aux = self._read(_sequence(given if self.encoder is None else given[:-1]))
         front = vectors.shape[1] + kept.shape[1]
-        return hidden[:, front : front + tokens.shape[1]], hidden[:, front + tokens.shape[1] :], aux
+        left = hidden[:, front + tokens.shape[1] :] if self.encoder is None else self._encoded(tokens, real, behind, some)
+        return hidden[:, front : front + tokens.shape[1]], left, aux
+
+    def _encoded(self, tokens, real, behind, there):
+        """Hidden states of the vectors behind a segment that the encoder reads by itself."""
+        hidden, _, _ = adapted(self, self.encoder)._read(_sequence([(tokens, real), (behind, there)]))
+        return hidden[:, tokens.shape[1] :]
 
     def _recalled(self, bank, tail, tokens, real):
         """What the memory puts in front of a segment."""
@@ -156,8 +207,11 @@ class SegmentedModel(DecoderModel):
 
     def _closed(self, state: SegmentedState, whole: Bool[Array, "B"]) -> SegmentedState:
         behind = self.memory.behind(state.bank, state.front)
-        there = jnp.broadcast_to(whole[:, None], behind.shape[:2])
-        hidden, decoder, read, _ = self._fed([(behind, there)], state.decoder, state.read)
+        there, decoder, read = jnp.broadcast_to(whole[:, None], behind.shape[:2]), state.decoder, state.read
+        if self.encoder is None:
+            hidden, decoder, read, _ = self._fed([(behind, there)], decoder, read)
+        else:
+            hidden = self._encoded(state.tail, state.tail >= 0, behind, there)
         return dataclasses.replace(
             state,
             bank=chosen(whole, self.memory.written(state.bank, hidden), state.bank),
@@ -207,7 +261,8 @@ class SegmentedModel(DecoderModel):
 
     @property
     def _tail_size(self) -> int:
-        return max(self.memory.sensory, 0 if self.memory.ahead else self.memory.asked)
+        asked = 0 if self.memory.ahead else self.memory.asked
+        return max(self.memory.sensory, asked, 0 if self.encoder is None else self.spec.memory.segment)
 
     def _no_tail(self, rows: int) -> Int[Array, "B k"]:
         return jnp.full((rows, self._tail_size), -1)

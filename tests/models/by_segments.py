@@ -40,6 +40,28 @@ def auto_compressor(model, summary, tokens, lengths, *, accumulate=True, most=No
     return jnp.concatenate(found, axis=1), bank
 
 
+def icae(model, encoder, memory, tokens, lengths, *, most):
+    """(hidden states, bank). encoder: the model with what is added to it. memory: its arrays by name."""
+    bank, found, at = [], [], 0
+    embed = lambda ids: model.embedding[...][ids]
+    all_rows = lambda x: jnp.broadcast_to(x, (len(tokens), *x.shape))
+    for length in lengths:
+        segment = embed(tokens[:, at : at + length])
+        front = [jnp.concatenate(bank, axis=1)[:, -most:], all_rows(memory["continuing"])] if bank else []
+        hidden = plain(model, jnp.concatenate([*front, segment], axis=1))
+        found.append(hidden[:, hidden.shape[1] - length :])
+        bank.append(plain(encoder, jnp.concatenate([segment, all_rows(memory["summary"])], axis=1))[:, length:])
+        at += length
+    return jnp.concatenate(found, axis=1), bank
+
+
+def told_back(model, vectors, mark, tokens):
+    """Hidden states from which each token is predicted."""
+    given = [*vectors, jnp.broadcast_to(mark, (len(tokens), *mark.shape)), model.embedding[...][tokens[:, :-1]]]
+    hidden = plain(model, jnp.concatenate(given, axis=1))
+    return hidden[:, hidden.shape[1] - tokens.shape[1] :]
+
+
 def hmt(model, memory, tokens, lengths, *, spec):
     """(hidden states, bank). memory: its arrays by name."""
     bank, found, at, rows = [], [], 0, len(tokens)

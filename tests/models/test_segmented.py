@@ -14,6 +14,7 @@ from lcx.channels.glu import GLU
 from lcx.inference.generate import generate
 from lcx.memory.auto_compressor import AutoCompressor
 from lcx.memory.hmt import HMT
+from lcx.memory.icae import ICAE
 from lcx.memory.rmt import RMT
 from lcx.memory.segment_memory import SegmentMemory, pushed
 from lcx.mixers.attention import Attention
@@ -38,7 +39,20 @@ def built(memory):
     model = dataclasses.replace(PLAIN, memory=memory).build(rngs=nnx.Rngs(0))
     for leaf in jax.tree.leaves(nnx.state(model.memory), is_leaf=lambda x: isinstance(x, nnx.Param)):
         leaf[...] = 2 * leaf[...]
+    if model.encoder is not None:
+        rngs = nnx.Rngs(1)
+        for leaf in jax.tree.leaves(nnx.state(model.encoder), is_leaf=lambda x: isinstance(x, nnx.Param)):
+            leaf[...] = 0.5 * jax.random.normal(rngs.params(), leaf.shape)
     return model
+
+
+def encoder_of(model):
+    """The plain decoder with what is added to queries and values, by hand."""
+    plain, share = PLAIN.build(rngs=nnx.Rngs(0)), model.spec.memory.lora.scale / model.spec.memory.lora.rank
+    for name in ("query", "value"):
+        pair, base = model.encoder.slots[0][name], getattr(plain.slots[0].mixer, name)
+        base[...] = base[...] + share * jnp.einsum("pmr,prhd->pmhd", pair["down"][...], pair["up"][...])
+    return plain
 
 
 @jax.jit
@@ -81,6 +95,9 @@ def test_it_equals_calls_of_the_plain_decoder(model):
     elif isinstance(spec, AutoCompressor):
         options = {"accumulate": spec.accumulate, "most": spec.most}
         wanted, _ = by_segments.auto_compressor(plain, memory["summary"][...], tokens, lengths, **options)
+    elif isinstance(spec, ICAE):
+        held = {name: leaf[...] for name, leaf in memory.items()}
+        wanted, _ = by_segments.icae(plain, encoder_of(model), held, tokens, lengths, most=spec.most)
     else:
         held = {name: leaf[...] for name, leaf in memory.items()}
         wanted, _ = by_segments.hmt(plain, held, tokens, lengths, spec=spec)
@@ -135,6 +152,20 @@ def test_rows_generate_as_they_do_alone(model, request):
         hidden = run(model, *wide(np.asarray([tokens[:-1]] * 2), ones(len(tokens) - 1)))[0][0]
         chosen = np.argmax(model.logits(hidden), axis=-1)[len(prompt) - 1 : len(tokens) - 1]
         assert len(made.ids) == 5 and chosen.tolist() == made.ids
+
+
+def test_texts_are_told_back():
+    """From all segments of a document, the last as well, which is not whole; whatever is packed beside it."""
+    model, tokens = built(ICAE.examples()[0]), drawn()
+    plain, memory = PLAIN.build(rngs=nnx.Rngs(0)), model.memory
+    held = {"summary": memory.summary[...], "continuing": memory.continuing[...]}
+    told = jax.jit(lambda model, tokens, segments: model.autoencoded(Batch(tokens=tokens, info=causal_info(segments))))
+    segments = np.asarray([[1] * 10, [1] * 4 + [2] * 6])
+    found = told(model, *wide(tokens, segments, left=1))[:, 1:]
+    for row, first, last, lengths in ((0, 0, 10, [4, 4, 2]), (1, 0, 4, [4]), (1, 4, 10, [4, 2])):
+        text = tokens[row : row + 1, first:last]
+        _, bank = by_segments.icae(plain, encoder_of(model), held, text, lengths, most=4)
+        close(found[row, first:last], by_segments.told_back(plain, bank, memory.autoencoding[...], text)[0])
 
 
 NEIGHBOURS = {
