@@ -31,6 +31,7 @@ from lcx.mixers.titans_mac import TitansMAC
 from lcx.models.decoder import Decoder
 from lcx.objectives.autoencoding import Autoencoding
 from lcx.objectives.beacon_modeling import BeaconModeling
+from lcx.objectives.random_segments import RandomSegments
 from lcx.parallel.mesh import AXES, MeshSpec
 from lcx.positions.clex import CLEX
 from lcx.positions.clex_positions import CLEXPositions
@@ -328,6 +329,15 @@ def _beacons_are_read_by_attention(experiment: Experiment) -> Iterator[str]:
         yield f"model.memory: {beacons} beacons in data.length: expected a multiple of the {shards} devices that share a row"
 
 
+def _segments_are_drawn_of_a_memory(experiment: Experiment) -> Iterator[str]:
+    memory, drawn = experiment.model.memory, isinstance(experiment.objective, RandomSegments)
+    shortest = memory.shortest if isinstance(memory, SegmentMemory) else None
+    if drawn and shortest is None:
+        yield "model.memory: expected one between segments with `shortest` set, whose lengths objective draws"
+    if not drawn and shortest is not None:
+        yield f"model.memory.shortest = {shortest}: expected None, as objective draws no lengths of segments"
+
+
 def _texts_are_told_back_by_an_encoder(experiment: Experiment) -> Iterator[str]:
     if isinstance(experiment.objective, Autoencoding) and getattr(experiment.model.memory, "encoder", None) is None:
         yield "model.memory: expected one with an encoder, such as ICAE, from whose vectors objective tells a text back"
@@ -344,8 +354,8 @@ def _prompts_are_seen_through_gists(experiment: Experiment) -> Iterator[str]:
         if marks and marks != [model.memory.token]:
             yield f"model.memory.token = {model.memory.token}: expected {marks[0]}, the gists of {path}"
     for path, part in below(model, "model"):
-        if isinstance(part, Mixer) and (part.sequential or part.recurrent) and path != "model.embed_mixer":
-            yield f"{path}: expected a mixer of single tokens beside model.memory, behind whose gists a prompt is hidden"
+        if isinstance(part, Mixer) and not isinstance(part, Attention) and path != "model.embed_mixer":
+            yield f"{path}: expected Attention beside model.memory, behind whose gists a prompt is hidden"
         if isinstance(part, Attention) and part.distances is not None and part.distances.reads_queries:
             yield f"{path}.distances: expected one that chooses by distance beside model.memory, which hides a prompt"
 
@@ -499,6 +509,7 @@ RULES: Mapping[str, Rule] = {
     "a row holds no more documents than the model makes room for": _documents_have_room,
     "a model that reads by segments gets whole rows of plain text": _segments_are_texts,
     "beacons are keys of plain attention": _beacons_are_read_by_attention,
+    "lengths of segments are drawn from a shortest to the longest": _segments_are_drawn_of_a_memory,
     "a text is told back from what an encoder made of it": _texts_are_told_back_by_an_encoder,
     "a prompt is seen through its gists alone": _prompts_are_seen_through_gists,
     "a mixer that reads places in segments gets no other positions": _places_in_segments_are_positions,

@@ -33,6 +33,7 @@ from lcx.mixers.ttt import TTT
 from lcx.models.position_table import PositionTable
 from lcx.objectives.autoencoding import Autoencoding
 from lcx.objectives.beacon_modeling import BeaconModeling
+from lcx.objectives.random_segments import RandomSegments
 from lcx.parallel.layout import Contiguous, Zigzag
 from lcx.parallel.mesh import MeshSpec
 from lcx.parallel.rules import Rules
@@ -112,7 +113,7 @@ SKIPPING = LogN(original_length=64, skip_layers=1)
         ),
         (
             [("model.memory", Gist(token=1)), (f"{LAYER}.mixer", GatedDeltaNet(heads=2, head_dim=8))],
-            "model.pattern[0].mixer: expected a mixer of single tokens beside model.memory",
+            "model.pattern[0].mixer: expected Attention beside model.memory, behind whose gists",
         ),
         (
             [("model.memory", Gist(token=1)), (f"{LAYER}.mixer.distances", LongHeads())],
@@ -122,6 +123,11 @@ SKIPPING = LogN(original_length=64, skip_layers=1)
         (
             [("model.memory", ICAE(segment=8, slots=2, most=4)), (f"{LAYER}.mixer", GatedDeltaNet(heads=2, head_dim=8))],
             "model.pattern[0].mixer: expected Attention beside model.memory.lora, which is added to its projections",
+        ),
+        ([("objective", RandomSegments())], "model.memory: expected one between segments with `shortest` set"),
+        (
+            [("model.memory", RMT(segment=8, slots=2, shortest=4))],
+            "model.memory.shortest = 4: expected None, as objective draws no lengths of segments",
         ),
         ([("objective", Autoencoding())], "model.memory: expected one with an encoder, such as ICAE"),
         ([("objective", BeaconModeling())], "model.memory: expected an ActivationBeacon, whose ratios objective draws"),
@@ -327,6 +333,7 @@ def test_each_rule_is_broken_by_something_and_the_base_breaks_none():
     skipping = edit(base(), f"{LAYER}.mixer.query_scale", SKIPPING)
     crowded = edits(base(), [(f"{LAYER}.mixer", TTT(heads=2, head_dim=8)), ("model.documents", 2)])
     segmented = edits(base(), [("model.memory", RMT(segment=16, slots=2)), ("mesh", MeshSpec(context=2))])
+    drawing_lengths = edit(base(), "objective", RandomSegments())
     telling = edit(base(), "objective", Autoencoding())
     gists = edit(base(), "model.memory", Gist(token=300))
     drawing = edit(base(), "objective", BeaconModeling())
@@ -336,6 +343,7 @@ def test_each_rule_is_broken_by_something_and_the_base_breaks_none():
         drawing,
         gists,
         telling,
+        drawing_lengths,
         mac,
         crowded,
         segmented,

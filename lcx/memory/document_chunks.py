@@ -47,15 +47,18 @@ def chunk_count(length: int, size: int, documents: int) -> int:
     return (length - documents) // size + documents
 
 
-def document_chunks(info: TokenInfo, size: int, documents: int, opened: Int[Array, "B"] | None = None) -> DocumentChunks:
-    """The chunks of rows. Tokens of a document stand in their order, from its first one on.
+def document_chunks(
+    info: TokenInfo, size: int, documents: int, opened: Int[Array, "B"] | None = None, shortest: int | None = None
+) -> DocumentChunks:
+    """The chunks of rows. Tokens of a document stand in their order, from its first one on. shortest: tokens of a chunk where
+    not all are full and the index, which counts slots, skips the empty ones; by default `size`.
 
     opened: tokens of an open chunk that rows go on with. It is then the first chunk, even where it has and gets none, and its
     `count` has them; tokens at the row's start that begin no chunk belong to it.
     """
     index, real = info.index, info.segments != PADDING
     rows, length = index.shape
-    count = chunk_count(length, size, documents) + (opened is not None)
+    count = chunk_count(length, shortest or size, documents) + (opened is not None)
     begins = real & (index % size == 0)
     if opened is None:
         begins |= real & (jnp.cumsum(real, axis=1) == 1)

@@ -25,15 +25,18 @@ Vectors = tuple[Float[Array, "B p M"], Bool[Array, "B p"]]
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SegmentMemory(ModelMemory):
     """segment: its tokens. bptt: gradients go through groups of so many segments, counted from a row's start, and not from one
-    to the one before; None is all of a row."""
+    to the one before; None is all of a row. shortest: of segments whose lengths training draws (`RandomSegments`)."""
 
     segment: int
     bptt: int | None = None
+    shortest: int | None = None
     chunked: ClassVar[bool] = True
 
     def validate(self):
         self.check(self.segment >= 1, "segment", "at least 1 token")
         self.check(self.bptt is None or self.bptt >= 1, "bptt", "at least 1 segment, or None")
+        fits = self.shortest is None or 1 <= self.shortest <= self.segment
+        self.check(fits, "shortest", f"1 to segment = {self.segment}, or None")
 
     @property
     @abc.abstractmethod

@@ -67,8 +67,12 @@ class SegmentedModel(DecoderModel):
         return self._more(batch, state)
 
     def _whole_rows(self, batch: Batch):
-        size, info = self.spec.memory.segment, batch.info
-        chunks = document_chunks(info, size, self.spec.documents)
+        size, info, places = self.spec.memory.segment, batch.info, batch.side.get("places")
+        if places is None:
+            chunks = document_chunks(info, size, self.spec.documents)
+        else:
+            given = dataclasses.replace(info, index=places)
+            chunks = document_chunks(given, size, self.spec.documents, shortest=self.spec.memory.shortest)
         tokens, real = _laid(chunks, batch.tokens, size)
         rows = tokens.shape[1]
         first = self.memory.empty(rows), self._no_tail(rows)

@@ -124,7 +124,7 @@ def _by_segments(spec: Decoder, matrices: Mapping[Path, int], recurrent: int) ->
     """Of whole segments: layers read what stands around a segment and what asks for it as well, the head only its tokens; what
     a memory does with its few vectors is left out."""
     head = sum(count for path, count in matrices.items() if path[0] in ("head", "embedding"))
-    layers = sum(count for path, count in matrices.items() if path[0] not in ("head", "embedding", "memory"))
+    layers = sum(count for path, count in matrices.items() if path[0] not in ("head", "embedding", "memory", "encoder"))
     more = 1 + (spec.memory.around + spec.memory.asks) / spec.memory.segment
     return round((2 * layers + recurrent) * more) + 2 * head
 

@@ -23,6 +23,7 @@ from lcx.mixers.neural_memory import NeuralMemory
 from lcx.mixers.short_convolution import ShortConvolution
 from lcx.models.decoder import Decoder
 from lcx.models.layer import Layer
+from lcx.objectives.random_segments import RandomSegments
 from lcx.parallel.mesh import MeshSpec
 from lcx.parts import parts
 
@@ -166,6 +167,22 @@ def test_texts_are_told_back():
         text = tokens[row : row + 1, first:last]
         _, bank = by_segments.icae(plain, encoder_of(model), held, text, lengths, most=4)
         close(found[row, first:last], by_segments.told_back(plain, bank, memory.autoencoding[...], text)[0])
+
+
+def test_segments_of_drawn_lengths():
+    """As calls of the plain decoder over segments of those lengths."""
+    memory = AutoCompressor(segment=4, slots=2, most=6, shortest=2)
+    model, tokens, objective = built(memory), drawn(), RandomSegments()
+    plain, batch = PLAIN.build(rngs=nnx.Rngs(0)), Batch(tokens=tokens, info=causal_info(ones()))
+    places = objective.drawn(memory, batch, jax.random.key(3))
+    given = dataclasses.replace(batch, side={"places": places})
+    found = jax.jit(lambda model, batch: model(batch)[0])(model, given)
+    lengths = [np.bincount(np.asarray(row) // 4) for row in places]
+    assert len({*map(tuple, lengths)}) == 2 and all(2 <= n <= 4 for row in lengths for n in row[:-1])
+    for row in range(2):
+        text = tokens[row : row + 1]
+        wanted, _ = by_segments.auto_compressor(plain, model.memory.summary[...], text, lengths[row].tolist(), most=6)
+        close(found[row], wanted[0])
 
 
 NEIGHBOURS = {
