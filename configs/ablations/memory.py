@@ -90,6 +90,7 @@ def titans(steps: int = 600, only: str | None = None) -> Ablation:
         "MAG": less(),
         "MAL": _mixer(TitansMAL(attention=HELD, memory=MEMORY)),
         "LMM": _mixer(MEMORY),
+        "LMM, plain network": _mixer(dataclasses.replace(MEMORY, network="plain")),
         "LMM, chunks of 4": _mixer(dataclasses.replace(MEMORY, chunk=4)),
         "LMM, steps at each token": _mixer(dataclasses.replace(MEMORY, **exact)),
         "MAG, one matrix": less(depth=1, network="plain"),
