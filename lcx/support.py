@@ -271,12 +271,12 @@ def _documents_have_room(experiment: Experiment) -> Iterator[str]:
             yield f"model.documents = {room}: expected at least the {most} {why}{hint}"
 
 
-def _places_in_segments_are_positions(experiment: Experiment) -> Iterator[str]:
+def _places_are_positions(experiment: Experiment) -> Iterator[str]:
     for path, part in below(experiment.model, "model"):
-        if not isinstance(part, TitansMAC):
+        if not (isinstance(part, Mixer) and part.by_index):
             continue
-        reads = f"as {path} reads places in its segments"
-        if isinstance(experiment.model.rope_of(part.attention), LengthRule):
+        reads = f"as {path}, a {type(part).__name__}, reads places of tokens by their index"
+        if isinstance(part, TitansMAC) and isinstance(experiment.model.rope_of(part.attention), LengthRule):
             yield f"{path}.attention turns by a rope of a document's length: expected one that no length changes, {reads}"
         given = [f"data.positions = {experiment.data.positions}"] if experiment.data.positions is not None else []
         for where in [*given, *(where for where, _ in _placed_rows(experiment))]:
@@ -474,7 +474,7 @@ RULES: Mapping[str, Rule] = {
     "a row holds no more documents than the model makes room for": _documents_have_room,
     "a model that reads by segments gets whole rows of plain text": _segments_are_texts,
     "beacons are keys of plain attention": _beacons_are_read_by_attention,
-    "a mixer that reads places in segments gets no other positions": _places_in_segments_are_positions,
+    "a mixer that reads places by their index gets no other positions": _places_are_positions,
     "what is to be trained is there": _trained_parameters_are_there,
     "every head has channels that its rope can rotate": _heads_rotate,
     "the model's rope is read by some layer": _rope_is_read,

@@ -112,13 +112,13 @@ def test_every_mixer_has_a_count():
 
     for kind in kinds(Mixer):
         for mixer in kind.examples():
-            assert all(flops > 0 for flops in pair_flops(mixer).values())
+            assert all(flops > 0 for flops in pair_flops(mixer, 8).values())
 
 
 def test_chosen_chunks():
     """4 heads of 8: of a pair seen 4 x 32, of a chunk before a query 2 x 32, within a chunk 8 x 32 a pair before it."""
     mixer = Attention(heads=4, kv_heads=2, head_dim=8, distances=LongHeads(chunk=4, chunks=3))
-    assert pair_flops(mixer) == {Window(size=10): 128, Causal(): 16, Chunk(size=4): 256}
+    assert pair_flops(mixer, 8) == {Window(size=10): 128, Causal(): 16, Chunk(size=4): 256}
 
 
 def test_frozen_matrices_have_no_gradient_and_a_table_of_positions_no_product():
@@ -148,7 +148,7 @@ def test_memories_that_are_trained():
     mac = TitansMAC(attention=attention, memory=memory)
     recalled = 2 * (8 * 4 * 6 + 2 * 2 * 4 + 2 * 8 * 8 + 256)
     assert token_flops(mac, 8) == recalled + 2 * 32 + token_flops(memory, 8)
-    assert pair_flops(mac) == {Chunk(size=4): 4 * 4 * 2 * 4}
+    assert pair_flops(mac, 8) == {Chunk(size=4): 4 * 4 * 2 * 4}
 
 
 def test_reading_by_segments():
@@ -179,7 +179,7 @@ def test_reading_with_beacons():
 
 def test_unknown_mixers_and_devices_are_not_guessed():
     with pytest.raises(TypeError, match="FLOPs of Mock are not known"):
-        pair_flops(mock.Mock(spec=Mixer))
+        pair_flops(mock.Mock(spec=Mixer), 8)
     assert peak("cpu") is None
 
 
