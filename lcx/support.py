@@ -275,7 +275,7 @@ def _places_are_positions(experiment: Experiment) -> Iterator[str]:
     for path, part in below(experiment.model, "model"):
         if not (isinstance(part, Mixer) and part.by_index):
             continue
-        reads = f"as {path}, a {type(part).__name__}, reads places of tokens by their index"
+        reads = f"as {path}, a {type(part).__name__}, reads places by their index"
         if isinstance(part, TitansMAC) and isinstance(experiment.model.rope_of(part.attention), LengthRule):
             yield f"{path}.attention turns by a rope of a document's length: expected one that no length changes, {reads}"
         given = [f"data.positions = {experiment.data.positions}"] if experiment.data.positions is not None else []
