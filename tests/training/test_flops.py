@@ -162,7 +162,7 @@ def test_scores_by_distance_are_of_wider_heads():
     assert (told, clamped) == (256, 128) and token_flops(spec, 16) == 0
     assert document_pairs(near, 11) + document_pairs(far, 11) == 26 + 12 + 9
     assert document_pairs(far, 11) == 6 + 3  # of four and more tokens back: 1 + 2 + 3, 1 + 2
-    assert set(pair_flops(edits(spec, [("relative", "rope"), ("clamp", None)]), 16).values()) == {128}
+    assert set(pair_flops(edits(spec, [("clamp", None), ("relative", "rope")]), 16).values()) == {128}
 
 
 def test_reading_by_segments():
