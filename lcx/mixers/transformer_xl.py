@@ -158,8 +158,8 @@ class TransformerXLModule(AttentionModule):
         for keys, parts in sets:
             k = cache.turned(keys.k, keys.info, frequencies)
             for mask, clamped in parts:
-                q, k_ = (content, k) if clamped else (turned, self._with_places(k, keys.info))
-                out, lse = call(q.astype(x.dtype), k_, keys.v, info, keys.info, mask=mask, **options)
+                q, held = (content, k) if clamped else (turned, self._with_places(k, keys.info))
+                out, lse = call(q.astype(x.dtype), held, keys.v, info, keys.info, mask=mask, **options)
                 found.append((out, lse + added if clamped else lse))
         out, lse = functools.reduce(merge, found)
         out = self._with_learned(out, lse, content, info)
@@ -233,7 +233,7 @@ class TransformerXLModule(AttentionModule):
 
     def init_state(self, batch_size, length):
         attention, rule = self.spec, self._rope
-        slots = max(1, min(length, self.recurrence.segment - 1 + self.recurrence.memory))
+        slots = max(1, self.recurrence.segment - 1 + self.recurrence.memory)
         axes = max(1, len(rule.sections)) if isinstance(rule, FrequencyRule) else 1
         none = jnp.zeros((batch_size, slots), jnp.int32)
         positions = jnp.zeros((batch_size, slots, axes))
