@@ -46,6 +46,11 @@ class TokenInfo:
     def shape(self) -> tuple[int, int]:
         return self.index.shape
 
+    def filled(self) -> "TokenInfo":
+        """With zeros where it has no roles or lengths."""
+        absent = [name for name in ("roles", "lengths") if getattr(self, name) is None]
+        return dataclasses.replace(self, **dict.fromkeys(absent, self.index * 0))
+
     def take(self, columns: slice) -> "TokenInfo":
         """The tokens of a static slice along T."""
         return jax.tree.map(lambda leaf: leaf[:, columns], self)

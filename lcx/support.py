@@ -275,12 +275,12 @@ def _documents_have_room(experiment: Experiment) -> Iterator[str]:
             yield f"model.documents = {room}: expected at least the {most} {why}{hint}"
 
 
-def _places_in_segments_are_positions(experiment: Experiment) -> Iterator[str]:
+def _places_are_positions(experiment: Experiment) -> Iterator[str]:
     for path, part in below(experiment.model, "model"):
-        if not isinstance(part, TitansMAC):
+        if not (isinstance(part, Mixer) and part.by_index):
             continue
-        reads = f"as {path} reads places in its segments"
-        if isinstance(experiment.model.rope_of(part.attention), LengthRule):
+        reads = f"as {path}, a {type(part).__name__}, reads places by their index"
+        if isinstance(part, TitansMAC) and isinstance(experiment.model.rope_of(part.attention), LengthRule):
             yield f"{path}.attention turns by a rope of a document's length: expected one that no length changes, {reads}"
         given = [f"data.positions = {experiment.data.positions}"] if experiment.data.positions is not None else []
         for where in [*given, *(where for where, _ in _placed_rows(experiment))]:
@@ -512,7 +512,7 @@ RULES: Mapping[str, Rule] = {
     "lengths of segments are drawn from a shortest to the longest": _segments_are_drawn_of_a_memory,
     "a text is told back from what an encoder made of it": _texts_are_told_back_by_an_encoder,
     "a prompt is seen through its gists alone": _prompts_are_seen_through_gists,
-    "a mixer that reads places in segments gets no other positions": _places_in_segments_are_positions,
+    "a mixer that reads places by their index gets no other positions": _places_are_positions,
     "what is to be trained is there": _trained_parameters_are_there,
     "every head has channels that its rope can rotate": _heads_rotate,
     "the model's rope is read by some layer": _rope_is_read,

@@ -29,6 +29,7 @@ from lcx.mixers.attention import Attention
 from lcx.mixers.delta_net import GatedDeltaNet
 from lcx.mixers.short_convolution import ShortConvolution
 from lcx.mixers.titans_mac import TitansMAC
+from lcx.mixers.transformer_xl import TransformerXL
 from lcx.mixers.ttt import TTT
 from lcx.models.position_table import PositionTable
 from lcx.objectives.autoencoding import Autoencoding
@@ -61,6 +62,7 @@ LAYER = "model.pattern[0]"
 FILMS = Frames(positions=MRopePositions())
 GROWING = DynamicNTK(original_length=64, length_policy="growing")
 GROUPED = PositionTable(rows=64, reading="grouped")
+XL = TransformerXL(attention=Attention(heads=4, kv_heads=2, head_dim=8, rope="none"), segment=16, memory=16)
 RECURRENT = [(f"{LAYER}.mixer", GatedDeltaNet(heads=2, head_dim=8)), ("data.mixture[0].rows", Continuous(rows_of=Needles()))]
 SKIPPING = LogN(original_length=64, skip_layers=1)
 
@@ -285,6 +287,17 @@ SKIPPING = LogN(original_length=64, skip_layers=1)
         (
             [("model.embed_mixer", Attention(heads=4, kv_heads=4, head_dim=8, query_scale=SKIPPING))],
             "model.embed_mixer.query_scale.skip_layers = 1: expected 0 outside the layers of the pattern",
+        ),
+        (
+            [("model.embed_mixer", XL), ("data.positions", PoSE(target=1024))],
+            "expected positions that are the index, as model.embed_mixer, a TransformerXL, reads places by their index",
+        ),
+        (
+            [
+                (f"{LAYER}.mixer", edits(XL, [("relative", "rope"), ("attention.rope", "model")])),
+                ("model.rope", DynamicNTK(original_length=64)),
+            ],
+            "model.pattern[0].mixer.attention.cache.keys = 'rotated': expected 'raw', as its rope turns a key anew",
         ),
         ([(f"{LAYER}.mixer.head_dim", 5)], "model.pattern[0].mixer.head_dim = 5 does not fit its rope: Rope.rotary"),
     ],

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from lcx.attention.attend import attend
 from lcx.batch import PADDING, TokenInfo
 from lcx.cache.cache import Cache
+from lcx.positions.frequencies import Frequencies
 from lcx.positions.rotate import rotate
 from lcx.record import record
 
@@ -63,15 +64,23 @@ class DenseCache(Cache):
     def length(self, state):
         return state.k.shape[1]
 
+    def held(self, k: Float[Array, "B T K D"], info: TokenInfo, frequencies: Frequencies | None) -> Float[Array, "B T K D"]:
+        """Raw keys as they are held. Raises ValueError if they would be turned by a rope that turns them anew."""
+        if self.keys == "raw" or frequencies is None:
+            return k
+        if frequencies.by_length:
+            raise ValueError("cache.keys = 'rotated': expected 'raw', as this rope turns a key anew when its document grows")
+        return rotate(k, info.positions, frequencies, side="key").astype(k.dtype)
+
+    def turned(self, k: Float[Array, "B S K D"], info: TokenInfo, frequencies: Frequencies | None) -> Float[Array, "B S K D"]:
+        """Keys as they are held, rotated."""
+        if self.keys == "rotated" or frequencies is None:
+            return k
+        return rotate(k, info.positions, frequencies, info.lengths, side="key").astype(k.dtype)
+
     def append(self, state, k, v, info, frequencies):
-        if self.keys == "rotated" and frequencies is not None:
-            if frequencies.by_length:
-                raise ValueError(
-                    "cache.keys = 'rotated': expected 'raw', as this rope turns a key anew when its document grows"
-                )
-            k = rotate(k, info.positions, frequencies, side="key")
-        absent = {name: jnp.zeros_like(info.index) for name in ("roles", "lengths") if getattr(info, name) is None}
-        info = dataclasses.replace(info, **absent)
+        k = self.held(k, info, frequencies)
+        info = info.filled()
         real = info.segments != PADDING
         length = self.length(state)
         slot = state.used[:, None] + jnp.cumsum(real, axis=1) - 1
@@ -95,10 +104,7 @@ class DenseCache(Cache):
         return dataclasses.replace(state, k=keys(state.k, state.v, state.info, new))
 
     def read(self, state, frequencies):
-        k = state.k
-        if self.keys == "raw" and frequencies is not None:
-            k = rotate(k, state.info.positions, frequencies, state.info.lengths, side="key").astype(k.dtype)
-        return k, state.v, state.info
+        return self.turned(state.k, state.info, frequencies), state.v, state.info
 
     def attend(self, state, q, q_info, *, frequencies, **options):
         k, v, info = self.read(state, frequencies)

@@ -17,7 +17,7 @@ def raw_heads(model: DecoderModel, batch: Batch, layer: int) -> tuple[Float[Arra
     """
     slot, period = layer % len(model.slots), layer // len(model.slots)
     block = jax.tree.map(lambda p: p[period], model.slots[slot])
-    known = isinstance(block.mixer, AttentionModule) and isinstance(block.spec.residual, PreNorm)
+    known = type(block.mixer) is AttentionModule and isinstance(block.spec.residual, PreNorm)
     if slot or not known:
         raise ValueError(f"raw_heads: layer = {layer}: expected pre-norm attention, a multiple of {len(model.slots)}")
     h, mixer = block.norms[0](model(batch, upto=layer)[0]), block.mixer

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 
 from lcx.batch import EXACT_POSITIONS
 from lcx.mixers.attention import Attention
+from lcx.mixers.mixer import Mixer
 from lcx.models.decoder import Decoder
 from lcx.positions.visual import Placed
 from lcx.spec import below
@@ -53,6 +54,9 @@ def check_axes(spec: Decoder, axes: int) -> None:
     ropes = {path: rope for path, mixer in mixers.items() if (rope := spec.rope_of(mixer)) is not None}
     if not ropes and spec.position_table is None:
         raise ValueError("placed: expected None, as no layer of the model has a rope, which reads positions")
+    for path, part in below(spec, "model"):
+        if isinstance(part, Mixer) and part.by_index:
+            raise ValueError(f"placed: expected None, as {path}, a {type(part).__name__}, reads places by their index")
     for path, rope in ropes.items():
         if mixers[path].distances is not None:
             raise ValueError(f"placed: expected None, as {path}.distances turns pairs by their index")

@@ -15,7 +15,7 @@ from lcx.attention.mask import Causal, Mask, tokens_of
 from lcx.attention.merge import with_sinks
 from lcx.attention.persistent import with_persistent
 from lcx.attention.sharded import sharded_attend
-from lcx.batch import PADDING, Batch, lengths_of
+from lcx.batch import PADDING, Batch, TokenInfo, lengths_of
 from lcx.cache.cache import Cache
 from lcx.cache.dense import DenseCache
 from lcx.linear import linear
@@ -148,19 +148,13 @@ class AttentionModule(MixerModule):
     ):
         """beside: of what heads found and their queries, keys and values before any rotation: what they give instead."""
         spec, rules, info = self.spec, self.inherited.rules, batch.info
-        q = self._project(x, self.query, self.query_bias, self.query_norm, "heads")
-        k = self._project(x, self.key, self.key_bias, self.key_norm, "kv_heads")
-        v = self._project(x, self.value, self.value_bias, None, "kv_heads")
+        q, (k, v) = self._queries(x), self._keys(x)
         if spec.query_scale is not None:
             lengths = lengths_of(info) if state is None and spec.query_scale.reads_lengths else info.lengths
             q = q * spec.query_scale.scale(info.index, place.layer, lengths)[..., None, None]  # rounded after the rotation
         unturned = q, k, v
         length = x.shape[1] if state is None else spec.cache.length(state)
-        frequencies, distances = self.frequencies(length), None
-        if frequencies is not None and self._rope.learned:
-            frequencies = place.frequencies
-            if frequencies is None:
-                raise ValueError("attention: its model's rope is learned: expected its frequencies in `place`")
+        frequencies, distances = self._frequencies_at(length, place), None
         if spec.distances is not None:
             distances, frequencies = Distances(spec.distances, self._rope, spec.head_dim, length), None
             q = spec.distances.chosen(q, place.layer) if spec.distances.chooses else q
@@ -173,7 +167,7 @@ class AttentionModule(MixerModule):
         q = q.astype(x.dtype)
         options = {
             "mask": self.mask,
-            "scale": spec.scale or 1 / math.sqrt(spec.head_dim),
+            "scale": self._scale,
             "softcap": spec.softcap,
             "bias": spec.distance_bias,
             "backend": spec.backend,
@@ -188,21 +182,14 @@ class AttentionModule(MixerModule):
             before, state = state, spec.cache.append(state, k, v, info, frequencies)
             if distances is not None and distances.plan.reads_queries:
                 options["distances"] = dataclasses.replace(distances, summed=True)
-                how = {"distances": distances, "scale": options["scale"], "softcap": spec.softcap}
+                how = {"distances": distances, "scale": self._scale, "softcap": spec.softcap}
                 keys = lambda k, v, info, new: sum_up(k, v, tokens_of(info), new, **how)
                 state = spec.cache.rewrite(state, before, keys)
             out, lse = spec.cache.attend(state, q, info, frequencies=frequencies, **options)
-        if spec.persistent:
-            held = info.segments != PADDING, self.persistent_keys[...], self.persistent_values[...]
-            out, lse = with_persistent(out, lse, unturned[0], *held, scale=options["scale"], softcap=spec.softcap)
-        if self.sinks is not None:
-            out = with_sinks(out, lse, self.sinks[...])
+        out = self._with_learned(out, lse, unturned[0], info)
         if beside is not None:
             out = beside(out, *unturned)
-        y = linear(out.astype(x.dtype), self.output, rules, contracted=2, gradient_sum=self.inherited.gradient_sum)
-        if self.output_bias is not None:
-            y = y + self.output_bias[...].astype(x.dtype)
-        return shard(y, rules, "batch", "sequence", None), state, {}
+        return self._output(out, x), state, {}
 
     def init_state(self, batch_size, length):
         spec = self.spec
@@ -211,6 +198,27 @@ class AttentionModule(MixerModule):
         asking = spec.heads // spec.kv_heads if spec.distances is not None and spec.distances.reads_queries else 0
         return spec.cache.init(batch_size, length, spec.kv_heads, (1 + asking) * spec.head_dim, spec.head_dim, dtype, axes)
 
+    def _frequencies_at(self, length: int, place: Place) -> Frequencies | None:
+        """Those in force, the model's where its rope is learned."""
+        frequencies = self.frequencies(length)
+        if frequencies is None or not self._rope.learned:
+            return frequencies
+        if place.frequencies is None:
+            raise ValueError("attention: its model's rope is learned: expected its frequencies in `place`")
+        return place.frequencies
+
+    @property
+    def _scale(self) -> float:
+        return self.spec.scale or 1 / math.sqrt(self.spec.head_dim)
+
+    def _queries(self, x):
+        return self._project(x, self.query, self.query_bias, self.query_norm, "heads")
+
+    def _keys(self, x):
+        """Keys, and values."""
+        k = self._project(x, self.key, self.key_bias, self.key_norm, "kv_heads")
+        return k, self._project(x, self.value, self.value_bias, None, "kv_heads")
+
     def _project(self, x, matrix, bias, norm, heads):
         y = linear(x, matrix, self.inherited.rules, gradient_sum=self.inherited.gradient_sum)
         if bias is not None:
@@ -218,3 +226,17 @@ class AttentionModule(MixerModule):
         if norm is not None:
             y = norm(y)
         return shard(y, self.inherited.rules, "batch", "sequence", heads, None)
+
+    def _with_learned(self, out, lse, q, info: TokenInfo):
+        """What heads find beside persistent keys and sinks; q: before any rotation."""
+        if self.spec.persistent:
+            held = info.segments != PADDING, self.persistent_keys[...], self.persistent_values[...]
+            out, lse = with_persistent(out, lse, q, *held, scale=self._scale, softcap=self.spec.softcap)
+        return out if self.sinks is None else with_sinks(out, lse, self.sinks[...])
+
+    def _output(self, out, x):
+        gradient_sum = self.inherited.gradient_sum
+        y = linear(out.astype(x.dtype), self.output, self.inherited.rules, contracted=2, gradient_sum=gradient_sum)
+        if self.output_bias is not None:
+            y = y + self.output_bias[...].astype(x.dtype)
+        return shard(y, self.inherited.rules, "batch", "sequence", None)

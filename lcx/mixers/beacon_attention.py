@@ -8,10 +8,8 @@ The state holds raw keys: of the tokens of the open window, each in its place of
 """
 
 import dataclasses
-import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -21,6 +19,7 @@ from lcx.attention.mask import Causal, Chunk, Mask, Sink, Within
 from lcx.attention.merge import merge, with_sinks
 from lcx.attention.sharded import sharded_attend
 from lcx.batch import PADDING, Batch, TokenInfo
+from lcx.cache.store import Store, joined
 from lcx.linear import linear
 from lcx.memory.activation_beacon import BEACON, BeaconInfo
 from lcx.memory.model_memory import added
@@ -32,21 +31,6 @@ from lcx.positions.rotate import rotate
 from lcx.record import record
 
 PLAIN = {"mask": Causal(), "distances": None, "query_scale": None, "distance_bias": None, "persistent": 0}
-
-
-@record
-class Store:
-    """Raw keys and values in slots."""
-
-    k: Float[Array, "B S K D"]
-    v: Float[Array, "B S K E"]
-    info: BeaconInfo
-
-    def put(self, slot: Int[Array, "B T"], new: "Store") -> "Store":
-        """With tokens in these slots; a slot beyond the last drops its token."""
-        row = jnp.arange(len(slot))[:, None]
-        write = lambda old, new: old.at[row, slot].set(new.astype(old.dtype), mode="drop")
-        return jax.tree.map(write, self, dataclasses.replace(new, info=dataclasses.replace(new.info, raw=self.info.raw)))
 
 
 @record
@@ -77,14 +61,11 @@ class BeaconAttentionModule(AttentionModule):
         q = self._projected(x, info, "query", "heads")
         k = self._projected(x, info, "key", "kv_heads")
         v = self._projected(x, info, "value", "kv_heads")
-        frequencies = self.frequencies(x.shape[1])
-        if frequencies is None and self._rope is not None:
-            frequencies = place.frequencies
+        frequencies = self._frequencies_at(x.shape[1], place)
         turned = lambda y, info, side: (
             y if frequencies is None else rotate(y, info.positions, frequencies, side=side).astype(y.dtype)
         )
-        options = {"scale": self.spec.scale or 1 / math.sqrt(self.spec.head_dim), "softcap": self.spec.softcap}
-        options |= {"backend": self.spec.backend}
+        options = {"scale": self._scale, "softcap": self.spec.softcap, "backend": self.spec.backend}
         if state is None:
             options |= {"rules": rules, "communication": self.inherited.communication}
         call = sharded_attend if state is None else attend
@@ -115,14 +96,14 @@ class BeaconAttentionModule(AttentionModule):
         if spec.layout == "interleaved":
             if state is not None:
                 held.append(dataclasses.replace(state.memory, info=state.memory.info.beacons()))
-            keys = _joined(*held, new)
+            keys = joined(*held, new)
             return fold(slice(None), info, keys, keys.info, own)
         found = []
         if R:
-            keys = _joined(*held, of(new, tokens, R))
+            keys = joined(*held, of(new, tokens, R))
             found.append(fold(tokens, info.part(tokens, R), keys, keys.info, own))
         if info.shape[1] > R:
-            keys = _joined(*held, new)
+            keys = joined(*held, new)
             own = _OwnWindow(window=spec.window, coverage=spec.coverage, previous=spec.previous)
             found.append(fold(beacons, info.part(beacons, 0), keys, keys.info, own))
         return tuple(jnp.concatenate(part, axis=1) for part in zip(*found, strict=True))
@@ -134,7 +115,7 @@ class BeaconAttentionModule(AttentionModule):
         if spec.most is not None and spec.sink:
             mask = mask | Sink(size=spec.sink + 1)
         if state is not None:
-            return [(_joined(state.memory, new), mask)]
+            return [(joined(state.memory, new), mask)]
         sides = [slice(R, None)] if new.info.shape[1] > R else []
         if spec.sink or 0 in spec.ratios:  # tokens that stay
             sides.append(slice(0, R))
@@ -200,12 +181,6 @@ class BeaconAttentionModule(AttentionModule):
 
     def _linear(self, x, weight, contracted: int = 1):
         return linear(x, weight, self.inherited.rules, contracted=contracted, gradient_sum=self.inherited.gradient_sum)
-
-
-def _joined(*stores: Store) -> Store:
-    raw = stores[-1].info.raw
-    same = [dataclasses.replace(store, info=dataclasses.replace(store.info, raw=raw)) for store in stores]
-    return same[0] if len(same) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *same)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -64,11 +64,13 @@ class Place:
 class Mixer(Spec, abc.ABC):
     """Base of every token mixer. `sequential`: reads array neighbours, so the layout must keep their order. `recurrent`: knows
     the past by a state that every document begins empty, and so nothing of tokens that all documents see. `chunked`: counts
-    chunks from the start of a document, with room for as many documents a row as the model says."""
+    chunks from the start of a document, with room for as many documents a row as the model says. `by_index`: takes places
+    of tokens from their index, so that positions have to be it."""
 
     sequential: ClassVar[bool] = False
     recurrent: ClassVar[bool] = False
     chunked: ClassVar[bool] = False
+    by_index: ClassVar[bool] = False
 
     @abc.abstractmethod
     def build(self, inherited: Inherited, *, rngs: nnx.Rngs) -> "MixerModule":

@@ -52,6 +52,7 @@ class TitansMAC(Mixer):
     sequential = True
     recurrent = True
     chunked = True
+    by_index = True
 
     def validate(self):
         self.check(self.attention.mask == Causal(), "attention", "one whose mask is Causal(): a segment is its window")

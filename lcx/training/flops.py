@@ -29,6 +29,7 @@ from lcx.mixers.neural_memory import NeuralMemory
 from lcx.mixers.short_convolution import ShortConvolution
 from lcx.mixers.titans import TitansMAG, TitansMAL
 from lcx.mixers.titans_mac import TitansMAC
+from lcx.mixers.transformer_xl import TransformerXL
 from lcx.mixers.ttt import TTT
 from lcx.models.decoder import Decoder
 from lcx.training.optimizer import groups
@@ -106,7 +107,7 @@ def counter(spec: Decoder, state: nnx.State, trained: Collection[Path] | None = 
     mixers += [(spec.embed_mixer, 1)] if spec.embed_mixer else []
     per_pair: dict[Mask, int] = {}
     for mixer, times in mixers:
-        for mask, flops in pair_flops(mixer).items():
+        for mask, flops in pair_flops(mixer, spec.width).items():
             per_pair[mask] = per_pair.get(mask, 0) + times * flops
     learned = {path: size for path, size in matrices.items() if trained is None or path in trained}
     recurrent = sum(times * token_flops(mixer, spec.width) for mixer, times in mixers)
@@ -156,13 +157,13 @@ def _pairs_with_beacons(memory: ActivationBeacon, per_pair: Mapping[Mask, int]) 
 
 
 @functools.singledispatch
-def pair_flops(mixer: Mixer) -> dict[Mask, int]:
-    """FLOPs for one visible (query, key) pair, by mask, beside those of the mixer's matrices."""
+def pair_flops(mixer: Mixer, width: int) -> dict[Mask, int]:
+    """FLOPs for one visible (query, key) pair, by mask, beside those of the mixer's matrices; width: of the model."""
     raise TypeError(f"FLOPs of {type(mixer).__name__} are not known: register it with lcx.training.flops.pair_flops")
 
 
 @pair_flops.register
-def _(mixer: Attention) -> dict[Mask, int]:
+def _(mixer: Attention, width: int) -> dict[Mask, int]:
     """Of chosen chunks: the pairs seen, on average over the places in a chunk; a product for each chunk before the query; and
     attention within chunks, both ways, for their sums."""
     if mixer.distances is not None and mixer.distances.reads_queries:
@@ -173,39 +174,49 @@ def _(mixer: Attention) -> dict[Mask, int]:
 
 
 @pair_flops.register
-def _(mixer: ShortConvolution) -> dict[Mask, int]:
+def _(mixer: ShortConvolution, width: int) -> dict[Mask, int]:
     return {}
 
 
 @pair_flops.register
-def _(mixer: GatedDeltaNet | NeuralMemory | TTT) -> dict[Mask, int]:
+def _(mixer: GatedDeltaNet | NeuralMemory | TTT, width: int) -> dict[Mask, int]:
     return {}
 
 
 @pair_flops.register
-def _(mixer: TitansMAG | TitansMAL | InfiniAttention) -> dict[Mask, int]:
-    return pair_flops(mixer.attention)
+def _(mixer: TitansMAG | TitansMAL | InfiniAttention, width: int) -> dict[Mask, int]:
+    return pair_flops(mixer.attention, width)
 
 
 @pair_flops.register
-def _(mixer: TitansMAC) -> dict[Mask, int]:
+def _(mixer: TitansMAC, width: int) -> dict[Mask, int]:
     """What is recalled asks and is asked beside each token."""
-    (flops,) = pair_flops(mixer.attention).values()
+    (flops,) = pair_flops(mixer.attention, width).values()
     return {Chunk(size=mixer.memory.chunk): 4 * flops}
 
 
 @pair_flops.register
-def _(mixer: MemorizingAttention) -> dict[Mask, int]:
+def _(mixer: MemorizingAttention, width: int) -> dict[Mask, int]:
     """A product with each entry that may be there, and the values of those that are near with their softmax."""
     heads = mixer.attention.heads * mixer.attention.head_dim
     seen = Window(size=mixer.entries + mixer.segment)
-    return {**pair_flops(mixer.attention), seen: pair_flops(mixer.attention).get(seen, 0) + 2 * heads}
+    return {**pair_flops(mixer.attention, width), seen: pair_flops(mixer.attention, width).get(seen, 0) + 2 * heads}
+
+
+@pair_flops.register
+def _(mixer: TransformerXL, width: int) -> dict[Mask, int]:
+    """Keys and queries have as many channels more as there are sinusoids, but where all distances are one."""
+    (plain,) = pair_flops(mixer.attention, width).values()
+    more = 2 * mixer.attention.heads * width if mixer.relative == "published" else 0
+    return {mask: plain if clamped else plain + more for mask, clamped in mixer.seen}
 
 
 def token_flops(mixer: Mixer, width: int) -> int:
     """FLOPs for one token beside those of matrices and pairs: of a recurrence as it is written, whatever chunks cost."""
     if isinstance(mixer, Attention):  # of persistent keys only those that are not one head's alone: matrices are counted once
         return 2 * (mixer.heads - mixer.kv_heads) * mixer.persistent * 2 * mixer.head_dim
+    if isinstance(mixer, TransformerXL):
+        return token_flops(mixer.attention, width)
     if isinstance(mixer, InfiniAttention):  # write and read, and the read of what the delta rule corrects
         products = 3 if mixer.rule == "delta" else 2
         own = products * 2 * mixer.attention.heads * mixer.attention.head_dim * (mixer.attention.head_dim + 1)

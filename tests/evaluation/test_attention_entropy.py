@@ -11,6 +11,7 @@ from lcx.channels.glu import GLU
 from lcx.evaluation.attention_entropy import entropies, entropy, slope
 from lcx.evaluation.raw_heads import raw_heads
 from lcx.mixers.attention import Attention
+from lcx.mixers.transformer_xl import TransformerXL
 from lcx.models.decoder import Decoder
 from lcx.models.layer import Layer
 from lcx.positions.query_scale import LogN
@@ -63,6 +64,15 @@ def test_a_model_against_float64():
         p /= p.sum(-1, keepdims=True)
         by_hand = -(p * np.log(np.where(p > 0, p, 1))).sum(-1).mean(axis=(0, 1))
         np.testing.assert_allclose(found[layer], by_hand, atol=1e-5)
+
+
+def test_a_layer_that_is_more_than_plain_attention_has_no_raw_heads():
+    attention = Attention(heads=4, kv_heads=2, head_dim=8, rope="none")
+    model = Decoder(
+        vocab=32, width=16, pattern=(Layer(mixer=TransformerXL(attention=attention), channel=GLU(hidden=16)),), periods=1
+    )
+    with pytest.raises(ValueError, match="raw_heads: layer = 0: expected pre-norm attention"):
+        raw_heads(model.build(rngs=nnx.Rngs(0)), batch(), 0)
 
 
 def test_scores_that_are_more_than_queries_times_keys_are_refused():

@@ -14,6 +14,7 @@ from lcx.inference.forward import token_logprobs
 from lcx.inference.generate import generate
 from lcx.inference.placed import behind, padded_positions
 from lcx.mixers.attention import Attention
+from lcx.mixers.transformer_xl import TransformerXL
 from lcx.models.decoder import Decoder
 from lcx.models.layer import Layer
 from lcx.positions.hope import HoPE
@@ -92,6 +93,11 @@ def test_positions_of_other_prompts_are_refused():
             [("pattern[0].mixer.distances", ReRoPE(window=4))],
             1,
             r"expected None, as model.pattern\[0\].mixer.distances turns pairs",
+        ),
+        (
+            [("embed_mixer", TransformerXL(attention=Attention(heads=2, kv_heads=1, head_dim=8, rope="none")))],
+            1,
+            "expected None, as model.embed_mixer, a TransformerXL, reads places by their index",
         ),
         ([("rope", None)], 1, "expected None, as no layer of the model has a rope"),
         ([], 3, r"placed of 3 axes: expected 1, which the rope of model.pattern\[0\].mixer reads"),

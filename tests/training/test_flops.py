@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lcx.attention.count import document_pairs
 from lcx.attention.mask import Causal, Chunk, ChunksBack, Sink, Window
 from lcx.batch import Batch, causal_info
 from lcx.channels.glu import GLU
@@ -18,6 +19,7 @@ from lcx.mixers.delta_net import GatedDeltaNet
 from lcx.mixers.mixer import Mixer
 from lcx.mixers.neural_memory import NeuralMemory
 from lcx.mixers.titans_mac import TitansMAC
+from lcx.mixers.transformer_xl import TransformerXL
 from lcx.mixers.ttt import TTT
 from lcx.models.decoder import Decoder
 from lcx.models.layer import Layer
@@ -112,13 +114,13 @@ def test_every_mixer_has_a_count():
 
     for kind in kinds(Mixer):
         for mixer in kind.examples():
-            assert all(flops > 0 for flops in pair_flops(mixer).values())
+            assert all(flops > 0 for flops in pair_flops(mixer, 8).values())
 
 
 def test_chosen_chunks():
     """4 heads of 8: of a pair seen 4 x 32, of a chunk before a query 2 x 32, within a chunk 8 x 32 a pair before it."""
     mixer = Attention(heads=4, kv_heads=2, head_dim=8, distances=LongHeads(chunk=4, chunks=3))
-    assert pair_flops(mixer) == {Window(size=10): 128, Causal(): 16, Chunk(size=4): 256}
+    assert pair_flops(mixer, 8) == {Window(size=10): 128, Causal(): 16, Chunk(size=4): 256}
 
 
 def test_frozen_matrices_have_no_gradient_and_a_table_of_positions_no_product():
@@ -148,7 +150,19 @@ def test_memories_that_are_trained():
     mac = TitansMAC(attention=attention, memory=memory)
     recalled = 2 * (8 * 4 * 6 + 2 * 2 * 4 + 2 * 8 * 8 + 256)
     assert token_flops(mac, 8) == recalled + 2 * 32 + token_flops(memory, 8)
-    assert pair_flops(mac) == {Chunk(size=4): 4 * 4 * 2 * 4}
+    assert pair_flops(mac, 8) == {Chunk(size=4): 4 * 4 * 2 * 4}
+
+
+def test_scores_by_distance_are_of_wider_heads():
+    """4 heads of 8, width 16: of a pair 2 x 4 x (8 + 8), and 2 x 4 x 16 where distances are told apart; the pairs of 11 tokens
+    in segments of 4 with 3 before: 26 within segments; 12 and 9 in the second and third."""
+    attention = Attention(heads=4, kv_heads=2, head_dim=8, rope="none")
+    spec = TransformerXL(attention=attention, segment=4, memory=3, clamp=4)
+    (near, told), (far, clamped) = pair_flops(spec, 16).items()
+    assert (told, clamped) == (256, 128) and token_flops(spec, 16) == 0
+    assert document_pairs(near, 11) + document_pairs(far, 11) == 26 + 12 + 9
+    assert document_pairs(far, 11) == 6 + 3  # of four and more tokens back: 1 + 2 + 3, 1 + 2
+    assert set(pair_flops(edits(spec, [("clamp", None), ("relative", "rope")]), 16).values()) == {128}
 
 
 def test_reading_by_segments():
@@ -179,7 +193,7 @@ def test_reading_with_beacons():
 
 def test_unknown_mixers_and_devices_are_not_guessed():
     with pytest.raises(TypeError, match="FLOPs of Mock are not known"):
-        pair_flops(mock.Mock(spec=Mixer))
+        pair_flops(mock.Mock(spec=Mixer), 8)
     assert peak("cpu") is None
 
 
