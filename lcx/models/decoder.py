@@ -20,6 +20,7 @@ from lcx.batch import Batch, lengths_of
 from lcx.linear import GradientSum, wide_product
 from lcx.memory.activation_beacon import ActivationBeacon
 from lcx.memory.model_memory import ModelMemory
+from lcx.memory.ttt_e2e import TTTE2E
 from lcx.mixers.attention import Attention
 from lcx.mixers.mixer import Aux, Compute, Inherited, Mixer, Place, weight
 from lcx.models.embedding import lookup
@@ -111,11 +112,12 @@ class Decoder(Spec):
     def build(self, *, rngs: nnx.Rngs) -> "DecoderModel":
         from lcx.models.beacon_decoder import BeaconDecoderModel
         from lcx.models.segmented import SegmentedModel
+        from lcx.models.ttt_e2e_decoder import TTTE2EDecoderModel
 
         if self.memory is None:
             return DecoderModel(self, rngs)
-        kind = BeaconDecoderModel if isinstance(self.memory, ActivationBeacon) else SegmentedModel
-        return kind(self, rngs)
+        kinds = {ActivationBeacon: BeaconDecoderModel, TTTE2E: TTTE2EDecoderModel}
+        return kinds.get(type(self.memory), SegmentedModel)(self, rngs)
 
 
 class DecoderModel(nnx.Module):
@@ -148,9 +150,18 @@ class DecoderModel(nnx.Module):
         Raises ValueError if `upto` is not a multiple of the pattern's length between 0 and the depth, or if `state` is given
         with it (a state holds every layer).
         """
-        periods, batch = self._periods(upto, state), jax.tree.map(jnp.asarray, batch)
-        if state is None and length_policy(self.spec) is not None:  # once for all layers
-            batch = dataclasses.replace(batch, info=dataclasses.replace(batch.info, lengths=lengths_of(batch.info)))
+        x, state, aux = self._stream(self._with_lengths(batch, state), state, self._periods(upto, state))
+        return (self.final_norm(x) if upto is None else x), state, aux
+
+    def _with_lengths(self, batch: Batch, state: Any) -> Batch:
+        """With the lengths of documents where something reads them: once for all layers."""
+        batch = jax.tree.map(jnp.asarray, batch)
+        if state is not None or length_policy(self.spec) is None:
+            return batch
+        return dataclasses.replace(batch, info=dataclasses.replace(batch.info, lengths=lengths_of(batch.info)))
+
+    def _stream(self, batch: Batch, state: Any, periods: int) -> tuple[Float[Array, "B T M"], Any, Aux]:
+        """The stream after the first so many periods of layers, and their state."""
         rope = None if self.rope is None else self.rope()
         x = self._embed(batch)
         embed_state = None
@@ -175,10 +186,7 @@ class DecoderModel(nnx.Module):
         given = None if state is None else state["layers"]
         first = jnp.arange(periods, dtype=jnp.int32) * len(self.spec.pattern)
         x, (layers, aux) = jax.lax.scan(body, x, (slots, given, first), unroll=self._unroll(periods))
-        aux = {key: value.sum() if key.endswith("_loss") else value.mean() for key, value in aux.items()}
-        if upto is None:
-            x = self.final_norm(x)
-        return x, None if state is None else {"embed": embed_state, "layers": layers}, aux
+        return x, None if state is None else {"embed": embed_state, "layers": layers}, over_layers(aux)
 
     def logits(self, hidden: Float[Array, "*n M"]) -> Float[Array, "*n V"]:
         """Float32 logits of hidden states; give them in chunks, never for a whole long row."""
@@ -218,6 +226,11 @@ class DecoderModel(nnx.Module):
         if upto % pattern or not 0 <= upto <= self.spec.depth:
             raise ValueError(f"decoder: upto = {upto}: expected a multiple of {pattern} from 0 to {self.spec.depth}")
         return upto // pattern
+
+
+def over_layers(aux: Aux) -> Aux:
+    """Auxiliary values of all layers, of which each has one: losses are added, metrics averaged."""
+    return {key: value.sum() if key.endswith("_loss") else value.mean() for key, value in aux.items()}
 
 
 def _learned_rope(spec: Decoder, rngs: nnx.Rngs) -> nnx.Module | None:
