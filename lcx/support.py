@@ -22,11 +22,13 @@ from lcx.data.skipped import Skipped
 from lcx.data.sources import Source, SourceError
 from lcx.memory.activation_beacon import ActivationBeacon
 from lcx.memory.segment_memory import SegmentMemory
+from lcx.memory.ttt_e2e import TTTE2E
 from lcx.mixers.attention import Attention
 from lcx.mixers.beacon_attention import PLAIN
 from lcx.mixers.mixer import Mixer
 from lcx.mixers.titans_mac import TitansMAC
 from lcx.models.decoder import Decoder
+from lcx.models.ttt_e2e_decoder import unfit
 from lcx.objectives.beacon_modeling import BeaconModeling
 from lcx.parallel.mesh import AXES, MeshSpec
 from lcx.positions.clex import CLEX
@@ -285,7 +287,7 @@ def _places_in_segments_are_positions(experiment: Experiment) -> Iterator[str]:
 
 def _segments_are_texts(experiment: Experiment) -> Iterator[str]:
     model, data = experiment.model, experiment.data
-    if model.memory is None:
+    if not isinstance(model.memory, SegmentMemory | ActivationBeacon):
         return
     for axis, size in sequence_axes(experiment).items() if isinstance(model.memory, SegmentMemory) else ():
         yield f"mesh.{axis} = {size}: expected 1, as model.memory reads segments one after the other, each on one row's devices"
@@ -323,6 +325,14 @@ def _beacons_are_read_by_attention(experiment: Experiment) -> Iterator[str]:
     beacons = memory.beacons(experiment.data.length, whole=True, ratio=smallest)
     if beacons % shards:
         yield f"model.memory: {beacons} beacons in data.length: expected a multiple of the {shards} devices that share a row"
+
+
+def _chunks_are_learned_in_turn(experiment: Experiment) -> Iterator[str]:
+    if not isinstance(experiment.model.memory, TTTE2E):
+        return
+    yield from unfit(experiment.model)
+    for axis, size in sequence_axes(experiment).items():
+        yield f"mesh.{axis} = {size}: expected 1, as model.memory learns chunks one after the other, each on one row's devices"
 
 
 def _trained_parameters_are_there(experiment: Experiment) -> Iterator[str]:
@@ -474,6 +484,7 @@ RULES: Mapping[str, Rule] = {
     "a row holds no more documents than the model makes room for": _documents_have_room,
     "a model that reads by segments gets whole rows of plain text": _segments_are_texts,
     "beacons are keys of plain attention": _beacons_are_read_by_attention,
+    "a model that trains itself while it reads sees a window, and gets whole rows": _chunks_are_learned_in_turn,
     "a mixer that reads places in segments gets no other positions": _places_in_segments_are_positions,
     "what is to be trained is there": _trained_parameters_are_there,
     "every head has channels that its rope can rotate": _heads_rotate,

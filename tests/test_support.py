@@ -22,6 +22,7 @@ from lcx.data.skipped import Skipped
 from lcx.data.sources import TextFolder
 from lcx.memory.activation_beacon import ActivationBeacon
 from lcx.memory.rmt import RMT
+from lcx.memory.ttt_e2e import TTTE2E
 from lcx.mixers.attention import Attention
 from lcx.mixers.delta_net import GatedDeltaNet
 from lcx.mixers.short_convolution import ShortConvolution
@@ -57,6 +58,7 @@ FILMS = Frames(positions=MRopePositions())
 GROWING = DynamicNTK(original_length=64, length_policy="growing")
 GROUPED = PositionTable(rows=64, reading="grouped")
 RECURRENT = [(f"{LAYER}.mixer", GatedDeltaNet(heads=2, head_dim=8)), ("data.mixture[0].rows", Continuous(rows_of=Needles()))]
+TRAINED = [(f"{LAYER}.mixer.mask", Window(size=8)), ("model.memory", TTTE2E(chunk=16, suffix=1, hidden=32))]
 SKIPPING = LogN(original_length=64, skip_layers=1)
 
 
@@ -105,6 +107,26 @@ SKIPPING = LogN(original_length=64, skip_layers=1)
         (
             [("model.memory", BEACON), ("objective", BeaconModeling(ratios=(2, 8)))],
             "objective.ratios = (2, 8): expected those of model.memory, which has no [2, 8]",
+        ),
+        (
+            [("model.memory", TTTE2E(chunk=16, suffix=1, hidden=32))],
+            "model.pattern[0].mixer.mask = Causal(): expected a Window beside model.memory, a TTTE2E, which keeps",
+        ),
+        (
+            [*TRAINED, ("model.memory.suffix", 2)],
+            "model.memory.suffix = 2: expected a multiple of the pattern's 1 up to 1 layers",
+        ),
+        (
+            [*TRAINED, (f"{LAYER}.mixer.backend", "xla")],
+            "mixer.backend = 'xla': expected 'auto' or 'reference', as kernels have no",
+        ),
+        (
+            [*TRAINED, ("model.rope", GROWING), (f"{LAYER}.mixer.cache.keys", "raw")],
+            "model.pattern[0].mixer: expected a rope that no length changes beside model.memory, a TTTE2E",
+        ),
+        (
+            [*TRAINED, ("mesh", MeshSpec(context=2))],
+            "mesh.context = 2: expected 1, as model.memory learns chunks one after the other",
         ),
         ([("objective", BeaconModeling())], "model.memory: expected an ActivationBeacon, whose ratios objective draws"),
         (
@@ -309,11 +331,13 @@ def test_each_rule_is_broken_by_something_and_the_base_breaks_none():
     skipping = edit(base(), f"{LAYER}.mixer.query_scale", SKIPPING)
     crowded = edits(base(), [(f"{LAYER}.mixer", TTT(heads=2, head_dim=8)), ("model.documents", 2)])
     segmented = edits(base(), [("model.memory", RMT(segment=16, slots=2)), ("mesh", MeshSpec(context=2))])
+    learning = edits(base(), [*TRAINED, ("mesh", MeshSpec(context=2))])
     drawing = edit(base(), "objective", BeaconModeling())
     mac = edits(spread, [(f"{LAYER}.mixer", TitansMAC.examples()[0])])
     configs = (
         skipping,
         drawing,
+        learning,
         mac,
         crowded,
         segmented,

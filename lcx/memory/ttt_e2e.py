@@ -1,7 +1,7 @@
 """TTT-E2E (End-to-end test-time training for long context, 2025): a model that trains itself on what it reads.
 
-The last layers have one more gated MLP, behind attention, whose matrices W are the memory. A document is read in chunks; of each
-chunk L_n is the mean loss of the next tokens at the weights that the chunks before it left, and behind it they take one step:
+The last layers have one more gated MLP, behind attention, whose matrices W are the memory. A document is read in chunks; L_n is
+the mean loss of the next tokens of a chunk at the weights that the chunks before it left, and behind it they take one step:
 
     g = dL_n / dW(n-1),   W(n) = W(n-1) - rate min(1, clip / |g|) g,   |g| over the matrices of all layers, of one document
 
@@ -29,10 +29,10 @@ from lcx.parallel.rules import shard
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TTTE2E(ModelMemory):
-    """chunk: tokens of a step. suffix: the last layers, which have fast weights. hidden: the inner width of their MLPs. rate: of
-    a step, 0 for weights that stay as learned. clip: the largest norm of a gradient, None for any. first_order: training takes
-    a step's gradient as given. bptt: training's gradients go through groups of so many chunks, counted from a row's start, and
-    not from one to the one before; None is all of a row."""
+    """chunk: tokens of a step. suffix: how many of the last layers have fast weights. hidden: the inner width of their MLPs.
+    rate: of a step, 0 for weights that stay as learned. clip: the largest norm of a gradient, None for any. first_order:
+    training takes a step's gradient as given. bptt: training's gradients go through groups of so many chunks, counted from a
+    row's start, and not from one to the one before; None is all of a row."""
 
     chunk: int
     suffix: int

@@ -76,8 +76,8 @@ class Part(NamedTuple):
 
 @record
 class TTTE2EState:
-    """decoder: of the layers before the suffix. fast: weights at the start of the open chunk, whose `filled` tokens are `opened`
-    and the newest in `caches`. index, segments: of the newest token."""
+    """decoder: of the layers before the suffix. fast: weights at the start of the open chunk, whose `filled` tokens are
+    `opened`, and the newest in `caches`. index, segments: of the newest token."""
 
     decoder: Any
     fast: Any
