@@ -24,11 +24,13 @@ from lcx.data.sources import Source, SourceError
 from lcx.memory.activation_beacon import ActivationBeacon
 from lcx.memory.gist import Gist
 from lcx.memory.segment_memory import SegmentMemory
+from lcx.memory.ttt_e2e import TTTE2E
 from lcx.mixers.attention import Attention
 from lcx.mixers.beacon_attention import PLAIN
 from lcx.mixers.mixer import Mixer
 from lcx.mixers.titans_mac import TitansMAC
 from lcx.models.decoder import Decoder
+from lcx.models.ttt_e2e_decoder import unfit
 from lcx.objectives.autoencoding import Autoencoding
 from lcx.objectives.beacon_modeling import BeaconModeling
 from lcx.objectives.random_segments import RandomSegments
@@ -360,6 +362,14 @@ def _prompts_are_seen_through_gists(experiment: Experiment) -> Iterator[str]:
             yield f"{path}.distances: expected one that chooses by distance beside model.memory, which hides a prompt"
 
 
+def _chunks_are_learned_in_turn(experiment: Experiment) -> Iterator[str]:
+    if not isinstance(experiment.model.memory, TTTE2E):
+        return
+    yield from unfit(experiment.model)
+    for axis, size in sequence_axes(experiment).items():
+        yield f"mesh.{axis} = {size}: expected 1, as model.memory learns chunks one after the other, each on one row's devices"
+
+
 def _trained_parameters_are_there(experiment: Experiment) -> Iterator[str]:
     if experiment.trainable is not None:
         try:
@@ -512,6 +522,7 @@ RULES: Mapping[str, Rule] = {
     "lengths of segments are drawn from a shortest to the longest": _segments_are_drawn_of_a_memory,
     "a text is told back from what an encoder made of it": _texts_are_told_back_by_an_encoder,
     "a prompt is seen through its gists alone": _prompts_are_seen_through_gists,
+    "a model that trains itself while it reads sees a window, and gets whole rows": _chunks_are_learned_in_turn,
     "a mixer that reads places by their index gets no other positions": _places_are_positions,
     "what is to be trained is there": _trained_parameters_are_there,
     "every head has channels that its rope can rotate": _heads_rotate,

@@ -25,6 +25,7 @@ from lcx.memory.activation_beacon import ActivationBeacon
 from lcx.memory.gist import Gist
 from lcx.memory.icae import ICAE
 from lcx.memory.rmt import RMT
+from lcx.memory.ttt_e2e import TTTE2E
 from lcx.mixers.attention import Attention
 from lcx.mixers.delta_net import GatedDeltaNet
 from lcx.mixers.short_convolution import ShortConvolution
@@ -64,6 +65,7 @@ GROWING = DynamicNTK(original_length=64, length_policy="growing")
 GROUPED = PositionTable(rows=64, reading="grouped")
 XL = TransformerXL(attention=Attention(heads=4, kv_heads=2, head_dim=8, rope="none"), segment=16, memory=16)
 RECURRENT = [(f"{LAYER}.mixer", GatedDeltaNet(heads=2, head_dim=8)), ("data.mixture[0].rows", Continuous(rows_of=Needles()))]
+TRAINED = [(f"{LAYER}.mixer.mask", Window(size=8)), ("model.memory", TTTE2E(chunk=16, suffix=1, hidden=32))]
 SKIPPING = LogN(original_length=64, skip_layers=1)
 
 
@@ -132,6 +134,26 @@ SKIPPING = LogN(original_length=64, skip_layers=1)
             "model.memory.shortest = 4: expected None, as objective draws no lengths of segments",
         ),
         ([("objective", Autoencoding())], "model.memory: expected one with an encoder, such as ICAE"),
+        (
+            [("model.memory", TTTE2E(chunk=16, suffix=1, hidden=32))],
+            "model.pattern[0].mixer.mask = Causal(): expected a Window beside model.memory, a TTTE2E, which keeps",
+        ),
+        (
+            [*TRAINED, ("model.memory.suffix", 2)],
+            "model.memory.suffix = 2: expected a multiple of the pattern's 1 up to 1 layers",
+        ),
+        (
+            [*TRAINED, (f"{LAYER}.mixer.backend", "xla")],
+            "mixer.backend = 'xla': expected 'auto' or 'reference', as kernels have no",
+        ),
+        (
+            [*TRAINED, ("model.rope", GROWING), (f"{LAYER}.mixer.cache.keys", "raw")],
+            "model.pattern[0].mixer: expected a rope that no length changes beside model.memory, a TTTE2E",
+        ),
+        (
+            [*TRAINED, ("mesh", MeshSpec(context=2))],
+            "mesh.context = 2: expected 1, as model.memory learns chunks one after the other",
+        ),
         ([("objective", BeaconModeling())], "model.memory: expected an ActivationBeacon, whose ratios objective draws"),
         (
             [("model.memory", edits(BEACON, [("ratio", 16)])), ("mesh", MeshSpec(context=8))],
@@ -349,6 +371,7 @@ def test_each_rule_is_broken_by_something_and_the_base_breaks_none():
     drawing_lengths = edit(base(), "objective", RandomSegments())
     telling = edit(base(), "objective", Autoencoding())
     gists = edit(base(), "model.memory", Gist(token=300))
+    learning = edits(base(), [*TRAINED, ("mesh", MeshSpec(context=2))])
     drawing = edit(base(), "objective", BeaconModeling())
     mac = edits(spread, [(f"{LAYER}.mixer", TitansMAC.examples()[0])])
     configs = (
@@ -357,6 +380,7 @@ def test_each_rule_is_broken_by_something_and_the_base_breaks_none():
         gists,
         telling,
         drawing_lengths,
+        learning,
         mac,
         crowded,
         segmented,

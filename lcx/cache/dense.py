@@ -37,6 +37,25 @@ def grown(slots: TokenInfo, new: TokenInfo) -> TokenInfo:
     return dataclasses.replace(slots, lengths=jnp.maximum(slots.lengths, newest))
 
 
+def newest(state: DenseState, count: int) -> DenseState:
+    """The state with at most its `count` newest tokens, in the first slots."""
+    length = state.k.shape[1]
+    place = jnp.arange(length) + jnp.maximum(state.used - count, 0)[:, None]
+    there, place = place < state.used[:, None], jnp.minimum(place, length - 1)
+    take = lambda x: jnp.take_along_axis(x, place.reshape(*place.shape, *[1] * (x.ndim - 2)), axis=1)
+    info = jax.tree.map(take, state.info)
+    info = dataclasses.replace(info, segments=jnp.where(there, info.segments, PADDING))
+    return dataclasses.replace(state, k=take(state.k), v=take(state.v), info=info, used=jnp.minimum(state.used, count))
+
+
+def without_newest(state: DenseState, count: Int[Array, "B"]) -> DenseState:
+    """The state before its `count` newest tokens."""
+    used = state.used - count
+    there = jnp.arange(state.k.shape[1]) < used[:, None]
+    info = dataclasses.replace(state.info, segments=jnp.where(there, state.info.segments, PADDING))
+    return dataclasses.replace(state, info=info, used=used)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DenseCache(Cache):
     """keys: whether slots hold rotated or raw keys."""

@@ -145,9 +145,18 @@ class DecoderModel(nnx.Module):
         Raises ValueError if `upto` is not a multiple of the pattern's length between 0 and the depth, or if `state` is given
         with it (a state holds every layer).
         """
-        periods, batch = self._periods(upto, state), jax.tree.map(jnp.asarray, batch)
-        if state is None and length_policy(self.spec) is not None:  # once for all layers
-            batch = dataclasses.replace(batch, info=dataclasses.replace(batch.info, lengths=lengths_of(batch.info)))
+        x, state, aux = self._stream(self._with_lengths(batch, state), state, self._periods(upto, state))
+        return (self.final_norm(x) if upto is None else x), state, aux
+
+    def _with_lengths(self, batch: Batch, state: Any) -> Batch:
+        """With the lengths of documents where something reads them: once for all layers."""
+        batch = jax.tree.map(jnp.asarray, batch)
+        if state is not None or length_policy(self.spec) is None:
+            return batch
+        return dataclasses.replace(batch, info=dataclasses.replace(batch.info, lengths=lengths_of(batch.info)))
+
+    def _stream(self, batch: Batch, state: Any, periods: int) -> tuple[Float[Array, "B T M"], Any, Aux]:
+        """The stream after the first so many periods of layers, and their state."""
         rope = None if self.rope is None else self.rope()
         x, embed_state = self._entered(batch, state and state["embed"], Place(frequencies=rope))
         slots = tuple(self.slots) if periods == self.spec.periods else jax.tree.map(lambda p: p[:periods], tuple(self.slots))
@@ -168,10 +177,7 @@ class DecoderModel(nnx.Module):
         given = None if state is None else state["layers"]
         first = jnp.arange(periods, dtype=jnp.int32) * len(self.spec.pattern)
         x, (layers, aux) = jax.lax.scan(body, x, (slots, given, first), unroll=self._unroll(periods))
-        aux = {key: value.sum() if key.endswith("_loss") else value.mean() for key, value in aux.items()}
-        if upto is None:
-            x = self.final_norm(x)
-        return x, None if state is None else {"embed": embed_state, "layers": layers}, aux
+        return x, None if state is None else {"embed": embed_state, "layers": layers}, over_layers(aux)
 
     def logits(self, hidden: Float[Array, "*n M"]) -> Float[Array, "*n V"]:
         """Float32 logits of hidden states; give them in chunks, never for a whole long row."""
@@ -219,6 +225,11 @@ class DecoderModel(nnx.Module):
         if upto % pattern or not 0 <= upto <= self.spec.depth:
             raise ValueError(f"decoder: upto = {upto}: expected a multiple of {pattern} from 0 to {self.spec.depth}")
         return upto // pattern
+
+
+def over_layers(aux: Aux) -> Aux:
+    """Auxiliary values of all layers, of which each has one: losses are added, metrics averaged."""
+    return {key: value.sum() if key.endswith("_loss") else value.mean() for key, value in aux.items()}
 
 
 def _learned_rope(spec: Decoder, rngs: nnx.Rngs) -> nnx.Module | None:

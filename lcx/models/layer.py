@@ -1,6 +1,7 @@
 """A layer: a token mixer, a channel mixer, their norms and the residual form that joins them."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,8 +41,15 @@ class LayerModule(nnx.Module):
             _check_chunks(self.channel, inherited)
 
     def __call__(
-        self, x: Float[Array, "B T M"], batch: Batch, state: Any = None, *, place: Place = Place()
+        self,
+        x: Float[Array, "B T M"],
+        batch: Batch,
+        state: Any = None,
+        *,
+        place: Place = Place(),
+        between: Callable[[Array], Array] | None = None,
     ) -> tuple[Array, Any, Aux]:
+        """between: what the stream goes through behind the mixer and before the channel mixer, for forms `InParts`."""
         kept: dict[str, Any] = {}
 
         def mix(h):
@@ -52,7 +60,12 @@ class LayerModule(nnx.Module):
             y, kept["channel"] = self._channel(h, batch.tokens)
             return y
 
-        x = self.spec.residual.join(x, mix, channel, list(self.norms))
+        residual, norms = self.spec.residual, list(self.norms)
+        if between is None:
+            x = residual.join(x, mix, channel, norms)
+        else:
+            half = len(norms) // 2
+            x = residual.add(between(residual.add(x, mix, norms[:half])), channel, norms[half:])
         return x, kept["state"], join_aux(kept["mixer"], kept["channel"])
 
     def _channel(self, h: Float[Array, "B T M"], tokens: Int[Array, "B T"]) -> tuple[Array, Aux]:

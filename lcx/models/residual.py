@@ -28,14 +28,27 @@ class Residual(Spec, abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PreNorm(Residual):
+class InParts(Residual, abc.ABC):
+    """Forms that add the mixer and then the channel in the same way, each with half of the norms."""
+
+    @abc.abstractmethod
+    def add(self, x: Array, step: Step, norms: Sequence[Step]) -> Array:
+        """The stream `x[B,T,M]` with what one part gives."""
+
+    def join(self, x, mixer, channel, norms):
+        half = self.norms // 2
+        x = self.add(x, mixer, norms[:half])
+        return self.add(x, channel, norms[half:])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreNorm(InParts):
     """x + mixer(norm x), then x + channel(norm x) (GPT-2, 2019; Llama)."""
 
     norms = 2
 
-    def join(self, x, mixer, channel, norms):
-        x = x + mixer(norms[0](x))
-        return x + channel(norms[1](x))
+    def add(self, x, step, norms):
+        return x + step(norms[0](x))
 
     @classmethod
     def examples(cls):
@@ -43,14 +56,13 @@ class PreNorm(Residual):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sandwich(Residual):
+class Sandwich(InParts):
     """A norm before and after each part: x + norm(mixer(norm x)) (CogView, 2021; Gemma 2)."""
 
     norms = 4
 
-    def join(self, x, mixer, channel, norms):
-        x = x + norms[1](mixer(norms[0](x)))
-        return x + norms[3](channel(norms[2](x)))
+    def add(self, x, step, norms):
+        return x + norms[1](step(norms[0](x)))
 
     @classmethod
     def examples(cls):
@@ -73,7 +85,7 @@ class Parallel(Residual):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DeepNorm(Residual):
+class DeepNorm(InParts):
     """norm(alpha x + mixer(x)) (Wang et al. 2022). For a decoder of N layers: alpha = (2N) ** 0.25, gain = (8N) ** -0.25.
 
     alpha = 1 and gain = 1 is the post-norm of the first Transformer. Set `final_norm` of the decoder to taste: the stream
@@ -87,9 +99,8 @@ class DeepNorm(Residual):
         super().validate()
         self.check(self.alpha > 0, "alpha", "a positive number")
 
-    def join(self, x, mixer, channel, norms):
-        x = norms[0](self.alpha * x + mixer(x))
-        return norms[1](self.alpha * x + channel(x))
+    def add(self, x, step, norms):
+        return norms[0](self.alpha * x + step(x))
 
     @classmethod
     def examples(cls):

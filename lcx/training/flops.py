@@ -20,6 +20,7 @@ from lcx.attention.mask import Beyond, Causal, Chunk, ChunksBack, Mask, Window, 
 from lcx.batch import PADDING, TokenInfo
 from lcx.memory.activation_beacon import ActivationBeacon
 from lcx.memory.segment_memory import SegmentMemory
+from lcx.memory.ttt_e2e import TTTE2E
 from lcx.mixers.attention import Attention
 from lcx.mixers.delta_net import GatedDeltaNet
 from lcx.mixers.infini_attention import InfiniAttention
@@ -66,11 +67,12 @@ class Work:
 @dataclasses.dataclass(frozen=True)
 class Counter:
     """FLOPs of one model. per_token: of the forward pass; trained_per_token: of it, by matrices that are trained. per_pair: of
-    the forward pass for one visible pair, by mask."""
+    the forward pass for one visible pair, by mask. detached: the part of them that no gradient goes through."""
 
     per_token: int
     per_pair: Mapping[Mask, int]
     trained_per_token: int
+    detached: "Counter | None" = None
 
     def masked(self, info: TokenInfo) -> Work:
         """The real tokens and visible pairs of a batch (on the host)."""
@@ -91,7 +93,8 @@ class Counter:
 
     def train(self, work: Work) -> int:
         """FLOPs of a forward and a backward pass. Frozen matrices have no gradient; one through all layers is counted."""
-        return 3 * self.forward(work) - work.tokens * (self.per_token - self.trained_per_token)
+        without = 0 if self.detached is None else 2 * self.detached.forward(work)
+        return 3 * self.forward(work) - work.tokens * (self.per_token - self.trained_per_token) - without
 
 
 def counter(spec: Decoder, state: nnx.State, trained: Collection[Path] | None = None) -> Counter:
@@ -114,6 +117,9 @@ def counter(spec: Decoder, state: nnx.State, trained: Collection[Path] | None = 
     if isinstance(spec.memory, ActivationBeacon):
         per_token = [_with_beacons(spec.memory, held) + recurrent for held in (matrices, learned)]
         return Counter(per_token[0], _pairs_with_beacons(spec.memory, per_pair), per_token[1])
+    if isinstance(spec.memory, TTTE2E):
+        per_token = [2 * sum(held.values()) + recurrent for held in (matrices, learned)]
+        return _with_steps(spec, Counter(per_token[0], per_pair, per_token[1]), matrices)
     if isinstance(spec.memory, SegmentMemory):
         per_token = [_by_segments(spec, held, recurrent) for held in (matrices, learned)]
         return Counter(per_token[0], _pairs_by_segments(spec, per_pair), per_token[1])
@@ -134,6 +140,25 @@ def _pairs_by_segments(spec: Decoder, per_pair: Mapping[Mask, int]) -> dict[Mask
     size, pairs = spec.memory.segment, lambda n: n * (n + 1) / 2
     more = (pairs(size + spec.memory.around) + pairs(spec.memory.asks)) / pairs(size)
     return {mask & Chunk(size=size): round(flops * more) for mask, flops in per_pair.items()}
+
+
+def _with_steps(spec: Decoder, read: Counter, matrices: Mapping[Path, int]) -> Counter:
+    """With a step for each chunk, the last of a document too: the head is applied, and a backward pass goes through it and the
+    suffix, of whose matrices the fast ones alone have a gradient."""
+    memory, times = spec.memory, spec.memory.suffix // len(spec.pattern)
+    of = lambda *names: sum(count for path, count in matrices.items() if path[0] in names)
+    suffix = of("slots") * times // spec.periods
+    recurrent = sum(times * token_flops(layer.mixer, spec.width) for layer in spec.pattern)
+    step = 2 * (2 * of("head", "embedding") + suffix + 2 * of("memory")) + 2 * recurrent
+    pairs = dict.fromkeys(read.per_pair, 0)
+    for layer in spec.pattern:
+        for mask, flops in pair_flops(layer.mixer).items():
+            pairs[mask] += 2 * times * flops
+    if memory.rate == 0:
+        return read
+    both = {mask: flops + pairs[mask] for mask, flops in read.per_pair.items()}
+    detached = Counter(step, pairs, step) if memory.first_order else None
+    return Counter(read.per_token + step, both, read.trained_per_token + step, detached)
 
 
 def _with_beacons(memory: ActivationBeacon, matrices: Mapping[Path, int]) -> int:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.interpreters import partial_eval
 
 from lcx.attention.count import document_pairs
 from lcx.attention.mask import Causal, Chunk, ChunksBack, Sink, Window
@@ -14,6 +15,7 @@ from lcx.batch import Batch, causal_info
 from lcx.channels.glu import GLU
 from lcx.memory.activation_beacon import ActivationBeacon
 from lcx.memory.rmt import RMT
+from lcx.memory.ttt_e2e import TTTE2E
 from lcx.mixers.attention import Attention
 from lcx.mixers.delta_net import GatedDeltaNet
 from lcx.mixers.mixer import Mixer
@@ -189,6 +191,38 @@ def test_reading_with_beacons():
     (flops,) = plain.per_pair.values()
     far = 3 * flops // 4
     assert found.per_pair == {Chunk(size=4): 9 * flops // 4, ChunksBack(size=4): far, ChunksBack(size=4, farther=True): far}
+
+
+def test_a_decoder_that_trains_itself():
+    """A chunk of 4 that is learned: the products of the traced program, where attention makes its scores anew to go back."""
+    memory = TTTE2E(chunk=4, suffix=2, hidden=5)
+    spec = edits(MODEL, [("pattern", MODEL.pattern[1:]), ("memory", memory)])
+    graph, state = abstract_model(spec)
+    found = counter(spec, state)
+    head, prime, layer = 32 * 8, 3 * 8 * 5, 8 * 4 * 8 + 3 * 8 * 16
+    step = 2 * (2 * head + 2 * layer + 2 * 2 * prime)
+    assert found.per_token == found.trained_per_token == 2 * (head + 3 * layer + 2 * prime) + step
+    assert found.per_pair == {Window(size=3): (3 + 2 * 2) * 32}
+
+    def learned(state, tokens):
+        model = nnx.merge(graph, state)
+        given = model.init_state(2, 4)
+        part = given.opened._replace(tokens=tokens)
+        return model._learned(given.fast, part, given.caches, after=tokens[:, 0], rows=tokens[:, 0] > 0)[:2]
+
+    jaxpr = jax.make_jaxpr(learned)(state, jnp.ones((2, 4), jnp.int32)).jaxpr
+    jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    pairs = 2 * 4 * (3 - 1 + 4)
+    assert products(jaxpr) == 2 * 4 * (2 * (2 * layer + 2 * prime) + step) + 2 * pairs * (32 + 5 * 16)
+
+    first = edit(spec, "memory.first_order", True)
+    work, plain = found.full(2, 24), counter(first, state)
+    inner = 2 * 24 * step + 2 * 24 * 24 * 4 * 32
+    assert found.train(work) == 3 * found.forward(work) and plain.forward(work) == found.forward(work)
+    assert plain.train(work) == found.train(work) - 2 * inner
+    still = counter(edit(spec, "memory.rate", 0.0), state)
+    assert found.forward(work) - still.forward(work) == inner
+    assert counter(spec, state, trained_paths(state, ("memory/*",))).trained_per_token == 2 * 2 * prime + step
 
 
 def test_unknown_mixers_and_devices_are_not_guessed():
