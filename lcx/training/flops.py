@@ -152,7 +152,7 @@ def _with_steps(spec: Decoder, read: Counter, matrices: Mapping[Path, int]) -> C
     step = 2 * (2 * of("head", "embedding") + suffix + 2 * of("memory")) + 2 * recurrent
     pairs = dict.fromkeys(read.per_pair, 0)
     for layer in spec.pattern:
-        for mask, flops in pair_flops(layer.mixer).items():
+        for mask, flops in pair_flops(layer.mixer, spec.width).items():
             pairs[mask] += 2 * times * flops
     if memory.rate == 0:
         return read
