@@ -100,7 +100,7 @@ def hmt_llama2_7b() -> Experiment:
 def _beacons(model: Decoder, window: int, length: int, mesh: MeshSpec, rows: int, parts: int = 5) -> Experiment:
     memory = ActivationBeacon(window=window, ratio=8, ratios=RATIOS)
     rules = SPREAD if mesh.context > 1 else model.rules
-    model = edits(model, [("memory", memory), ("rules", rules), ("communication", Ring())])
+    model = edits(model, [("memory", memory), ("rules", rules), ("communication", Ring()), ("channel_chunk", 4096)])
     return Experiment(
         model=model,
         data=_text(length, rows),
