@@ -229,6 +229,8 @@ def communication_report(experiment: Experiment, device_kind: str) -> str:
         return "no communication of attention: each row is whole on a device"
     if flops is None or link is None:
         return f"no estimate of communication: the links of {device_kind} are in no table"
+    if experiment.model.memory is not None:
+        return f"no estimate of communication beside {type(experiment.model.memory).__name__}, which says what tokens see"
     length, shards = experiment.data.length, math.prod(axes.values())
     rows = max(1, experiment.data.batch_size // experiment.accumulation // math.prod(mesh[axis] for axis in rules.batch))
     blocks = []

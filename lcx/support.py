@@ -299,10 +299,10 @@ def _segments_are_texts(experiment: Experiment) -> Iterator[str]:
         if getattr(model.memory, "encoder", None) is not None and not isinstance(layer.mixer, Attention):
             yield f"model.pattern[{slot}].mixer: expected Attention beside model.memory.lora, which is added to its projections"
     if length_policy(model) is not None:
-        yield "model: expected ropes and query scales that no length changes, as model.memory reads short texts"
+        yield "model: expected ropes and query scales that no length changes beside model.memory, in which positions begin anew"
     given = ["data.positions"] if data.positions is not None else []
     for where in [*given, *(path for path, _ in _placed_rows(experiment))]:
-        yield f"{where}: expected positions that are the index, as those of model.memory begin anew in each segment"
+        yield f"{where}: expected positions that are the index, as those of model.memory begin anew"
 
 
 def _beacons_are_read_by_attention(experiment: Experiment) -> Iterator[str]:
@@ -322,6 +322,9 @@ def _beacons_are_read_by_attention(experiment: Experiment) -> Iterator[str]:
         yield "model.position_table: expected None beside model.memory, an ActivationBeacon, in which positions begin anew"
     smallest = memory.ratio
     if isinstance(objective, BeaconModeling):
+        if memory.window >= experiment.data.length:
+            why = "as objective lets a document's last window be, and another has to be read through beacons"
+            yield f"model.memory.window = {memory.window}: expected less than data.length = {experiment.data.length}, {why}"
         smallest = memory.smallest
         if missing := {*objective.ratios} - {memory.ratio, *memory.ratios}:
             yield f"objective.ratios = {objective.ratios}: expected those of model.memory, which has no {sorted(missing)}"

@@ -10,11 +10,15 @@ import sys
 
 import pytest
 
-from configs.pods import llama
+from configs.pods import llama, memory
 from lcx.support import validate
 
-PODS = {name: config for name, config in inspect.getmembers(llama, inspect.isfunction) if config.__module__ == llama.__name__}
-PODS = {name: config for name, config in PODS.items() if not name.startswith("_")}
+PODS = {
+    f"{module.__name__.rpartition('.')[2]}.{name}": config
+    for module in (llama, memory)
+    for name, config in inspect.getmembers(module, inspect.isfunction)
+    if config.__module__ == module.__name__ and not name.startswith("_")
+}
 
 
 def slice_of(config):
@@ -33,7 +37,7 @@ def test_the_mesh_is_the_whole_slice(name):
 @pytest.mark.parametrize("name", PODS)
 def test_the_training_step_fits_the_slice(name):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    program = [sys.executable, "-m", "experiments.plan", f"--config=config:pods.llama.{name}"]
+    program = [sys.executable, "-m", "experiments.plan", f"--config=config:pods.{name}"]
     run = subprocess.run(
         [*program, f"--topology={slice_of(PODS[name])}"], env=environment, capture_output=True, text=True, timeout=3600
     )

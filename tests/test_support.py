@@ -133,6 +133,10 @@ SKIPPING = LogN(original_length=64, skip_layers=1)
             [("model.memory", RMT(segment=8, slots=2, shortest=4))],
             "model.memory.shortest = 4: expected None, as objective draws no lengths of segments",
         ),
+        (
+            [("model.memory", ActivationBeacon(window=64, ratio=4, ratios=(2,))), ("objective", BeaconModeling(ratios=(2, 4)))],
+            "model.memory.window = 64: expected less than data.length = 64",
+        ),
         ([("objective", Autoencoding())], "model.memory: expected one with an encoder, such as ICAE"),
         (
             [("model.memory", TTTE2E(chunk=16, suffix=1, hidden=32))],

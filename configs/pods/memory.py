@@ -68,8 +68,8 @@ def beacon_llama2_7b_16k() -> Experiment:
 
 
 def beacon_llama2_7b_400k() -> Experiment:
-    """The same at 409,600 tokens on `v5e:8x8`, four rows of sixteen devices each."""
-    return _beacons(llama.llama2_7b(), 1024, 400 << 10, MeshSpec(data=4, context=16), rows=4)
+    """The same at 393,216 tokens, which its 4,096 positions hold at ratio 128, on `v5e:8x8`: four rows of sixteen devices."""
+    return _beacons(llama.llama2_7b(), 1024, 384 << 10, MeshSpec(data=4, context=16), rows=4, ratios=(128,))
 
 
 def beacon_qwen2_7b_16k() -> Experiment:
@@ -78,8 +78,8 @@ def beacon_qwen2_7b_16k() -> Experiment:
 
 
 def beacon_qwen2_7b_400k() -> Experiment:
-    """The same at 409,600 tokens on `v5e:8x8`, four rows of sixteen devices each."""
-    return _beacons(qwen.qwen2_7b(), 2048, 400 << 10, MeshSpec(data=4, context=16), rows=4, parts=6)
+    """The same at 409,600 tokens, at ratios 16 and 32, on `v5e:8x8`: four rows of sixteen devices."""
+    return _beacons(qwen.qwen2_7b(), 2048, 400 << 10, MeshSpec(data=4, context=16), rows=4, ratios=(16, 32), parts=6)
 
 
 def hmt_llama2_7b() -> Experiment:
@@ -97,8 +97,10 @@ def hmt_llama2_7b() -> Experiment:
     )
 
 
-def _beacons(model: Decoder, window: int, length: int, mesh: MeshSpec, rows: int, parts: int = 5) -> Experiment:
-    memory = ActivationBeacon(window=window, ratio=8, ratios=RATIOS)
+def _beacons(
+    model: Decoder, window: int, length: int, mesh: MeshSpec, rows: int, ratios: tuple[int, ...] = RATIOS, parts: int = 5
+) -> Experiment:
+    memory = ActivationBeacon(window=window, ratio=ratios[-1], ratios=ratios)
     rules = SPREAD if mesh.context > 1 else model.rules
     model = edits(model, [("memory", memory), ("rules", rules), ("communication", Ring()), ("channel_chunk", 4096)])
     return Experiment(
@@ -106,7 +108,7 @@ def _beacons(model: Decoder, window: int, length: int, mesh: MeshSpec, rows: int
         data=_text(length, rows),
         optimizer=AdamW(learning_rate=Constant(peak=5e-5, warmup=100)),
         steps=10_000,
-        objective=BeaconModeling(ratios=RATIOS, parts=parts),
+        objective=BeaconModeling(ratios=ratios, parts=parts),
         mesh=mesh,
         trainable=BEACONS,
     )

@@ -23,7 +23,7 @@ class Glossary(Recall):
         super().validate()
         self.check(1 <= self.keys <= 26, "keys", "from 1 to 26 letters")
         self.check(self.gists >= 0, "gists", "0 or a positive number")
-        self.check(len(self.mark) == 1, "mark", "one character")
+        self.check(len(self.mark) == 1 and not self.mark.isalnum(), "mark", "one character, no letter or digit")
 
     def example(self, tokenizer, length, i, *, seed, split, depth=None):
         if depth is not None:

@@ -15,6 +15,8 @@ def raw_heads(model: DecoderModel, batch: Batch, layer: int) -> tuple[Float[Arra
 
     Raises ValueError unless the layer is pre-norm attention and begins a period.
     """
+    if model.spec.memory is not None:
+        raise ValueError(f"raw_heads: model.memory is {type(model.spec.memory).__name__}: expected None, with plain layers")
     slot, period = layer % len(model.slots), layer // len(model.slots)
     block = jax.tree.map(lambda p: p[period], model.slots[slot])
     known = type(block.mixer) is AttentionModule and isinstance(block.spec.residual, PreNorm)

@@ -6,6 +6,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from lcx.batch import EXACT_POSITIONS
+from lcx.memory.activation_beacon import ActivationBeacon
+from lcx.memory.segment_memory import SegmentMemory
 from lcx.mixers.attention import Attention
 from lcx.mixers.mixer import Mixer
 from lcx.models.decoder import Decoder
@@ -24,6 +26,8 @@ def padded_positions(
     if [len(row.positions) for row in placed] != sizes or len({row.positions.shape[1] for row in placed}) > 1:
         found = [row.positions.shape for row in placed]
         raise ValueError(f"placed of {found}: expected a position for each of {sizes} tokens, with as many axes")
+    if isinstance(spec.memory, SegmentMemory | ActivationBeacon):
+        raise ValueError(f"placed: expected none beside {type(spec.memory).__name__}, in which positions begin anew")
     check_axes(spec, placed[0].positions.shape[1])
     if spec.position_table is not None and any((row.positions != np.round(row.positions)).any() for row in placed):
         raise ValueError("placed: expected whole numbers beside model.position_table, which has a row for each")

@@ -36,7 +36,8 @@ Projection = Literal["query", "key", "value", "output"]
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ActivationBeacon(ModelMemory):
     """window: tokens. ratio: of them that one beacon stands for. ratios: others that training may draw, 0 for windows whose own
-    keys stay. sink: first tokens of a document whose keys stay. most: beacons that a window reads, the newest; None is all.
+    keys stay. sink: first tokens of a document whose keys stay. most: beacons that a window reads, the newest; None is all;
+    the others are gone, and places counted without them (up to a shift of all, which no rope tells).
     own: projections that beacons have of their own. like: the token whose embedding a beacon's begins as; None draws it."""
 
     window: int
@@ -63,13 +64,19 @@ class ActivationBeacon(ModelMemory):
         self.check(len(set(self.own)) == len(self.own) >= 1, "own", "distinct projections, at least one")
         self.check(self.like is None or self.like >= 0, "like", "a token, or None")
 
+    def positions(self, length: int, ratio: int) -> int:
+        """How many positions a document of so many tokens reads at a ratio, the last window and its beacons counted whole."""
+        windows, each = max(0, -(-length // self.window) - 1), self.window // ratio
+        seen = windows * each if self.most is None else min(windows * each, self.most)
+        return (self.sink if windows else 0) + seen + self.window + each
+
     def fitting(self, length: int, positions: int) -> "ActivationBeacon":
-        """With the smallest of its ratios at which `length` tokens are read within so many positions, the last window whole.
+        """With the smallest of its ratios at which `length` tokens are read within so many positions.
 
         Raises SpecError where none is large enough.
         """
         for ratio in sorted({self.ratio, *self.ratios} - {0}):
-            if (positions - self.window) * ratio + self.window >= length:
+            if self.positions(length, ratio) <= positions:
                 return dataclasses.replace(self, ratio=ratio)
         self.fail("ratios", self.ratios, f"one large enough for {length} tokens at {positions} positions")
 
@@ -129,10 +136,14 @@ class BeaconInfo(TokenInfo):
         """As queries of the memory."""
         return TokenInfo(index=self.seen, order=self.seen, positions=self.positions, segments=self.segments)
 
-    def held(self) -> TokenInfo:
-        """As keys in memory."""
-        behind = self.number + 1
-        segments = jnp.where(self.number >= 0, self.segments, PADDING)
+    def without(self, dropped: Int[Array, "B T"]) -> "BeaconInfo":
+        """At positions so much smaller."""
+        return dataclasses.replace(self, positions=self.positions - dropped[..., None])
+
+    def held(self, first: int = 0, behind: int | None = None) -> TokenInfo:
+        """As keys in memory, of places from `first` on to one less than `behind`."""
+        there = (self.number >= first) & (self.number >= 0) & (True if behind is None else self.number < behind)
+        segments, behind = jnp.where(there, self.segments, PADDING), self.number + 1
         return TokenInfo(index=behind, order=behind, positions=self.number[..., None].astype(jnp.float32), segments=segments)
 
     def beacons(self) -> "BeaconInfo":

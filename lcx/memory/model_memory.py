@@ -13,7 +13,8 @@ from lcx.spec import Spec
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelMemory(Spec, abc.ABC):
-    """`sequential`, `recurrent`, `chunked`: as of `Mixer`. hides: pairs that no attention of the model sees."""
+    """`sequential`, `recurrent`, `chunked`: as of `Mixer`. hides: what attention lets through, beside its own mask; None is
+    all."""
 
     sequential: ClassVar[bool] = True
     recurrent: ClassVar[bool] = True

@@ -8,6 +8,7 @@ The state holds raw keys: of the tokens of the open window, each in its place of
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,10 +16,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from lcx.attention.attend import attend
-from lcx.attention.mask import Causal, Chunk, Mask, Sink, Within
+from lcx.attention.mask import Causal, Chunk, Mask, Within
 from lcx.attention.merge import merge, with_sinks
 from lcx.attention.sharded import sharded_attend
 from lcx.batch import PADDING, Batch, TokenInfo
+from lcx.cache.dense import DenseCache
 from lcx.cache.store import Store, joined
 from lcx.linear import linear
 from lcx.memory.activation_beacon import BEACON, BeaconInfo
@@ -31,6 +33,7 @@ from lcx.positions.rotate import rotate
 from lcx.record import record
 
 PLAIN = {"mask": Causal(), "distances": None, "query_scale": None, "distance_bias": None, "persistent": 0}
+PLAIN |= {"cache": DenseCache()}  # keys are raw, in a store of their own
 
 
 @record
@@ -48,8 +51,9 @@ class BeaconAttentionModule(AttentionModule):
         for field, plain in PLAIN.items():
             spec.check(getattr(spec, field) == plain, field, f"{plain} beside {type(inherited.beacons).__name__}")
         for name in inherited.beacons.own:
-            base = getattr(self, name)
-            setattr(self, f"beacon_{name}", added(jnp.zeros(base.shape), logical_axes(base, base.ndim)))
+            for part in (name, f"{name}_bias"):
+                if (base := getattr(self, part)) is not None:
+                    setattr(self, f"beacon_{part}", added(jnp.zeros(base.shape), logical_axes(base, base.ndim)))
 
     def __call__(
         self, x: Float[Array, "B T M"], batch: Batch, state: Any = None, *, place: Place = Place(), beside: Any = None
@@ -71,19 +75,26 @@ class BeaconAttentionModule(AttentionModule):
         call = sharded_attend if state is None else attend
         asking = turned(q, info, "query")
 
-        def fold(columns: slice, q_info: TokenInfo, keys: Store, k_info: TokenInfo, mask: Mask):
+        def fold(columns: slice, q_info: TokenInfo, keys: Store, k_info: TokenInfo, mask: Mask, asking=asking):
             return call(asking[:, columns], turned(keys.k, k_info, "key"), keys.v, q_info, k_info, mask=mask, **options)
 
         new = Store(k=k, v=v, info=info)
         out, lse = self._near(fold, new, state)
-        for keys, mask in self._far(new, state):
-            out, lse = merge((out, lse), fold(slice(None), info.reading(), keys, keys.info.held(), mask))
+        most, sink = self.inherited.beacons.most, self.inherited.beacons.sink
+        for keys in self._far(new, state):
+            read = info.reading(), keys
+            if most is None:
+                found = [fold(slice(None), *read, keys.info.held(), Causal())]
+            else:
+                found = [fold(slice(None), *read, keys.info.held(first=sink), Within(size=most))]
+            if most is not None and sink:  # as near as if what was dropped had never stood between
+                closer = turned(q, info.without(jnp.maximum(info.seen - sink - most, 0)), "query")
+                found.append(fold(slice(None), *read, keys.info.held(behind=sink), Causal(), closer))
+            out, lse = functools.reduce(merge, found, (out, lse))
         if self.sinks is not None:
             out = with_sinks(out, lse, self.sinks[...])
         parts = self._parts(info, lambda weight, y: self._linear(y, weight, contracted=2), out.astype(x.dtype), "output")
-        y = jnp.concatenate(parts, axis=1)
-        if self.output_bias is not None:
-            y = y + self.output_bias[...].astype(x.dtype)
+        y = self._biased(jnp.concatenate(parts, axis=1), info, "output")
         return shard(y, rules, "batch", "sequence", None), None if state is None else self._kept(state, new), {}
 
     def _near(self, fold, new: Store, state: BeaconAttentionState | None):
@@ -108,18 +119,15 @@ class BeaconAttentionModule(AttentionModule):
             found.append(fold(beacons, info.part(beacons, 0), keys, keys.info, own))
         return tuple(jnp.concatenate(part, axis=1) for part in zip(*found, strict=True))
 
-    def _far(self, new: Store, state: BeaconAttentionState | None) -> list[tuple[Store, Mask]]:
-        """Sets of keys in memory, with who sees them."""
+    def _far(self, new: Store, state: BeaconAttentionState | None) -> list[Store]:
+        """Sets of keys among which are those in memory."""
         spec, R = self.inherited.beacons, new.info.raw
-        mask: Mask = Causal() if spec.most is None else Within(size=spec.most)
-        if spec.most is not None and spec.sink:
-            mask = mask | Sink(size=spec.sink + 1)
         if state is not None:
-            return [(joined(state.memory, new), mask)]
+            return [joined(state.memory, new)]
         sides = [slice(R, None)] if new.info.shape[1] > R else []
         if spec.sink or 0 in spec.ratios:  # tokens that stay
             sides.append(slice(0, R))
-        return [(Store(k=new.k[:, s], v=new.v[:, s], info=new.info.part(s, 0)), mask) for s in sides]
+        return [Store(k=new.k[:, s], v=new.v[:, s], info=new.info.part(s, 0)) for s in sides]
 
     def _kept(self, state: BeaconAttentionState, new: Store) -> BeaconAttentionState:
         """The state behind a chunk: of its newest document alone, as what came before that is not asked for again."""
@@ -160,11 +168,17 @@ class BeaconAttentionModule(AttentionModule):
 
     def _projected(self, x, info: BeaconInfo, name: str, heads: str):
         norm = {"query": self.query_norm, "key": self.key_norm}.get(name)
-        bias = getattr(self, f"{name}_bias")
         y = jnp.concatenate(self._parts(info, lambda weight, x: self._linear(x, weight), x, name), axis=1)
-        y = y if bias is None else y + bias[...].astype(x.dtype)
+        y = self._biased(y, info, name)
         y = y if norm is None else norm(y)
         return shard(y, self.inherited.rules, "batch", "sequence", heads, None)
+
+    def _biased(self, y, info: BeaconInfo, name: str):
+        bias, more = getattr(self, f"{name}_bias"), getattr(self, f"beacon_{name}_bias", None)
+        if bias is None:
+            return y
+        y = y + bias[...].astype(y.dtype)
+        return y if more is None else y.at[:, info.raw :].add(more[...].astype(y.dtype))
 
     def _parts(self, info: BeaconInfo, product, x, name: str) -> list[Array]:
         """Of tokens and of beacons, each by its weights."""
@@ -198,7 +212,7 @@ class _OwnWindow(Mask):
         to_token = ~is_beacon
         if self.coverage == "segment":
             i = (q.index % size - self.window).clip(0)
-            to_token &= k.order > q.order - (q.order % size + 1) // (i + 1)
+            to_token = to_token & (k.order > q.order - (q.order % size + 1) // (i + 1))
         return (q.index // size == k.index // size) & (to_beacon | to_token)
 
     def term_bounds(self, q, k):

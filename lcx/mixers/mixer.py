@@ -34,7 +34,7 @@ class Inherited:
 
     channel_chunk: tokens of a row of a device that channel mixers see at a time; None is all. gradient_sum: of `linear`.
     documents: the most that a row holds, which mixers that count chunks from a document's start make room for. beacons: those
-    of which attention keeps keys and values. hides: pairs that no attention of the model sees, beside those of its own mask.
+    of which attention keeps keys and values. hides: what attention lets through, beside its own mask.
     """
 
     width: int

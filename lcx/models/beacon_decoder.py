@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from lcx.batch import PADDING, Batch
+from lcx.batch import PADDING, Batch, TokenInfo, sum_before
 from lcx.memory.activation_beacon import BeaconInfo, lay_out
 from lcx.mixers.neighbours import resumed, torn
 from lcx.models.decoder import Decoder, DecoderModel
@@ -34,6 +34,9 @@ class BeaconDecoderModel(DecoderModel):
 
     def __init__(self, spec: Decoder, rngs: nnx.Rngs):
         super().__init__(spec, rngs)
+        spec.check(
+            spec.position_table is None, "position_table", "None beside an ActivationBeacon, in which positions begin anew"
+        )
         like = spec.memory.like
         spec.memory.check(like is None or like < spec.vocab, "like", f"a token below vocab = {spec.vocab}, or None")
         self.memory = spec.memory.build(spec.width, rngs=rngs)
@@ -48,7 +51,8 @@ class BeaconDecoderModel(DecoderModel):
             beacons = spec.beacons(batch.shape[1], whole=True, ratio=ratio)
             info = lay_out(spec, batch.info, beacons, ratios)
             hidden, _, aux = super().__call__(self._laid(batch, info), upto=upto)
-            return self._marked(hidden[:, : info.raw], torn(batch.info, within=False)), None, aux
+            broken = torn(batch.info, within=False) | self._unknown(batch.info, ratios)
+            return self._marked(hidden[:, : info.raw], broken), None, aux
         if ratios is not None:
             raise ValueError("decoder.memory: ratios in a batch beside a state: expected that of the spec")
         length = batch.shape[1]
@@ -92,6 +96,15 @@ class BeaconDecoderModel(DecoderModel):
             if batch.embeds is not None:
                 embeds = embeds.at[:, : info.raw].set(batch.embeds.astype(embeds.dtype))
         return Batch(tokens=tokens, info=info, embeds=embeds, side={} if batch is None else {"text": batch.info})
+
+    def _unknown(self, info: TokenInfo, ratios) -> Bool[Array, "B T"]:
+        """Tokens of a window whose ratio is not the spec's, or, where 0 is not, behind one of ratio 0."""
+        if ratios is None:
+            return jnp.zeros(info.shape, bool)
+        spec = self.spec.memory
+        known = jnp.isin(ratios, jnp.asarray(sorted({spec.ratio, *spec.ratios, 0})))
+        gone = (ratios == 0) & (info.index % spec.window == spec.window - 1) & (0 not in spec.ratios)
+        return ~known | (sum_before(gone.astype(jnp.int32), info.segments) > 0)
 
     def _marked(self, hidden: Float[Array, "B T M"], broken) -> Float[Array, "B T M"]:
         return jnp.where(broken[..., None], jnp.nan, hidden)

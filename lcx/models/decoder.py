@@ -130,10 +130,11 @@ class DecoderModel(nnx.Module):
             beacons=spec.memory if isinstance(spec.memory, ActivationBeacon) else None,
             hides=None if spec.memory is None else spec.memory.hides,
         )
+        outside = dataclasses.replace(inherited, beacons=None, hides=None)  # of the layers
         self.rope = _learned_rope(spec, rngs)
         self.embedding = weight(rngs, (spec.vocab, spec.width), ("vocab", "width"), fan_in=spec.width)
         self.position_table = spec.position_table.build(spec.width, rngs=rngs) if spec.position_table else None
-        self.embed_mixer = spec.embed_mixer.build(inherited, rngs=rngs) if spec.embed_mixer else None
+        self.embed_mixer = spec.embed_mixer.build(outside, rngs=rngs) if spec.embed_mixer else None
         self.slots = nnx.List([_stack(layer, inherited, spec.periods, rngs) for layer in spec.pattern])
         self.final_norm = spec.final_norm.build(spec.width)
         untied = spec.head == "untied"

@@ -22,11 +22,13 @@ from lcx.record import record
 
 @record
 class GistState:
-    """gists: of the newest document. told: its tokens up to the last of them; index, segments: of the newest token."""
+    """gists: of the newest document. told: its tokens up to the last of them. closed: whether its prompt is there no more.
+    index, segments: of the newest token."""
 
     decoder: Any
     gists: Int[Array, "B"]
     told: Int[Array, "B"]
+    closed: Bool[Array, "B"]
     index: Int[Array, "B"]
     segments: Int[Array, "B"]
 
@@ -57,6 +59,7 @@ class GistDecoderModel(DecoderModel):
             decoder=decoder,
             gists=count(gist, state.gists),
             told=count(~after, state.told),
+            closed=state.closed & ~begun,
             index=index,
             segments=segments,
         )
@@ -65,11 +68,14 @@ class GistDecoderModel(DecoderModel):
     def init_state(self, batch_size, length):
         none = jnp.zeros(batch_size, jnp.int32)
         decoder = super().init_state(batch_size, length)
-        return GistState(decoder=decoder, gists=none, told=none, index=none, segments=none)
+        return GistState(decoder=decoder, gists=none, told=none, closed=none > 0, index=none, segments=none)
 
     def compressed(self, state: GistState, *, gists: int, room: int) -> GistState:
-        """The state of its gists alone, with room for `room` tokens more. Rows that do not hold one to `gists` of them cannot
-        be answered."""
+        """The state of its gists alone, with room for `room` tokens more. Rows whose newest token is not the last of one to
+        `gists` of them cannot be answered, and so are gists that follow. Raises ValueError where tokens see the prompt as well.
+        """
+        if self.spec.memory.control == "positive":
+            raise ValueError("decoder.memory.control = 'positive': expected 'gist' or 'negative', where a prompt is not seen")
 
         def of_layer(held: DenseState) -> DenseState:
             mine = (held.info.roles == GIST) & (held.info.segments == state.segments[:, None]) & (held.info.segments != PADDING)
@@ -87,9 +93,10 @@ class GistDecoderModel(DecoderModel):
             )
 
         layers = tuple(jax.vmap(of_layer)(held) for held in state.decoder["layers"])
-        fits = (state.gists >= 1) & (state.gists <= gists) & (state.index >= 0)
+        fits = (state.gists >= 1) & (state.gists <= gists) & (state.index >= 0) & (state.index + 1 == state.told)
+        closed = jnp.ones_like(state.closed)
         decoder = {**state.decoder, "layers": layers}
-        return dataclasses.replace(state, decoder=decoder, index=jnp.where(fits, state.index, BROKEN))
+        return dataclasses.replace(state, decoder=decoder, closed=closed, index=jnp.where(fits, state.index, BROKEN))
 
     def _entered(self, batch, state, place):
         """The embeddings' mixer reads what is behind gists as a text of its own."""
@@ -111,7 +118,8 @@ class GistDecoderModel(DecoderModel):
 
         held = (None, None, None)
         if state is not None:
-            held = state.gists, state.told, jnp.where(state.gists > 0, state.index + 1 - state.told, 0)
+            behind = jnp.where(state.gists > 0, state.index + 1 - state.told, 0)
+            held = state.gists, state.told, jnp.where(state.closed, 1, behind)
         plain = real & ~gist & (before(gist, held[0]) > 0)
         twice = gist & (before(plain, held[2]) > 0)
         after = plain | twice

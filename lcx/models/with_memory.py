@@ -22,4 +22,6 @@ KINDS = {
 
 def decoder_with_memory(spec: Decoder, rngs: nnx.Rngs) -> DecoderModel:
     """The decoder of a spec whose `memory` is set."""
-    return next(model for kind, model in KINDS.items() if isinstance(spec.memory, kind))(spec, rngs)
+    found = [model for kind, model in KINDS.items() if isinstance(spec.memory, kind)]
+    spec.check(bool(found), "memory", f"one of {', '.join(kind.__name__ for kind in KINDS)}")
+    return found[0](spec, rngs)

@@ -1,7 +1,8 @@
 """Language modelling with the ratios of an Activation Beacon drawn anew in each step (Zhang et al. 2024).
 
-The last window of a document has no beacons: nothing reads them. Tokens of a document's first window have no loss, as they see
-no beacon, unless beacons stand among them.
+As published, the last window of a document has no beacons, though tokens that stand among beacons read those of their own
+window wherever they are used. Tokens of a document's first window have no loss, as they see no beacon, unless beacons stand
+among them.
 """
 
 import dataclasses
@@ -36,6 +37,8 @@ class BeaconModeling(LanguageModeling):
         memory = model.spec.memory
         if not isinstance(memory, ActivationBeacon):
             raise ValueError("beacon modelling: expected a model whose memory is an ActivationBeacon")
+        if missing := {*self.ratios} - {memory.ratio, *memory.ratios}:
+            raise ValueError(f"beacon modelling: ratios = {self.ratios}: the model's memory has no {sorted(missing)}")
         batch = dataclasses.replace(batch, side={**batch.side, "ratios": self.drawn(memory, batch, key)})
         if batch.loss_weights is not None and not memory.first_has_loss:
             behind = jnp.where(batch.info.index >= memory.window, batch.loss_weights, 0)

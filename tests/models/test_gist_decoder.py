@@ -68,14 +68,11 @@ def test_the_authors_masks():
 def test_what_is_seen(control):
     model, text = built(control), rows(TEXT, TEXT)
     before = run(model, text, ones())[0]
-    for t, places in ((0, range(6, 12)), (4, range(6, 12)), (7, range(8, 12))):
-        changed = text.at[:, t].set(3 if t != 4 else MARK)
-        changed = changed if t != 4 else text.at[:, 3].set(0)
-        at = t if t != 4 else 3
-        after = run(model, changed, ones())[0]
+    for at, token, places in ((0, 3, range(6, 12)), (3, 0, range(6, 12)), (7, 3, range(8, 12))):
+        after = run(model, text.at[:, at].set(token), ones())[0]
         assert np.array_equal(before[:, :at], after[:, :at])
         moved = np.abs(after - before).max(axis=(0, 2))[list(places)] > 0
-        reaches = control != "negative" or t == 7
+        reaches = control != "negative" or at == 7
         assert moved.all() if reaches else not moved.any()
 
 
@@ -133,10 +130,12 @@ def test_gists_alone_go_on_as_if_the_prompt_were_there():
     found, after = run(model, rest[:, :4], ones(4), small, np.asarray([6, 6]))
     wanted, whole = run(model, rest[:, :4], ones(4), state, np.asarray([6, 6]))
     close(found, wanted)
-    close(
-        run(model, rest[:, 4:5], ones(1), after, np.asarray([10, 10]))[0],
-        run(model, rest[:, 4:5], ones(1), whole, np.asarray([10, 10]))[0],
-    )
+    step = lambda state, token=rest[:, 4:5]: run(model, token, ones(1), state, np.asarray([10, 10]))[0]
+    close(step(after), step(whole))
+    assert np.isnan(step(after, rows([MARK], [MARK]))).all()  # it would have to see the prompt
+    assert np.isnan(step(model.compressed(whole, gists=2, room=6))).all()  # tokens behind the gists are gone
+    with pytest.raises(ValueError, match="control = 'positive'"):
+        built("positive").compressed(state, gists=2, room=6)
 
 
 def test_what_cannot_be_answered_stays_so():
@@ -157,8 +156,7 @@ def test_rows_generate_as_they_do_alone():
         tokens = [*prompt, *made.ids]
         hidden = run(model, rows(tokens[:-1], tokens[:-1]), ones(len(tokens) - 1))[0][0]
         chosen = np.argmax(model.logits(hidden), axis=-1)[len(prompt) - 1 :]
-        if MARK not in made.ids:
-            assert chosen.tolist() == made.ids
+        assert MARK not in made.ids and chosen.tolist() == made.ids
 
 
 def test_a_token_that_is_none_is_refused():
