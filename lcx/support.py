@@ -28,7 +28,7 @@ from lcx.mixers.beacon_attention import PLAIN
 from lcx.mixers.mixer import Mixer
 from lcx.mixers.titans_mac import TitansMAC
 from lcx.models.decoder import Decoder
-from lcx.models.ttt_e2e_decoder import unfit
+from lcx.models.ttt_e2e_fit import unfit
 from lcx.objectives.beacon_modeling import BeaconModeling
 from lcx.parallel.mesh import AXES, MeshSpec
 from lcx.positions.clex import CLEX
