@@ -30,7 +30,7 @@ from lcx.mixers.beacon_attention import PLAIN
 from lcx.mixers.mixer import Mixer
 from lcx.mixers.titans_mac import TitansMAC
 from lcx.models.decoder import Decoder
-from lcx.models.ttt_e2e_decoder import unfit
+from lcx.models.ttt_e2e_fit import unfit
 from lcx.objectives.autoencoding import Autoencoding
 from lcx.objectives.beacon_modeling import BeaconModeling
 from lcx.objectives.random_segments import RandomSegments

@@ -40,6 +40,15 @@ class DocumentChunks(NamedTuple):
         of_token = lambda x: x.reshape(*x.shape, *[1] * (y.ndim - 2))
         return jnp.where(of_token(self.lost), jnp.nan, jnp.take_along_axis(wide, of_token(self.slot), axis=1))
 
+    def cut(self, x: Shaped[Array, "B T ..."]) -> Shaped[Array, "n B size ..."]:
+        """`gather`, chunk after chunk."""
+        laid, (rows, n) = self.gather(x), self.count.shape
+        return jnp.moveaxis(laid.reshape(rows, n, -1, *laid.shape[2:]), 1, 0)
+
+    def join(self, y: Float[Array, "n B size ..."]) -> Float[Array, "B T ..."]:
+        """`scatter` of chunk after chunk."""
+        return self.scatter(jnp.moveaxis(y, 0, 1).reshape(y.shape[1], -1, *y.shape[3:]))
+
 
 def chunk_count(length: int, size: int, documents: int) -> int:
     """Chunks that rows of `length` tokens of at most so many documents fill."""

@@ -64,7 +64,7 @@ class Decoder(Spec):
     queries meet keys where the sequence is sharded. gradient_sum: what devices sum the gradients of projections in, `compute`
     or float32, which sends twice the bytes of bfloat16 (docs/numerics.md). documents: the most that a row holds; only mixers
     that count chunks from a document's start, and some kinds of `memory`, make room for them. memory: the model reads segment
-    after segment, or window after window, and this is what it knows of those before.
+    after segment, window after window or chunk after chunk, and this is what it knows of those before.
     """
 
     vocab: int

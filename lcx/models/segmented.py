@@ -73,7 +73,7 @@ class SegmentedModel(DecoderModel):
         else:
             given = dataclasses.replace(info, index=places)
             chunks = document_chunks(given, size, self.spec.documents, shortest=self.spec.memory.shortest)
-        tokens, real = _laid(chunks, batch.tokens, size)
+        tokens, real = _laid(chunks, batch.tokens)
         rows = tokens.shape[1]
         first = self.memory.empty(rows), self._no_tail(rows)
 
@@ -94,7 +94,7 @@ class SegmentedModel(DecoderModel):
         bptt = self.spec.memory.bptt
         group = bptt or max(1, round(len(tokens) ** 0.5))
         _, (hidden, aux) = grouped_scan(step, first, given, group=group, truncated=bptt is not None, again=True)
-        hidden = chunks.scatter(_joined(hidden))
+        hidden = chunks.join(hidden)
         aux = jax.tree.map(lambda x: x.sum() / jnp.maximum(chunks.live.sum(), 1), aux)
         return jnp.where(torn(info, within=False)[..., None], jnp.nan, hidden), None, aux
 
@@ -106,7 +106,7 @@ class SegmentedModel(DecoderModel):
         batch = jax.tree.map(jnp.asarray, batch)
         size, info, slots = self.spec.memory.segment, batch.info, self.spec.memory.slots
         chunks = document_chunks(info, size, self.spec.documents)
-        tokens, real = _laid(chunks, batch.tokens, size)
+        tokens, real = _laid(chunks, batch.tokens)
         rows, n = chunks.count.shape
         there = chunks.count > 0
         behind = jnp.broadcast_to(self.memory.summary[...], (rows, slots, self.spec.width))
@@ -175,7 +175,7 @@ class SegmentedModel(DecoderModel):
             given, join = (batch.tokens[None], real[None], (real & (info.index == 0)).T), lambda y: y[0]
         else:
             chunks = document_chunks(info, size, self.spec.documents, state.filled)
-            given, join = (*_laid(chunks, batch.tokens, size), chunks.begins.T), lambda y: chunks.scatter(_joined(y))
+            given, join = (*_laid(chunks, batch.tokens), chunks.begins.T), chunks.join
             lost = chunks.lost
         broken, index, segments = resumed(info, state.index, state.segments, within=False, lost=lost)
         state, (hidden, aux) = jax.lax.scan(self._piece, state, given)
@@ -288,15 +288,9 @@ class SegmentedModel(DecoderModel):
         )
 
 
-def _laid(chunks: DocumentChunks, tokens: Int[Array, "B T"], size: int):
+def _laid(chunks: DocumentChunks, tokens: Int[Array, "B T"]):
     """(tokens [n,B,size], which are there)."""
-    rows, n = chunks.count.shape
-    cut = lambda y: jnp.moveaxis(y.reshape(rows, n, size), 1, 0)
-    return cut(chunks.gather(tokens)), cut(chunks.source < tokens.shape[1])
-
-
-def _joined(hidden: Float[Array, "n B size M"]) -> Float[Array, "B slots M"]:
-    return jnp.moveaxis(hidden, 0, 1).reshape(hidden.shape[1], -1, hidden.shape[-1])
+    return chunks.cut(tokens), chunks.cut(jnp.ones_like(tokens)) > 0
 
 
 def _sequence(parts, start: Int[Array, "B"] | None = None) -> Batch:

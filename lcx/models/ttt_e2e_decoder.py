@@ -5,13 +5,14 @@ and the keys and values of the window before. The next tokens that a chunk is tr
 needed where its document goes on, and then they are all there. So documents of a row know nothing of each other, and a token
 sees nothing that stands behind it.
 
+The backward pass keeps of the suffix what some chunks begin with; a decoder's `remat` and `unroll` are of the layers before it.
+
 In generation a whole chunk waits for the token behind it: a state holds what the suffix was given for the open chunk, and takes
 the step when that token comes, for the rows whose turn it is.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -19,47 +20,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from lcx.attention.mask import Window
 from lcx.batch import PADDING, Batch, TokenInfo
-from lcx.cache.dense import DenseCache, newest, without_newest
-from lcx.memory.document_chunks import DocumentChunks, document_chunks
+from lcx.cache.dense import newest, without_newest
+from lcx.memory.document_chunks import document_chunks
 from lcx.memory.ttt_e2e import Fast, PrimeModule, stepped
-from lcx.mixers.attention import Attention
 from lcx.mixers.mixer import Aux, Inherited, Place
 from lcx.mixers.neighbours import resumed, torn
 from lcx.models.decoder import Decoder, DecoderModel, over_layers
 from lcx.models.layer import join_aux
-from lcx.models.residual import InParts
-from lcx.positions.length_rule import LengthRule
+from lcx.models.ttt_e2e_fit import unfit
 from lcx.record import record
 from lcx.spec import SpecError
 from pallas_kernels.grouped_scan import chosen, grouped_scan
-
-TWICE = ("auto", "reference")  # backends that give gradients of gradients: `auto` is `reference` where they are needed
-
-
-def unfit(spec: Decoder) -> Iterator[str]:
-    """A sentence for each field of a decoder that its memory, a TTTE2E, cannot be combined with."""
-    memory, pattern = spec.memory, len(spec.pattern)
-    beside = "beside model.memory, a TTTE2E"
-    if memory.suffix % pattern or memory.suffix > spec.depth:
-        yield f"model.memory.suffix = {memory.suffix}: expected a multiple of the pattern's {pattern} up to {spec.depth} layers"
-    for i, layer in enumerate(spec.pattern):
-        path, mixer = f"model.pattern[{i}]", layer.mixer
-        if not isinstance(layer.residual, InParts):
-            yield f"{path}.residual = {layer.residual}: expected a form with a place between mixer and channel {beside}"
-        if not isinstance(mixer, Attention):
-            yield f"{path}.mixer: expected Attention {beside}, which keeps the keys of a window"
-            continue
-        if not isinstance(mixer.mask, Window):
-            yield f"{path}.mixer.mask = {mixer.mask}: expected a Window {beside}, which keeps the keys of one"
-        if not isinstance(mixer.cache, DenseCache):
-            yield f"{path}.mixer.cache = {mixer.cache}: expected a DenseCache {beside}"
-        if isinstance(spec.rope_of(mixer), LengthRule):
-            yield f"{path}.mixer: expected a rope that no length changes {beside}, whose keys stay as they were turned"
-        if mixer.backend not in TWICE and not memory.first_order:
-            expected = "expected 'auto' or 'reference', as kernels have no gradient of a gradient, or memory.first_order"
-            yield f"{path}.mixer.backend = {mixer.backend!r}: {expected}"
 
 
 class Part(NamedTuple):
@@ -112,7 +84,7 @@ class TTTE2EDecoderModel(DecoderModel):
         spec, info = self.spec.memory, batch.info
         x, _, above = self._stream(batch, None, self.prefix)
         chunks = document_chunks(info, spec.chunk, self.spec.documents)
-        parts = _laid(chunks, _part(x, batch), spec.chunk)
+        parts = jax.tree.map(chunks.cut, _part(x, batch))
         begins, some = chunks.begins.T, chunks.count.T > 0
         behind = lambda y: jnp.concatenate([y[1:], jnp.zeros_like(y[:1])])
         goes_on = behind(some & ~begins)
@@ -144,7 +116,7 @@ class TTTE2EDecoderModel(DecoderModel):
         options = {"group": group, "truncated": spec.bptt is not None, "again": group > 1}
         hidden, aux = jax.tree.map(lambda y: y[:n], grouped_scan(step, first, given, **options)[1])
         aux = jax.tree.map(lambda y: y.sum() / jnp.maximum(chunks.live.sum(), 1), aux)
-        return jnp.where(torn(info, within=False)[..., None], jnp.nan, _joined(chunks, hidden)), None, self._aux(above, aux)
+        return jnp.where(torn(info, within=False)[..., None], jnp.nan, chunks.join(hidden)), None, self._aux(above, aux)
 
     def _more(self, batch: Batch, state: TTTE2EState):
         info, size = batch.info, self.spec.memory.chunk
@@ -152,11 +124,10 @@ class TTTE2EDecoderModel(DecoderModel):
         part, lost = _part(x, batch), None
         if batch.shape[1] == 1:
             parts, begins = jax.tree.map(lambda y: y[None], part), (part.real & (info.index == 0)).T
-            join = lambda hidden: hidden[0]
+            join = lambda y: y[0]
         else:
             chunks = document_chunks(info, size, self.spec.documents, state.filled)
-            parts, begins, lost = _laid(chunks, part, size), chunks.begins.T, chunks.lost
-            join = functools.partial(_joined, chunks)
+            parts, begins, join, lost = jax.tree.map(chunks.cut, part), chunks.begins.T, chunks.join, chunks.lost
         carried = state.fast, state.caches, state.opened, state.filled
         carried, (hidden, aux) = jax.lax.scan(self._piece, carried, (parts, begins))
         broken, index, segments = resumed(info, state.index, state.segments, within=False, lost=lost)
@@ -288,17 +259,6 @@ def _part(x: Float[Array, "B T M"], batch: Batch) -> Part:
     info, none = batch.info, jnp.zeros_like(batch.tokens)
     absent = {name: none for name in ("roles", "lengths") if getattr(info, name) is None}
     return Part(x, batch.tokens, dataclasses.replace(info, **absent))
-
-
-def _laid(chunks: DocumentChunks, part: Part, size: int) -> Part:
-    """[n,B,size] tokens of chunks."""
-    rows, n = chunks.count.shape
-    cut = lambda y: jnp.moveaxis(chunks.gather(y).reshape(rows, n, size, *y.shape[2:]), 1, 0)
-    return jax.tree.map(cut, part)
-
-
-def _joined(chunks: DocumentChunks, hidden: Float[Array, "n B C M"]) -> Float[Array, "B T M"]:
-    return chunks.scatter(jnp.moveaxis(hidden, 0, 1).reshape(hidden.shape[1], -1, hidden.shape[-1]))
 
 
 def _chosen(rows: Bool[Array, "B"], those: Any, others: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -130,7 +131,9 @@ def _sweep(step, carry, chunk: int, *arrays):
     size = -(-length // n)
 
     def cut(leaf):
-        leaf = jnp.pad(leaf, ((0, 0), (0, n * size - length)) + ((0, 0),) * (leaf.ndim - 2))
+        # Zero as a literal: JAX 0.10 takes an array made in here for a weight where the backward pass of a scan has a gradient.
+        around = [(0, 0, 0), (0, n * size - length, 0)] + [(0, 0, 0)] * (leaf.ndim - 2)
+        leaf = jax.lax.pad(leaf, np.zeros((), leaf.dtype), around)
         return jnp.moveaxis(leaf.reshape(leaf.shape[0], n, size, *leaf.shape[2:]), 1, 0)
 
     def join(leaf):
