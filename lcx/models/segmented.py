@@ -115,7 +115,8 @@ class SegmentedModel(DecoderModel):
             tokens, real = given
             return self._encoded(tokens, real, behind, jnp.broadcast_to(real.any(axis=1, keepdims=True), (rows, slots)))
 
-        vectors = _joined(jax.lax.map(jax.checkpoint(encode), (tokens, real)))
+        encoded = jax.lax.map(jax.checkpoint(encode), (tokens, real))
+        vectors = jnp.moveaxis(encoded, 0, 1).reshape(rows, n * slots, -1)
         first = lambda field: chunks.gather(field).reshape(rows, n, size)[:, :, 0]  # of each segment's first token
         segments, place, lengths = (first(field) for field in (info.segments, info.index // size, document_lengths(info)))
         marks = jnp.broadcast_to(self.memory.autoencoding[...], (rows, n, self.spec.width))
