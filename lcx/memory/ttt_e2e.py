@@ -5,9 +5,9 @@ the mean loss of the next tokens of a chunk at the weights that the chunks befor
 
     g = dL_n / dW(n-1),   W(n) = W(n-1) - rate min(1, clip / |g|) g,   |g| over the matrices of all layers, of one document
 
-All next tokens count that stand in the document, whatever an objective weighs. W(0) is learned, by the loss of all tokens, each
-before its own step: the gradient goes through the steps, and through the keys and values that a chunk leaves to attention of
-the next, which are inputs of its L_n.
+All next tokens of the document count, whatever an objective weighs. W(0) is learned, by the loss of all tokens, each before its
+own step: the gradient goes through the steps, and through the keys and values that a chunk leaves to attention of the next,
+which are inputs of its L_n.
 
 The published training raises the rate over its first steps, which a model does not know of: here `rate` is what it is.
 """

@@ -70,6 +70,23 @@ def test_every_channel_mixer_in_chunks_equals_it_whole(spec):
     assert error(found, reference(spec)) < 2e-6
 
 
+def test_the_gradient_of_a_gradient_through_layers():
+    """As a model that trains itself takes it: 24 tokens, in chunks that they do not divide into."""
+    x, ids, _ = inputs()
+    layers = jax.tree.map(lambda p: jnp.stack([p, -p]), built(GLU(hidden=24)))
+
+    def steepness(layers, chunk):
+        def layer(x, channel):
+            options = {"chunk": chunk, "rules": Rules(), "compute": "float32"}
+            return x + tokenwise(mix, weights_of(channel, mix, x, ids), x, ids, **options), None
+
+        slope = jax.grad(lambda x: jnp.sin(jax.lax.scan(layer, x, layers)[0]).sum())(x)
+        return jnp.square(slope).sum()
+
+    found, wanted = (jax.jit(jax.grad(functools.partial(steepness, chunk=chunk)))(layers) for chunk in (7, 24))
+    assert error(found, wanted) < 1e-5
+
+
 def test_bfloat16_is_as_close_to_float32_in_chunks_as_whole():
     spec = GLU(hidden=24, bias=True)
     of = lambda chunk: jax.jit(functools.partial(run, chunk=chunk))(built(spec, "bfloat16"), *inputs("bfloat16"))
