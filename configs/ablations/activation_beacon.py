@@ -12,8 +12,8 @@ coverage no worse than segments; ratios drawn at random hold at ratios that a si
 
 Measured, `interleaved` (docs/results/memory.md), code in nats a byte at 512 / 1,024 / 4,096: ratio 2 1.29 1.32 1.58, ratio 4
 1.27 1.28 1.37, ratio 8 1.27 1.28 1.26, ratio 16 1.27 1.28 1.24; the passkey is not carried (exact 0.16 at 512, 0.03 beyond).
-Not as expected: small ratios are no better, and worse where they need more positions than the reader knows. The other arms are not
-measured yet.
+Not as expected: small ratios are no better, and worse where they need more positions than the reader knows. The other arms are
+not measured yet.
 """
 
 import dataclasses
