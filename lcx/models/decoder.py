@@ -228,7 +228,7 @@ class DecoderModel(nnx.Module):
         return upto // pattern
 
 
-def over_layers(aux: Aux) -> Aux:
+def over_layers(aux: dict[str, Float[Array, "L"]]) -> Aux:
     """Auxiliary values of all layers, of which each has one: losses are added, metrics averaged."""
     return {key: value.sum() if key.endswith("_loss") else value.mean() for key, value in aux.items()}
 

@@ -89,7 +89,7 @@ def test_nothing_of_the_prompt_is_left_but_its_gists():
     np.testing.assert_array_equal(y[0], y[1])
 
 
-@pytest.mark.parametrize("control", ["gist", "negative"])
+@pytest.mark.parametrize("control", ["gist", pytest.param("negative", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("chunks", [[1] * T, [5, 3, 4], [3, 9]], ids=str)
 def test_chunks_and_steps_equal_one_pass(control, chunks):
     model, text = built(control), rows(TEXT, [1, MARK, 3, 4, 2, 2, 5, 6, 7, 8, 1, 2])

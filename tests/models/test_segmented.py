@@ -192,7 +192,7 @@ NEIGHBOURS = {
 }
 
 
-@pytest.mark.parametrize("mixers", NEIGHBOURS)
+@pytest.mark.parametrize("mixers", ["convolution", "delta net", pytest.param("neural memory", marks=pytest.mark.slow)])
 def test_beside_mixers_that_read_neighbours(mixers):
     """A document that is shorter than another leaves padding among the vectors of its row, which nothing reads."""
     plain = dataclasses.replace(PLAIN, periods=1, **NEIGHBOURS[mixers])
