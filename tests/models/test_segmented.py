@@ -144,7 +144,7 @@ def test_the_future_is_not_seen(model):
 
 
 def test_rows_generate_as_they_do_alone(model, request):
-    if isinstance(model.spec.memory, AutoCompressor) and not request.config.getoption("--slow"):
+    if not isinstance(model.spec.memory, RMT) and not request.config.getoption("--slow"):
         pytest.skip("needs --slow")
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 1, 2, 3], [5]]
     together = generate(model, prompts, max_new=5, chunk=5)
@@ -192,7 +192,9 @@ NEIGHBOURS = {
 }
 
 
-@pytest.mark.parametrize("mixers", ["convolution", "delta net", pytest.param("neural memory", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "mixers", ["convolution", *(pytest.param(name, marks=pytest.mark.slow) for name in ("delta net", "neural memory"))]
+)
 def test_beside_mixers_that_read_neighbours(mixers):
     """A document that is shorter than another leaves padding among the vectors of its row, which nothing reads."""
     plain = dataclasses.replace(PLAIN, periods=1, **NEIGHBOURS[mixers])

@@ -206,6 +206,7 @@ def test_the_future_is_not_seen(model):
         assert np.abs(after - before)[:, t:T].max(axis=-1).min() > 0
 
 
+@pytest.mark.slow
 def test_rows_generate_as_they_do_alone(model):
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 1, 2], [5]]
     together = generate(model, prompts, max_new=5, chunk=8)
