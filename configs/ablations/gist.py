@@ -7,6 +7,7 @@ Three layers of width 64 read eight pairs, gists, and questions that see the gis
 of either (`nothing seen`). Share of questions answered; chance is 0.10.
 
 Expected (paper: instructions of 26 tokens in one gist lose little at 7B): nothing seen, 1 gist, 2, 4, 8, all seen, rising.
+Not measured yet.
 """
 
 from lcx.channels.glu import GLU

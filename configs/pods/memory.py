@@ -1,6 +1,6 @@
-"""Memories at scale on TPU slices: whole training steps that fit their chips. Reports: docs/pods.md.
+"""Memories at scale on TPU slices: whole training steps, of which one is compiled so far and fits its chips (docs/pods.md).
 
-    python -m experiments.plan --config=config:pods.memory.titans_760m_2m --topology=v5p:2x2x4
+    python -m experiments.plan --config=config:pods.memory.beacon_llama2_7b_16k --topology=v5e:8x8
 
 A Titans layer shares a row out over the devices, its memory's heads too. Beacons and what HMT recalls are added to a frozen
 model, and trained alone. The text is the standard library's, for want of a corpus: set data.

@@ -8,6 +8,7 @@
 
 HMT (2024): first without recall and gradients through two segments, then with recall through more. RMT (2022): a curriculum of
 1, 2, 4 ... segments a row, without which memories over many segments are not learned. All parameters are trained.
+Validated, and not run yet.
 """
 
 import dataclasses
