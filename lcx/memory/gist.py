@@ -7,7 +7,8 @@ A gist is a token of the vocabulary, `token`, that stands in the text. Of each d
     positive  tokens see all before them: how far one gets with it
 
 Positions stay what they are. A document without gists is an ordinary one. The gists of a document stand together: behind a
-second run of them nothing can be answered, nor by a state that `GistDecoderModel.compressed` took from a text whose newest token is not its last gist.
+second run of them nothing can be answered, nor by a state that `GistDecoderModel.compressed` took from a text whose newest
+token is not its last gist.
 """
 
 import dataclasses

@@ -132,9 +132,8 @@ class SegmentedModel(DecoderModel):
         joined = _sequence([(vectors, wide(there)), (marks, chunks.begins), (batch.tokens, info.segments != PADDING)])
         text = TokenInfo(index=index, order=index, positions=index[..., None].astype(jnp.float32), segments=ids)
         order = jnp.lexsort((index, ids, ids == PADDING), axis=1)
-        moved = lambda order: lambda x: jnp.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 2)), axis=1)
-        given = jax.tree.map(moved(order), dataclasses.replace(joined, info=text))
-        hidden = moved(jnp.argsort(order, axis=1))(DecoderModel.__call__(self, given)[0])
+        given = jax.tree.map(_moved(order), dataclasses.replace(joined, info=text))
+        hidden = _moved(jnp.argsort(order, axis=1))(DecoderModel.__call__(self, given)[0])
         of_marks, of_tokens = hidden[:, n * slots : n * slots + n], hidden[:, n * slots + n :]
         before = jnp.pad(of_tokens, ((0, 0), (1, 0), (0, 0)))[:, :-1]
         chunk = jnp.minimum(chunks.slot // size, n - 1)[..., None]
@@ -236,9 +235,8 @@ class SegmentedModel(DecoderModel):
         if not self.reads_neighbours or batch.shape[1] == 1:
             return super().__call__(batch, decoder)
         order = jnp.argsort(batch.info.segments == PADDING, axis=1, stable=True)
-        moved = lambda order: lambda x: jnp.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 2)), axis=1)
-        hidden, decoder, aux = super().__call__(jax.tree.map(moved(order), batch), decoder)
-        return moved(jnp.argsort(order, axis=1))(hidden), decoder, aux
+        hidden, decoder, aux = super().__call__(jax.tree.map(_moved(order), batch), decoder)
+        return _moved(jnp.argsort(order, axis=1))(hidden), decoder, aux
 
     def _anew(self, rows: Bool[Array, "B"], decoder: Any) -> Any:
         """The decoder's state, empty in some rows; states of layers are stacked in front."""
@@ -292,6 +290,11 @@ class SegmentedModel(DecoderModel):
 def _laid(chunks: DocumentChunks, tokens: Int[Array, "B T"]):
     """(tokens [n,B,size], which are there)."""
     return chunks.cut(tokens), chunks.cut(jnp.ones_like(tokens)) > 0
+
+
+def _moved(order: Int[Array, "B S"]):
+    """Takes the places of each row in this order."""
+    return lambda x: jnp.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 2)), axis=1)
 
 
 def _sequence(parts, start: Int[Array, "B"] | None = None) -> Batch:
