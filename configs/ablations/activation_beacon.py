@@ -18,6 +18,7 @@ not measured yet.
 
 import dataclasses
 
+from configs.ablations.arms import chosen
 from configs.models import reader
 from lcx.attention.mask import Window
 from lcx.data.packing import PackedText
@@ -30,7 +31,6 @@ from lcx.evaluation.tasks.perplexity import Perplexity
 from lcx.evaluation.tasks.retrieval import Retrieval
 from lcx.memory.activation_beacon import ActivationBeacon
 from lcx.objectives.beacon_modeling import BeaconModeling
-from lcx.spec import SpecError
 from lcx.training.checkpoint import Checkpointing
 from lcx.training.experiment import Experiment
 from lcx.training.optimizer import AdamW
@@ -76,7 +76,7 @@ def beacons(steps: int = 500, only: str | None = None) -> Ablation:
     made = {name: _beacons(memory, RATIOS) for name, memory in arms.items()}
     made["interleaved, ratio 4 alone"] = _beacons(INTERLEAVED, (4,))
     variants = [_variant(f"ratio {ratio}", ("model.memory.ratio", ratio)) for ratio in RATIOS]
-    return _ablation(made, variants, steps, only)
+    return _ablation({name: Arm(name=name, edits=edits) for name, edits in made.items()}, variants, steps, only)
 
 
 def plain(steps: int = 500, only: str | None = None) -> Ablation:
@@ -84,8 +84,8 @@ def plain(steps: int = 500, only: str | None = None) -> Ablation:
     window = ("model.pattern[0].mixer.mask", Window(size=2 * WINDOW))
     made = {"trained": (), "trained, window": (window,)}
     named = {"reader": (), "reader, window": (window,)}
-    arms = [Arm(name=name, edits=edits) for name, edits in made.items()]
-    arms += [Arm(name=name, edits=edits, model="reader") for name, edits in named.items()]
+    arms = {name: Arm(name=name, edits=edits) for name, edits in made.items()}
+    arms |= {name: Arm(name=name, edits=edits, model="reader") for name, edits in named.items()}
     return _ablation(arms, [_variant("none")], steps, only)
 
 
@@ -97,12 +97,8 @@ def _variant(method: str, *edits) -> Variant:
     return Variant(method=method, edits=edits, lengths=LENGTHS)
 
 
-def _ablation(arms, variants, steps: int, only: str | None) -> Ablation:
-    arms = [Arm(name=name, edits=edits) for name, edits in arms.items()] if isinstance(arms, dict) else arms
-    names = [arm.name for arm in arms]
-    if only is not None and only not in names:
-        raise SpecError(f"only = {only!r}: expected one of {', '.join(names)}")
-    arms = tuple(arm for arm in arms if only in (None, arm.name))
+def _ablation(arms: dict[str, Arm], variants, steps: int, only: str | None) -> Ablation:
+    arms = tuple(chosen(arms, only).values())
     return Ablation(
         base=base(steps) if any(arm.model is None for arm in arms) else None,
         arms=arms,

@@ -10,6 +10,7 @@ Expected (paper: instructions of 26 tokens in one gist lose little at 7B): nothi
 Not measured yet.
 """
 
+from configs.ablations.arms import chosen
 from lcx.channels.glu import GLU
 from lcx.data.glossary import Glossary
 from lcx.data.pipeline import Pipeline, Weighted
@@ -21,7 +22,6 @@ from lcx.mixers.attention import Attention
 from lcx.mixers.short_convolution import ShortConvolution
 from lcx.models.decoder import Decoder
 from lcx.models.layer import Layer
-from lcx.spec import SpecError
 from lcx.training.checkpoint import Checkpointing
 from lcx.training.experiment import Experiment
 from lcx.training.optimizer import AdamW
@@ -59,14 +59,12 @@ def glossary(steps: int = 1000, only: str | None = None) -> Ablation:
     arms = {"nothing seen": gists(1, "negative")}
     arms |= {f"{n} gist{'s' if n > 1 else ''}": gists(n) for n in (1, 2, 4, 8)}
     arms["all seen"] = gists(1, "positive")
-    if only is not None and only not in arms:
-        raise SpecError(f"only = {only!r}: expected one of {', '.join(arms)}")
-    chosen = {name: edits for name, edits in arms.items() if only in (None, name)}
+    arms = chosen(arms, only)
     tasks = {n: Retrieval(name=f"glossary_{n}", generator=Glossary(gists=n), examples_each=256) for n in (1, 2, 4, 8)}
-    used = sorted({dict(edits)["data.mixture[0].rows"].gists for edits in chosen.values()})
+    used = sorted({dict(edits)["data.mixture[0].rows"].gists for edits in arms.values()})
     return Ablation(
         base=base(steps),
-        arms=tuple(Arm(name=name, edits=edits) for name, edits in chosen.items()),
+        arms=tuple(Arm(name=name, edits=edits) for name, edits in arms.items()),
         variants=(Variant(method="trained", lengths=(LENGTH,)),),
         tasks=tuple(tasks[n] for n in used),
         panels=tuple(Panel(title=f"behind {n} gists, accuracy", task=f"glossary_{n}", metric="token_accuracy") for n in used),

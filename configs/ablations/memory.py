@@ -19,6 +19,7 @@ not in the paper's order. Others are not measured yet; of `titans` only LMM with
 
 import dataclasses
 
+from configs.ablations.arms import chosen
 from lcx.attention.mask import Chunk, Window
 from lcx.channels.glu import GLU
 from lcx.data.bindings import Bindings
@@ -41,7 +42,6 @@ from lcx.mixers.titans_mac import TitansMAC
 from lcx.mixers.ttt import TTT
 from lcx.models.decoder import Decoder
 from lcx.models.layer import Layer
-from lcx.spec import SpecError
 from lcx.training.checkpoint import Checkpointing
 from lcx.training.experiment import Experiment
 from lcx.training.optimizer import AdamW
@@ -105,9 +105,7 @@ def titans(steps: int = 600, only: str | None = None) -> Ablation:
 
 
 def _ablation(arms: dict, steps: int, only: str | None) -> Ablation:
-    if only is not None and only not in arms:
-        raise SpecError(f"only = {only!r}: expected one of {', '.join(arms)}")
-    arms = arms if only is None else {only: arms[only]}
+    arms = chosen(arms, only)
     return Ablation(
         base=base(steps=steps),
         arms=tuple(Arm(name=name, edits=edits) for name, edits in arms.items()),
