@@ -19,12 +19,13 @@ def grouped_scan(
     group: int,
     truncated: bool = False,
     again: bool = False,
+    scan: Callable[..., tuple[Any, Any]] = jax.lax.scan,
 ) -> tuple[Any, Any]:
     """(state, outputs) of `jax.lax.scan(step, state, parts)`, the last group perhaps shorter.
 
     truncated: no gradient passes from a group to the one before; that of the first reaches `state`. again: the backward pass
     keeps of a step only the state before it, too: `n / group + group` states of n steps instead of what all steps of a group
-    make, for a third computation of each.
+    make, for a third computation of each. scan: of the steps of a group, by default `jax.lax.scan`.
     """
     if group < 1:
         raise ValueError(f"grouped_scan: group = {group}: expected at least 1")
@@ -37,7 +38,7 @@ def grouped_scan(
     def of_group(state, first, part):
         if truncated:
             state = jax.tree.map(lambda x: jnp.where(first, x, jax.lax.stop_gradient(x)), state)
-        return jax.lax.scan(body, state, part)
+        return scan(body, state, part)
 
     def outer(state, given):
         return of_group(state, *given)

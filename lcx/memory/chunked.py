@@ -17,6 +17,7 @@ from lcx.mixers.neighbours import resumed, torn
 from lcx.record import record
 from pallas_kernels.fast_weight.chunks import Held
 from pallas_kernels.fast_weight.op import (
+    Axes,
     Course,
     FastWeight,
     Gates,
@@ -61,23 +62,25 @@ def run(
     *,
     chunk: int,
     documents: int,
+    axes: Axes = ((), ()),
 ) -> tuple[Float[Array, "B T H E"], ChunkedState | None, Float[Array, "B T H"]]:
     """(out, state, loss of each token where its gradient is taken); of padding 0. What cannot be answered is NaN, and so is
     what follows it in its document: tokens beyond the documents that there is room for, or behind a gap, or of a row that
     begins within a document.
 
-    first: leaves [H,...]. gates: [B,T,H,...] or None; the last is that of `real_tokens`.
+    first: leaves [H,...]. gates: [B,T,H,...] or None; the last is that of `real_tokens`. axes: of the mesh, that share out rows
+    and heads.
     """
     arrays = (q, k, v, gates)
     if state is None:
-        out, loss = _whole_rows(kind, first, arrays, info, chunk, documents)
+        out, loss = _whole_rows(kind, first, arrays, info, chunk, documents, axes)
         broken = torn(info, within=False)
     else:
         lost = None
         if q.shape[1] == 1:
             out, loss, memory, opened = _one(kind, first, arrays, info, state, chunk)
         else:
-            out, loss, memory, opened, lost = _more(kind, first, arrays, info, state, chunk, documents)
+            out, loss, memory, opened, lost = _more(kind, first, arrays, info, state, chunk, documents, axes)
         broken, index, segments = resumed(info, state.index, state.segments, within=False, lost=lost)
         state = ChunkedState(memory=memory, opened=opened, index=index, segments=segments)
     return jnp.where(broken[..., None, None], jnp.nan, out), state, loss
@@ -88,15 +91,15 @@ def real_tokens(info: TokenInfo, heads: int) -> Float[Array, "B T H"]:
     return jnp.broadcast_to((info.segments != PADDING)[..., None], (*info.shape, heads)).astype(jnp.float32)
 
 
-def _whole_rows(kind: FastWeight, first: State, arrays, info: TokenInfo, chunk: int, documents: int):
+def _whole_rows(kind: FastWeight, first: State, arrays, info: TokenInfo, chunk: int, documents: int, axes: Axes):
     chunks = document_chunks(info, chunk, documents)
     course = Course(chunks.begins, chunks.count == chunk, chunks.live, first)
     start = jax.tree.map(lambda x: jnp.broadcast_to(x, (info.shape[0], *x.shape)), first)
-    out, _, loss = fast_weight(kind, start, *jax.tree.map(chunks.gather, arrays), chunk=chunk, course=course)
+    out, _, loss = fast_weight(kind, start, *jax.tree.map(chunks.gather, arrays), chunk=chunk, course=course, axes=axes)
     return chunks.scatter(out), chunks.scatter(loss)
 
 
-def _more(kind: FastWeight, first: State, arrays, info: TokenInfo, state: ChunkedState, chunk: int, documents: int):
+def _more(kind: FastWeight, first: State, arrays, info: TokenInfo, state: ChunkedState, chunk: int, documents: int, axes: Axes):
     """The open chunk goes on, others follow, and the last of them stays open."""
     opened: Open = state.opened
     chunks = document_chunks(info, chunk, documents, opened.filled.sum(axis=1))
@@ -109,7 +112,7 @@ def _more(kind: FastWeight, first: State, arrays, info: TokenInfo, state: Chunke
     memory = chosen(whole[:, 0], after, state.memory)
     course = Course(chunks.begins[:, 1:], whole[:, 1:], chunks.live[1:], first)
     others = jax.tree.map(lambda x: x[:, chunk:], laid)
-    outs, memory, losses = fast_weight(kind, memory, *others, chunk=chunk, course=course)
+    outs, memory, losses = fast_weight(kind, memory, *others, chunk=chunk, course=course, axes=axes)
     tokens_first = lambda x, more: jnp.concatenate([jnp.moveaxis(x, 1, 2), more], axis=1)
     out, loss = chunks.scatter(tokens_first(out, outs)), chunks.scatter(tokens_first(loss, losses))
 

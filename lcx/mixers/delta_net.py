@@ -31,7 +31,7 @@ from lcx.mixers.mixer import Inherited, Mixer, MixerModule, Place, residual_gain
 from lcx.mixers.neighbours import resumed, torn
 from lcx.mixers.short_convolution import ConvolutionState, convolved_heads, empty_convolution
 from lcx.norms import RMSNorm
-from lcx.parallel.rules import shard, whole_rows
+from lcx.parallel.rules import row_axes, shard, whole_rows
 from lcx.record import record
 from pallas_kernels.fast_weight.coefficients import LEAST, Coefficients, Gradient, decayed
 from pallas_kernels.fast_weight.network import Network, Weights
@@ -135,7 +135,7 @@ class GatedDeltaNetModule(MixerModule):
         kind = FastWeight(NETWORKS[spec.rule], functools.partial(_coefficients, gradient=gradient))
         gates = (beta, log_decay, real.astype(jnp.float32))
         q, k = unit(q) * spec.head_dim**-0.5, unit(k)
-        out, after, _ = fast_weight(kind, State(before), q, k, v, gates, chunk=spec.chunk)
+        out, after, _ = fast_weight(kind, State(before), q, k, v, gates, chunk=spec.chunk, axes=row_axes(rules, spec.heads))
         out = self.norm(out) * jax.nn.silu(whole(project(self.gate)))
         if state is None:
             broken = torn(info)

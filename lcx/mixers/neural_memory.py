@@ -30,7 +30,7 @@ from lcx.memory.chunked import first_state, real_tokens, run
 from lcx.mixers.mixer import Inherited, Mixer, MixerModule, Place, residual_gain, weight
 from lcx.mixers.short_convolution import convolved_heads, empty_convolution
 from lcx.norms import RMSNorm
-from lcx.parallel.rules import shard, whole_rows
+from lcx.parallel.rules import row_axes, shard, whole_rows
 from lcx.record import record
 from pallas_kernels.fast_weight.coefficients import decayed
 from pallas_kernels.fast_weight.network import Network, Weights
@@ -133,7 +133,7 @@ class NeuralMemoryModule(MixerModule):
         v, at_value = self._local(x, "value", info, held[2])
         gates = self.gates_of(x, real_tokens(info, spec.heads))
         memory = None if state is None else state.memory
-        options = {"chunk": spec.chunk, "documents": inherited.documents}
+        options = {"chunk": spec.chunk, "documents": inherited.documents, "axes": row_axes(inherited.rules, spec.heads)}
         out, memory, loss = run(self.kind, self.first, q, k, v, gates, info, memory, **options)
         y = self.joined(self.norm(out) * jax.nn.silu(self._whole(self._project(x, self.gate))), x.dtype)
         if state is not None:

@@ -25,7 +25,7 @@ from lcx.memory.chunked import first_state, real_tokens, run
 from lcx.mixers.mixer import Inherited, Mixer, MixerModule, Place, residual_gain, weight
 from lcx.mixers.short_convolution import convolved_heads, empty_convolution
 from lcx.norms import LayerNorm
-from lcx.parallel.rules import shard, whole_rows
+from lcx.parallel.rules import row_axes, shard, whole_rows
 from lcx.positions.rope import Rope
 from lcx.positions.rotate import rotate
 from lcx.record import record
@@ -133,7 +133,7 @@ class TTTModule(MixerModule):
         column = spec.rate / spec.head_dim * jax.nn.sigmoid(whole(project(self.rate)) + self.rate_bias[...])
         memory = None if state is None else state.memory
         gates = (row, column, real_tokens(info, spec.heads))
-        options = {"chunk": spec.chunk, "documents": self.inherited.documents}
+        options = {"chunk": spec.chunk, "documents": self.inherited.documents, "axes": row_axes(rules, spec.heads)}
         out, memory, _ = run(self._kind(), self._first(), q, k, v, gates, info, memory, **options)
         out = self.norm(out.reshape(*x.shape[:2], -1)).reshape(out.shape)
         if self.gate is not None:

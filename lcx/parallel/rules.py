@@ -75,8 +75,12 @@ def shard(x: Array, rules: Rules, *logical: str | None) -> Array:
 def whole_rows(y: Array, *, rules: Rules, heads: int) -> Array:
     """Of [B,T,H,...] in float32: all tokens of a row of a share of the heads on each device, over the axes of the sequence too
     where heads divide."""
-    mesh = ambient_mesh()
-    spread = (*rules.heads, *rules.sequence)
-    if mesh is not None and heads % math.prod(mesh.shape[axis] for axis in spread) == 0:
-        rules = dataclasses.replace(rules, heads=spread)
+    rules = dataclasses.replace(rules, heads=row_axes(rules, heads)[1])
     return shard(y.astype(jnp.float32), rules, "batch", None, "heads", *[None] * (y.ndim - 3))
+
+
+def row_axes(rules: Rules, heads: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The mesh axes that share out the rows and the heads of `whole_rows`."""
+    mesh, spread = ambient_mesh(), (*rules.heads, *rules.sequence)
+    divides = mesh is not None and heads % math.prod(mesh.shape[axis] for axis in spread) == 0
+    return rules.batch, spread if divides else rules.heads

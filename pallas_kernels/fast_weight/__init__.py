@@ -12,5 +12,9 @@ tokens being made: with the gradients e_j of a chunk known, W_i = beta_i W_0 + f
     network.py        f and its gradient
     chunks.py         one chunk, exactly
     reference.py      the recurrence, token by token
-    op.py             a row, chunk by chunk
+    op.py             a row, chunk by chunk, by XLA or in a kernel
+    tpu.py            a group of chunks in one TPU kernel, and its backward pass in another
+    over_mesh.py      the kernel on a mesh
+    triangular.py     delta rules without substitution
+    traced.py         what a chunk costs
 """

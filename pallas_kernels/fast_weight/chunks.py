@@ -1,5 +1,6 @@
 """One chunk of a fast weight, exactly and with products of matrices alone. Arrays of one head: k, q [b,D], v [b,E]."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -22,6 +23,15 @@ class Held(NamedTuple):
         return jax.tree.map(lambda old, new: jnp.where(rows(old), old, new), self.steps, new)
 
 
+Solve = Callable[[Float[Array, "b b"], Float[Array, "b E"]], Float[Array, "b E"]]
+
+
+def _substituted(lower: Float[Array, "b b"], rows: Float[Array, "b E"]) -> Float[Array, "b E"]:
+    return jax.scipy.linalg.solve_triangular(
+        jnp.eye(len(lower), dtype=lower.dtype) + lower, rows, lower=True, unit_diagonal=True
+    )
+
+
 def chunk(
     network: Network,
     weights: Weights,
@@ -34,14 +44,15 @@ def chunk(
     *,
     overshoot: float | None = None,
     held: Held | None = None,
+    solve: Solve = _substituted,
 ) -> tuple[Float[Array, "b E"], Weights, Weights | None, Float[Array, "b"], Steps]:
     """(what each token reads, weights and momentum behind the chunk, loss of each token where its gradient was taken, steps).
 
     Without a momentum there is none: coefficients are those without `log_momentum`. overshoot: see `bounded`; None is no bound.
-    held: the loss of rows that are held means nothing.
+    held: the loss of rows that are held means nothing. solve: (I + N)^{-1} R, for gradients that are taken at every token.
     """
     if coefficients.gradient is not None:
-        made, loss = _delta_steps(weights, momentum, coefficients.gradient, k, v, held)
+        made, loss = _delta_steps(weights, momentum, coefficients.gradient, k, v, held, solve)
     else:
         made, loss = steps(network, weights, k, v, fixed, reaching=overshoot is not None)
         made = made if held is None else held.beside(made)
@@ -52,7 +63,8 @@ def chunk(
 
 def overlap(made: Steps) -> Float[Array, "b b"]:
     """An estimate of how much a step of one token can move the answer to the key of another."""
-    each = [jnp.abs(product(x, x.T)) * made.reach[:, n, None] * made.reach[None, :, n] for n, x in enumerate(made.inputs)]
+    reach = [made.reach[:, n : n + 1] for n in range(len(made.inputs))]
+    each = [jnp.abs(product(x, x.T)) * product(r, r.T) for x, r in zip(made.inputs, reach, strict=True)]
     return sum(each) + (0.0 if made.gain is None else 1.0)  # a gain's input is of size 1 at every token
 
 
@@ -93,18 +105,18 @@ def behind(
 
 def _left(weights: Weights, momentum: Weights | None, rows: Rows, made: Steps) -> Weights:
     """keep W + carry S - sum_j gain_j x_j^T e_j of the only row."""
-    keep, carry, gain = rows.keep[0], rows.carry[0], rows.gain[0][:, None]
+    keep, carry, gain = rows.keep[0], rows.carry[0], rows.gain
     taken = Weights(
-        tuple(product(x.T, gain * e) for x, e in zip(made.inputs, made.gradients, strict=True)),
-        tuple(jnp.sum(gain * e, axis=0) for e in made.gradients) if weights.biases else (),
-        None if weights.gain is None else jnp.sum(gain * made.gain, axis=0),
+        tuple(product(x.T * gain, e) for x, e in zip(made.inputs, made.gradients, strict=True)),
+        tuple(product(gain, e)[0] for e in made.gradients) if weights.biases else (),
+        None if weights.gain is None else product(gain, made.gain)[0],
     )
     left = jax.tree.map(lambda w, t: keep * w - t, weights, taken)
     return left if momentum is None else jax.tree.map(lambda w, s: w + carry * s, left, momentum)
 
 
 def _delta_steps(
-    weights: Weights, momentum: Weights | None, rows: Rows, k: Array, v: Array, held: Held | None
+    weights: Weights, momentum: Weights | None, rows: Rows, k: Array, v: Array, held: Held | None, solve: Solve
 ) -> tuple[Steps, Array]:
     """Gradients that are each taken where the tokens before have left a linear memory: (I + tril(L * K K^T)) E = ... - V."""
     (matrix,) = weights.matrices
@@ -117,6 +129,5 @@ def _delta_steps(
     system = jnp.tril(rows.gain * product(k, k.T), -1)
     if held is not None:
         system = jnp.where(held.filled[:, None], 0, system)
-    system = jnp.eye(len(k), dtype=k.dtype) + system
-    e = jax.scipy.linalg.solve_triangular(system, start, lower=True, unit_diagonal=True)
+    e = solve(system, start)
     return Steps((k,), (e,), None), jnp.sum(e**2, axis=-1) / 2

@@ -7,10 +7,12 @@ A token that is not real changes neither W nor S: it decays nothing, and its S i
 
 from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.fast_weight.network import product
+from pallas_kernels.tpu_chips import LANES
 
 LEAST = -60.0  # of the logarithm of a factor: nothing is left
 
@@ -33,6 +35,51 @@ class Coefficients(NamedTuple):
     state: Rows
     momentum: Rows
     gradient: Rows | None
+
+
+class Packed(NamedTuple):
+    """Coefficients in two or three arrays, as a kernel copies them. rows: keep, carry and the gains of state and momentum, then
+    keep and carry of the gradient's place if it has one, and in the last row four numbers."""
+
+    gain: Float[Array, "*b i j"]
+    place: Float[Array, "*b i j"] | None
+    rows: Float[Array, "*b r i"]
+
+
+NUMBERS = 4  # keep and carry of state and of momentum
+
+
+def packed(made: Coefficients) -> Packed:
+    """Of chunks of at least `NUMBERS` tokens."""
+    numbers = jnp.concatenate([made.state.keep, made.state.carry, made.momentum.keep, made.momentum.carry], axis=-1)
+    numbers = jnp.pad(numbers, [(0, 0)] * (numbers.ndim - 1) + [(0, made.read.keep.shape[-1] - NUMBERS)])
+    alone = [made.read.keep, made.read.carry] + ([] if made.gradient is None else [made.gradient.keep, made.gradient.carry])
+    rows = [*(x[..., None, :] for x in alone), made.state.gain, made.momentum.gain, numbers[..., None, :]]
+    return Packed(made.read.gain, made.gradient and made.gradient.gain, jnp.concatenate(rows, axis=-2))
+
+
+def unpacked(given: Packed) -> Coefficients:
+    """Of one chunk."""
+    alone = 2 if given.place is None else 4
+    each = lambda n: column(given.rows[n : n + 1])
+    gains = (given.rows[alone : alone + 1], given.rows[alone + 1 : alone + 2])
+    number = lambda n: given.rows[alone + 2, n : n + 1]
+    place = None if given.place is None else Rows(each(2), each(3), given.place)
+    state, momentum = Rows(number(0), number(1), gains[0]), Rows(number(2), number(3), gains[1])
+    return Coefficients(Rows(each(0), each(1), given.gain), state, momentum, place)
+
+
+@jax.custom_vjp
+def column(row: Float[Array, "1 b"]) -> Float[Array, "b"]:
+    """A row's numbers, laid down the rows of a register; turned by transposes, as some chips have no other way back."""
+    return jnp.broadcast_to(row, (LANES, row.shape[1])).T[:, 0]
+
+
+def row(column: Float[Array, "b"]) -> Float[Array, "1 b"]:
+    return jnp.broadcast_to(column[:, None], (len(column), LANES)).T[:1]
+
+
+column.defvjp(lambda x: (column(x), None), lambda _, d: (row(d),))
 
 
 def decayed(
@@ -83,10 +130,9 @@ def bounded(made: Coefficients, overlap: Float[Array, "i j"], most: float) -> Co
     overlap_rj` over tokens up to i, which bounds the largest eigenvalue of what the chunk's steps do to its errors as well as
     `overlap` does, is more than `most`; from 2 on they overshoot. Only the past decides: a row may be read at any time.
     """
-    past = jnp.tril(jnp.ones(overlap.shape, bool))
-    moved = jnp.max(jnp.where(past, product(made.read.gain, overlap), 0.0), axis=-1)
+    moved = jnp.max(jnp.tril(product(made.read.gain, overlap)), axis=-1, keepdims=True)
     scale = jnp.where(moved > most, most / jnp.where(moved > most, moved, 1.0), 1.0)
-    of = lambda rows, scale: rows._replace(gain=rows.gain * scale[:, None])
+    of = lambda rows, scale: rows._replace(gain=rows.gain * scale)
     last = scale[-1:]
     return made._replace(read=of(made.read, scale), state=of(made.state, last), momentum=of(made.momentum, last))
 

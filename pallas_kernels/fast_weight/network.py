@@ -32,7 +32,7 @@ class Fixed(NamedTuple):
 
 
 ACTIVATIONS = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": lambda x: x / 2 * (1 + jax.lax.erf(x * 0.5**0.5)),  # `jax.nn.gelu` asks for erfc, which Mosaic lacks
     "gelu_tanh": jax.nn.gelu,
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
@@ -124,22 +124,22 @@ def steps(
 
 def _reach(network: Network, weights: Weights, z: Array, fixed: Fixed | None) -> Float[Array, "b n"]:
     """Of the last layer the slope of the output map, of those before it times the norms of the matrices between."""
-    last = jnp.ones(len(z), z.dtype)
+    last = jnp.ones((len(z), 1), z.dtype)
     if network.output != "plain":
         factor = 1 + weights.gain if network.output == "gain" else fixed.weight
-        last = jnp.max(jnp.abs(factor)) * jax.lax.rsqrt(jnp.var(z, axis=-1) + network.eps)
+        last = jnp.max(jnp.abs(factor)) * jax.lax.rsqrt(jnp.var(z, axis=-1, keepdims=True) + network.eps)
     reach = [last]
     for matrix in reversed(weights.matrices[1:]):
         reach.append(reach[-1] * STEEPEST * _norm(matrix))
-    return jnp.stack(list(reversed(reach)), axis=-1)
+    return jnp.concatenate(list(reversed(reach)), axis=-1)
 
 
 def _norm(matrix: Float[Array, "i o"]) -> Array:
     """An estimate of the largest singular value, by iteration from a fixed vector."""
     at = jax.lax.stop_gradient(matrix)
-    v = jnp.ones(matrix.shape[1], matrix.dtype)
+    v = jnp.ones((1, matrix.shape[1]), matrix.dtype)
     unit = lambda x: x * jax.lax.rsqrt(jnp.sum(x**2) + 1e-30)
     for _ in range(POWERS):
-        u = unit(at @ unit(v))
-        v = at.T @ u
-    return jnp.abs(u @ matrix @ unit(v))
+        u = unit(product(unit(v), at.T))
+        v = product(u, at)
+    return jnp.abs(jnp.sum(product(u, matrix) * unit(v)))

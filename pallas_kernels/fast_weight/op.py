@@ -5,17 +5,20 @@ What is kept for the backward pass are the weights before every `kept` chunks; t
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.fast_weight import tpu
 from pallas_kernels.fast_weight.chunks import Held, behind, overlap, read
 from pallas_kernels.fast_weight.chunks import chunk as one_chunk
-from pallas_kernels.fast_weight.coefficients import Coefficients, bounded
+from pallas_kernels.fast_weight.coefficients import Coefficients, bounded, packed
 from pallas_kernels.fast_weight.network import Fixed, Network, Steps, Weights, steps
+from pallas_kernels.fast_weight.over_mesh import Axes, over_mesh
 from pallas_kernels.grouped_scan import chosen, grouped_scan
+from pallas_kernels.target import log_once, platform
 
 Builder = Callable[..., Coefficients]
 Gates = tuple[Float[Array, "B T H ..."] | None, ...]
@@ -72,11 +75,14 @@ def fast_weight(
     chunk: int,
     kept: int = 4,
     course: Course | None = None,
+    form: Literal["xla", "tpu"] | None = None,
+    axes: Axes = ((), ()),
 ) -> tuple[Float[Array, "B T H E"], State, Float[Array, "B T H"]]:
     """(out, state behind the row, loss of each token at the weights where its gradient was taken), float32 or wider.
 
     gates: what `kind.coefficients` makes those of a chunk of, each [B,T,H,...] or None, handed over as [B,H,b,...]. course:
-    None is one run through all chunks; else T is a multiple of `chunk`.
+    None is one run through all chunks; else T is a multiple of `chunk`. form: of groups of chunks; None is the kernel where the
+    program is for a TPU whose memory it fits. axes: of the mesh, that share out rows and heads.
     """
     if chunk < 1 or kept < 1:
         raise ValueError(f"fast_weight: chunk = {chunk}, kept = {kept}: expected at least 1 of each")
@@ -92,7 +98,10 @@ def fast_weight(
         flags = None if course is None else (course.begins.T, course.whole.T, course.live)
         first = None if course is None else course.first
         step = functools.partial(_step, kind, first)
-        state, found = grouped_scan(step, state, (pieces, flags), group=kept)
+        scan = jax.lax.scan
+        if form == "tpu" or (form is None and _kernel_serves(kind, state, pieces, kept)):
+            scan = functools.partial(_in_kernel, kind, first, axes)
+        state, found = grouped_scan(step, state, (pieces, flags), group=kept, scan=scan)
         join = lambda x: jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], whole * chunk, *x.shape[4:])
         out, loss = jax.tree.map(join, found)
         outs.append(out)
@@ -103,6 +112,33 @@ def fast_weight(
         losses.append(loss)
     tokens_first = lambda parts: jnp.moveaxis(jnp.concatenate(parts, axis=2), 1, 2)
     return tokens_first(outs), state, tokens_first(losses)
+
+
+def _kernel_serves(kind: FastWeight, state: State, pieces: tuple, kept: int) -> bool:
+    if platform() != "tpu":
+        return False
+    refused = tpu.refused(_rule(kind), jax.eval_shape(lambda: _given(kind, None, state, pieces)), kept)
+    log_once("fast_weight: XLA form, " + refused if refused else "fast_weight: TPU kernel")
+    return refused is None
+
+
+def _rule(kind: FastWeight) -> tpu.Rule:
+    return tpu.Rule(kind.network, kind.overshoot, kind.norm, platform() != "tpu")
+
+
+def _given(kind: FastWeight, first: State | None, state: State, pieces: tuple) -> tpu.Given:
+    *rows, gates = pieces
+    return tpu.Given(tuple(state), first and tuple(first), kind.fixed, (*rows, packed(kind.coefficients(*gates))))
+
+
+def _in_kernel(kind: FastWeight, first: State | None, axes: Axes, step: Callable, state: State, parts: tuple):
+    """`jax.lax.scan(step, state, parts)` as one kernel."""
+    pieces, flags = parts
+    n, rows = pieces[0].shape[:2]
+    begins, whole, live = (False, True, True) if flags is None else (*flags[:2], flags[2][:, None])
+    flags = jnp.stack([jnp.broadcast_to(flag, (n, rows)) for flag in (begins, whole, live)]).astype(jnp.int32)
+    out, loss, after = over_mesh(functools.partial(tpu.group, _rule(kind)), axes)(_given(kind, first, state, pieces), flags)
+    return State(*after), (out, loss)
 
 
 def heads_first(x: Float[Array, "B T H ..."]) -> Float[Array, "B H T ..."]:

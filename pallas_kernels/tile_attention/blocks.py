@@ -14,15 +14,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels.target import device_kind
+from pallas_kernels.tpu_chips import LANES, MIB, kernel_room, padded_bytes
 
-LANES, SUBLANES = 128, 8
-MIB = 1 << 20
-VMEM = {"v4": 16 * MIB, "v5e": 128 * MIB, "v5p": 64 * MIB, "v6e": 128 * MIB, "tpu7x": 64 * MIB}  # of a core
-SHARE = 7 / 8  # of it is for a kernel
 OWN = MIB // 2  # for the compiler
 FLOAT32_SCORES = 1.5  # more arrays of scores where products are float32
-KINDS = {"v4": "v4", "v5 lite": "v5e", "v5e": "v5e", "v5": "v5p", "v5p": "v5p", "v6 lite": "v6e", "v6e": "v6e", "7x": "tpu7x"}
 
 
 class Sizes(NamedTuple):
@@ -105,13 +100,13 @@ def footprint(blocks: Blocks, G: int, D: int, E: int, dtype: Any, biased: bool =
 def stacked_heads(shape: Shape, dtype: Any, chip: str | None, given: Blocks | None = None) -> int:
     """The most heads of a group, a divisor of G, whose tiles (None: the smallest) fit the VMEM of a chip; 1 if none do."""
     blocks = given or Blocks.same(LANES, LANES)
-    fits = lambda G: footprint(blocks, G, shape.D, shape.E, dtype, shape.biased) <= _room(chip)
+    fits = lambda G: footprint(blocks, G, shape.D, shape.E, dtype, shape.biased) <= kernel_room(chip)
     return next((G for G in range(shape.G, 1, -1) if shape.G % G == 0 and fits(G)), 1)
 
 
 def choose_blocks(shape: Shape, dtype: Any, chip: str | None, given: Blocks | None = None) -> Blocks:
     """Sizes that fit the VMEM of a chip (None: the smallest), from the kernels' targets; ValueError if `given` do not."""
-    room = _room(chip)
+    room = kernel_room(chip)
     sizes = {}
     for name, bytes_of, targets in KERNELS:
         bq, bk = getattr(given, name) if given else _start(shape, dtype, *targets)
@@ -128,15 +123,6 @@ def choose_blocks(shape: Shape, dtype: Any, chip: str | None, given: Blocks | No
             )
         sizes[name] = (bq, bk)
     return Blocks(**sizes)
-
-
-def this_chip() -> str | None:
-    """The chip of the mesh in use or of this machine, None if it is no TPU."""
-    return KINDS.get(device_kind().removeprefix("TPU").strip())
-
-
-def _room(chip: str | None) -> int:
-    return int(SHARE * (VMEM[chip] if chip else min(VMEM.values())))
 
 
 def _start(shape: Shape, dtype: Any, rows: int, keys: int) -> tuple[int, int]:
@@ -177,7 +163,7 @@ def _scores(size: Sizes, dtype: Any, each: float, mask: float) -> int:
 
 
 def _padded(rows: int, width: int, dtype: Any) -> int:
-    return -(-rows // SUBLANES) * SUBLANES * -(-width // LANES) * LANES * jnp.dtype(dtype).itemsize
+    return padded_bytes((rows, width), jnp.dtype(dtype).itemsize)
 
 
 def _float32(rows: int, width: int) -> int:

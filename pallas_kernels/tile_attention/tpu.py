@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.tile_attention import tpu_kernels
-from pallas_kernels.tile_attention.blocks import Blocks, Sizes, choose_blocks, shape_of, stacked_heads, this_chip
+from pallas_kernels.tile_attention.blocks import Blocks, Sizes, choose_blocks, shape_of, stacked_heads
 from pallas_kernels.tile_attention.scores import Scores, in_base_2
 from pallas_kernels.tile_attention.tile_list import TileList, from_list, from_states, tile_states
 from pallas_kernels.tile_attention.tiling import cut, cut_tokens, uncut
 from pallas_kernels.tile_attention.tokens import Bias, Mask, Tokens
 from pallas_kernels.tile_attention.tpu_sweep import parts_of, sweep
+from pallas_kernels.tpu_chips import this_chip
 
 HALF_LANES = 64
 

@@ -14,10 +14,11 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from pallas_kernels.tile_attention.blocks import LANES, Sizes, forward_bytes, key_gradient_bytes, query_gradient_bytes
+from pallas_kernels.tile_attention.blocks import Sizes, forward_bytes, key_gradient_bytes, query_gradient_bytes
 from pallas_kernels.tile_attention.scores import LOG2E, LOW, Scores, dot
 from pallas_kernels.tile_attention.tokens import Tokens
 from pallas_kernels.tile_attention.tpu_sweep import Kernel
+from pallas_kernels.tpu_chips import LANES
 
 
 def forward(scores: Scores, size: Sizes, dtype: Any) -> Kernel:

@@ -1,20 +1,16 @@
 """The TPU compiler takes the kernels on every chip, within the vector memory that `blocks.footprint` says they need.
 
-Run as a program for one chip it compiles for a described device and prints a line for each kernel: a compiler that aborts then
-ends that program, not the tests. What is compiled carries its footprint as the limit of vector memory, so that too low an
-estimate is refused by the compiler.
+Run as a program for one chip it compiles for a described device and prints a line for each kernel. What is compiled carries its
+footprint as the limit of vector memory, so that too low an estimate is refused by the compiler.
 """
 
-import importlib.util
 import json
-import os
-import subprocess
 import sys
 import time
 
 import pytest
+from tpu_program import CHIPS, lines, needs_compiler, one_device
 
-TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1", "tpu7x": "tpu7x:1x1x1"}
 LONG = {"T": 16384, "H": 64, "K": 16, "D": 128}  # its arrays do not fit the vector memory as a whole
 PLANNED = 8192
 SHORT = {"T": 512, "H": 4, "K": 2, "D": 64}
@@ -99,15 +95,7 @@ def planned(device):
 
 
 def main(chip, what="kernels"):
-    import jax
-    import numpy as np
-
-    from lcx.parallel.topology import topology_devices
-    from pallas_kernels.tile_attention.blocks import this_chip
-
-    device = topology_devices(TOPOLOGIES[chip])[0]
-    with jax.set_mesh(jax.sharding.Mesh(np.array([device]), ("one",))):
-        assert this_chip() == chip
+    with one_device(chip) as device:
         if what == "plan":
             start = time.perf_counter()
             memory = [program.memory_analysis().temp_size_in_bytes for program in planned(device)]
@@ -120,10 +108,10 @@ def main(chip, what="kernels"):
             print(json.dumps({"name": name, "flops": flops, "seconds": round(time.perf_counter() - start, 1)}), flush=True)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the TPU compiler")
-@pytest.mark.parametrize("chip", [pytest.param(c, marks=() if c == "v5e" else pytest.mark.slow) for c in TOPOLOGIES])
+@needs_compiler
+@pytest.mark.parametrize("chip", CHIPS)
 def test_compiles(chip):
-    done = lines(chip)
+    done = lines(__file__, chip)
     assert len(done) == (5 if chip == "v5e" else 2)
     T, _, D = LONG["T"], LONG["K"], LONG["D"]
     pairs = T * T * LONG["H"]  # the estimate is of all tiles
@@ -132,25 +120,17 @@ def test_compiles(chip):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the TPU compiler")
+@needs_compiler
 def test_wide_heads_float32_and_long_lists_compile():
-    assert len(lines("v5e", "more")) == 3
+    assert len(lines(__file__, "v5e", "more")) == 3
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the TPU compiler")
+@needs_compiler
 def test_a_plan_compiles():
     """Nothing in it is as large as a mask of all pairs."""
-    (done,) = lines("v5e", "plan")
+    (done,) = lines(__file__, "v5e", "plan")
     assert max(done["temporaries"]) < PLANNED * PLANNED
-
-
-def lines(*arguments):
-    """What the program prints, in a process of its own."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    run = subprocess.run([sys.executable, __file__, *arguments], env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
 
 
 if __name__ == "__main__":
