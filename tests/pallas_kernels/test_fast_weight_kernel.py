@@ -104,7 +104,7 @@ def test_documents_equal_the_xla_form(name):
     compared(name, 5, COURSE)
 
 
-@pytest.mark.parametrize("name", ["delta with momentum", pytest.param("titans", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", slow("delta with momentum", "titans"))
 def test_one_run_equals_the_xla_form(name):
     compared(name, 3, None)
 
