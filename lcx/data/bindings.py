@@ -15,15 +15,18 @@ from lcx.data.recall import Recall, RecallExample, TaskDoesNotFit
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bindings(Recall):
     """keys: letters that are bound. values: how many digits there are to bind to. asked: the share of pairs that ask, in any
-    order with those that bind; behind them every key is asked for once."""
+    order with those that bind; behind them every key is asked for once. anew: whether keys are bound again and again; else
+    every key is bound once, at the beginning, and pairs that do not ask are of other letters, which nothing asks for."""
 
     keys: int = 16
     values: int = 10
     asked: float = 0.5
+    anew: bool = True
 
     def validate(self):
         super().validate()
-        self.check(1 <= self.keys <= 26, "keys", "from 1 to 26 letters")
+        most = 26 if self.anew else 25
+        self.check(1 <= self.keys <= most, "keys", f"from 1 to {most} letters" + ("" if self.anew else ", others left"))
         self.check(2 <= self.values <= 10, "values", "from 2 to 10 digits")
         self.check(0 <= self.asked < 1, "asked", "from 0 to less than 1")
 
@@ -40,10 +43,15 @@ class Bindings(Recall):
         pairs = length // 2 - self.keys
         if pairs < self.keys:
             raise TaskDoesNotFit(self, length, 4 * self.keys)
-        letters = rng.permutation(26)[: self.keys]
+        letters = rng.permutation(26)
         named = np.concatenate([np.arange(self.keys), rng.integers(0, self.keys, pairs - self.keys)])
         asks = np.concatenate([np.zeros(self.keys, bool), rng.random(pairs - self.keys) < self.asked])
-        order = rng.permutation(pairs)
+        if not self.anew:
+            others = rng.integers(self.keys, 26, pairs - self.keys)
+            named[self.keys :] = np.where(asks[self.keys :], named[self.keys :], others)
+        order = (
+            rng.permutation(pairs) if self.anew else np.concatenate([rng.permutation(self.keys), np.arange(self.keys, pairs)])
+        )
         named = np.concatenate([named[order], rng.permutation(self.keys)])
         asks = np.concatenate([asks[order], np.ones(self.keys, bool)])
         values, ids, answers, depths = rng.integers(0, self.values, len(named)), [], [], []
@@ -61,4 +69,4 @@ class Bindings(Recall):
 
     @classmethod
     def examples(cls):
-        return (cls(), cls(keys=3, values=2, asked=0.0, loss="all"))
+        return (cls(), cls(keys=3, values=2, asked=0.0, loss="all"), cls(keys=3, anew=False))

@@ -66,8 +66,8 @@ def _layer(rows: int, length: int):
     return layer, Batch(tokens=segments, info=causal_info(segments))
 
 
-def peer_step(shape: Shape) -> Callable[[], float]:
-    """The same of titans-pytorch, which imports much more than its memory."""
+def peer_memory(width: int, heads: int, dim: int, depth: int, *, expand: float, pooled: int, chunk: int, step: float):
+    """The layer of titans-pytorch, which imports much more than its memory."""
     import importlib.util
     import types
 
@@ -80,9 +80,16 @@ def peer_step(shape: Shape) -> Callable[[], float]:
     from titans_pytorch.memory_models import MemoryMLP
     from titans_pytorch.neural_memory import NeuralMemory
 
-    model = MemoryMLP(DIM, depth=2, expansion_factor=4.0)
-    options = {"dim_head": DIM, "heads": HEADS, "model": model, "chunk_size": shape.pooled, "batch_size": CHUNK}
-    layer = NeuralMemory(WIDTH, momentum=True, qk_rmsnorm=True, default_step_transform_max_lr=0.1, **options)
+    model = MemoryMLP(dim, depth=depth, expansion_factor=expand)
+    options = {"dim_head": dim, "heads": heads, "model": model, "chunk_size": pooled, "batch_size": chunk}
+    return NeuralMemory(width, momentum=True, qk_rmsnorm=True, default_step_transform_max_lr=step, **options)
+
+
+def peer_step(shape: Shape) -> Callable[[], float]:
+    """The same of titans-pytorch."""
+    import torch
+
+    layer = peer_memory(WIDTH, HEADS, DIM, 2, expand=4.0, pooled=shape.pooled, chunk=CHUNK, step=0.1)
     x = torch.from_numpy(_rows(shape)).requires_grad_()
 
     def once() -> float:

@@ -14,13 +14,19 @@ from lcx.positions.rope import Rope
 
 WIDTH, LENGTH, WIDE = 16, 13, 18  # every call is of two rows of WIDE tokens, or of one token each: little is compiled
 EXAMPLES = [(f"{cls.__name__}-{n}", spec) for cls in parts(Mixer) for n, spec in enumerate(cls.examples())]
+LONG = [  # to compile: further forms of memories that are trained by what they read, and one of two that join such a memory
+    spec for name, spec in EXAMPLES if (spec.chunked and not name.endswith("-0")) or name.startswith("TitansMAL")
+]
 
 
 def test_every_mixer_has_examples():
     assert all(cls.examples() for cls in parts(Mixer))
 
 
-@pytest.fixture(scope="module", params=[spec for _, spec in EXAMPLES], ids=[name for name, _ in EXAMPLES])
+MARKED = [pytest.param(spec, marks=pytest.mark.slow) if spec in LONG else spec for _, spec in EXAMPLES]
+
+
+@pytest.fixture(scope="module", params=MARKED, ids=[name for name, _ in EXAMPLES])
 def mixer(request):
     inherited = Inherited(width=WIDTH, depth=1, rope=Rope(), compute="float32", rules=Rules(), documents=3)
     module = request.param.build(inherited, rngs=nnx.Rngs(0))

@@ -5,6 +5,7 @@ import pytest
 from lcx.data.bindings import Bindings
 from lcx.data.recall import TaskDoesNotFit
 from lcx.data.tokenizers import ByteTokenizer
+from lcx.spec import SpecError
 
 
 @pytest.mark.parametrize("asked", [0.0, 0.5])
@@ -32,3 +33,17 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="depth is not a setting"):
         Bindings().example(ByteTokenizer(), 100, 0, seed=0, split="train", depth=0.5)
     assert len(Bindings(keys=5).example(ByteTokenizer(), 20, 0, seed=0, split="train").ids) == 20
+
+
+def test_a_key_may_be_bound_once():
+    task = Bindings(keys=5, anew=False)
+    for i in range(10):
+        ids, answers, depths, _ = task.example(ByteTokenizer(), 400, i, seed=0, split="train")
+        text = bytes(ids.tolist()).decode()
+        keys = {text[2 * n]: text[2 * n + 1] for n in range(5)}
+        pairs = [text[at : at + 2] for at in range(10, 400, 2)]
+        assert len(keys) == 5 and all(key not in keys for key, _ in pairs if key.islower())
+        assert all(keys[key.lower()] == value for key, value in pairs if key.isupper())
+        assert sum(key.isupper() for key, _ in pairs) == len(answers) > 60 and max(depths) < 5 / 195
+    with pytest.raises(SpecError, match="keys = 26: expected from 1 to 25 letters, others left"):
+        Bindings(keys=26, anew=False)

@@ -1,0 +1,1 @@
+"""Settings in which other codes fail: what a form has to bear."""
