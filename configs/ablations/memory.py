@@ -102,7 +102,6 @@ def titans(steps: int = 600, only: str | None = None) -> Ablation:
         "LMM": _mixer(MEMORY),
         "LMM, plain network": _mixer(dataclasses.replace(MEMORY, network="plain")),
         "LMM, chunks of 4": _mixer(dataclasses.replace(MEMORY, chunk=4)),
-        "LMM, chunks of 1": _mixer(dataclasses.replace(MEMORY, chunk=1)),
         "LMM, steps at each token": _mixer(dataclasses.replace(MEMORY, **exact)),
         "LMM, one matrix": _mixer(dataclasses.replace(MEMORY, depth=1, network="plain")),
         "MAC, steps at each token": _mixer(_mac(**exact)),

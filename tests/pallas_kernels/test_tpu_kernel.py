@@ -11,10 +11,11 @@ from attention_cases import arrays, beside_the_reference, compare, random_tokens
 
 from lcx.attention.mask import Beyond, Causal, Chunk, Hide, Sink, Window, Within
 from pallas_kernels.tile_attention import reference, tile_list, tpu
-from pallas_kernels.tile_attention.blocks import VMEM, Blocks, Shape, choose_blocks, footprint, stacked_heads
+from pallas_kernels.tile_attention.blocks import Blocks, Shape, choose_blocks, footprint, stacked_heads
 from pallas_kernels.tile_attention.tile_list import FIRST, KIND, LAST, MAJOR, MINOR, TileList, from_list, from_states
 from pallas_kernels.tile_attention.tiling import EMPTY, FULL, PARTIAL
 from pallas_kernels.tile_attention.tokens import Tokens
+from pallas_kernels.tpu_chips import VMEM
 
 SMALL = Blocks.same(128, 128)
 KINDS = ("packed", "special", "shuffled", "padding", "single", "single")
