@@ -115,8 +115,9 @@ class NeuralMemoryModule(MixerModule):
             first = _first_bias(name, rngs, H)
             self.gate_bias[name] = nnx.Param(first, axes=("heads",))
         sizes = [D, *[spec.expand * D] * (spec.depth - 1), D]
-        start = lambda i, o: weight(rngs, (H, i, o), ("heads", None, None), fan_in=i)
-        self.start = nnx.List([start(i, o) for i, o in itertools.pairwise(sizes)])
+        start = lambda i, o, fan_in: weight(rngs, (H, i, o), ("heads", None, None), fan_in=fan_in)
+        fan_in = [1, *sizes[1:]]  # keys are of length 1
+        self.start = nnx.List([start(i, o, n) for (i, o), n in zip(itertools.pairwise(sizes), fan_in, strict=False)])
         self.start_gain = nnx.Param(jnp.zeros((H, D)), axes=("heads", None)) if spec.network == "residual" else None
         self.norm = RMSNorm().build(D)
         self.output = weight(rngs, (H, D, M), ("heads", None, "width"), fan_in=H * D, gain=residual_gain(inherited))
