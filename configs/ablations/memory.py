@@ -55,7 +55,7 @@ WIDTH, HEADS, DIM, WINDOW, TRAINED = 64, 2, 32, 16, 128
 LENGTHS = (128, 256, 512, 1024, 2048)
 
 TASK = Bindings(keys=8)
-NEEDLES, DISTANCES = Bindings(keys=8, anew=False), (32, *LENGTHS)
+NEEDLES, DISTANCES = Bindings(keys=8, asked=0.2, anew=False), (32, *LENGTHS)
 
 FULL = Attention(heads=HEADS, kv_heads=HEADS, head_dim=DIM)
 NEAR = dataclasses.replace(FULL, mask=Window(size=WINDOW))

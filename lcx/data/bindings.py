@@ -16,7 +16,8 @@ from lcx.data.recall import Recall, RecallExample, TaskDoesNotFit
 class Bindings(Recall):
     """keys: letters that are bound. values: how many digits there are to bind to. asked: the share of pairs that ask, in any
     order with those that bind; behind them every key is asked for once. anew: whether keys are bound again and again; else
-    every key is bound once, at the beginning, and pairs that do not ask are of other letters, which nothing asks for."""
+    every key is bound once, at the beginning, pairs that do not ask are of other letters, which nothing asks for, and keys are
+    asked for in turn, so that an answer given before is as far away as `keys / asked` pairs."""
 
     keys: int = 16
     values: int = 10
@@ -46,13 +47,15 @@ class Bindings(Recall):
         letters = rng.permutation(26)
         named = np.concatenate([np.arange(self.keys), rng.integers(0, self.keys, pairs - self.keys)])
         asks = np.concatenate([np.zeros(self.keys, bool), rng.random(pairs - self.keys) < self.asked])
+        order = rng.permutation(pairs)
+        last = rng.permutation(self.keys)
         if not self.anew:
+            order[: self.keys], order[self.keys :] = rng.permutation(self.keys), np.arange(self.keys, pairs)
+            turn = np.cumsum(asks) - 1
             others = rng.integers(self.keys, 26, pairs - self.keys)
-            named[self.keys :] = np.where(asks[self.keys :], named[self.keys :], others)
-        order = (
-            rng.permutation(pairs) if self.anew else np.concatenate([rng.permutation(self.keys), np.arange(self.keys, pairs)])
-        )
-        named = np.concatenate([named[order], rng.permutation(self.keys)])
+            named[self.keys :] = np.where(asks, last[turn % self.keys], np.r_[named[: self.keys], others])[self.keys :]
+            last = np.roll(last, -(turn[-1] + 1))
+        named = np.concatenate([named[order], last])
         asks = np.concatenate([asks[order], np.ones(self.keys, bool)])
         values, ids, answers, depths = rng.integers(0, self.values, len(named)), [], [], []
         now: dict[int, tuple[int, int]] = {}  # value and place of each key's last pair

@@ -44,6 +44,7 @@ def test_a_key_may_be_bound_once():
         pairs = [text[at : at + 2] for at in range(10, 400, 2)]
         assert len(keys) == 5 and all(key not in keys for key, _ in pairs if key.islower())
         assert all(keys[key.lower()] == value for key, value in pairs if key.isupper())
-        assert sum(key.isupper() for key, _ in pairs) == len(answers) > 60 and max(depths) < 5 / 195
+        asked = [key for key, _ in pairs if key.isupper()]
+        assert asked[5:] == asked[:-5] and len(set(asked)) == 5 and len(asked) == len(answers) > 60 and max(depths) < 5 / 195
     with pytest.raises(SpecError, match="keys = 26: expected from 1 to 25 letters, others left"):
         Bindings(keys=26, anew=False)
