@@ -86,9 +86,12 @@ def causal_info(
     Padding (segment 0) may stand anywhere; its index is 0 and it is never visible. Works on NumPy and JAX arrays.
     Raises ValueError for segments that are not rows of tokens.
     """
-    segments = jnp.asarray(segments, jnp.int32)
-    if segments.ndim != 2:
-        raise ValueError(f"causal_info: segments {segments.shape}: expected [rows, tokens]")
+    given, segments = segments, jnp.asarray(segments)
+    if segments.ndim != 2 or not jnp.issubdtype(segments.dtype, jnp.integer):
+        raise ValueError(f"causal_info: segments {segments.shape} {segments.dtype}: expected integers [rows, tokens]")
+    if isinstance(given, (np.ndarray, list, tuple)) and np.min(given, initial=0) < READER:
+        raise ValueError(f"causal_info: segment {np.min(given)}: expected documents from 1, 0, {SHARED} or {READER}")
+    segments = segments.astype(jnp.int32)
     index = document_index(segments)
     if start is not None:
         real = segments != PADDING

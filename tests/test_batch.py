@@ -31,5 +31,13 @@ def test_a_document_goes_on_behind_padding_and_other_segments():
 
 def test_a_single_row_is_refused(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    with pytest.raises(ValueError, match=r"causal_info: segments \(4,\): expected \[rows, tokens\]"):
+    with pytest.raises(ValueError, match=r"causal_info: segments \(4,\) int32: expected integers \[rows, tokens\]"):
         causal_info(np.ones(4, np.int32))
+
+
+def test_segments_that_mean_nothing_are_refused(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match="causal_info: segment -5: expected documents from 1, 0, -1 or -2"):
+        causal_info(np.array([[-5, 1]]))
+    with pytest.raises(ValueError, match="float32: expected integers"):
+        causal_info(np.array([[1.5, 1]], np.float32))

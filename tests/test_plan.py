@@ -19,6 +19,7 @@ from lcx.data.recall import Needles
 from lcx.data.skipped import Skipped
 from lcx.models.position_figures import position_figures
 from lcx.parallel.mesh import MeshSpec
+from lcx.parallel.topology import topology_devices
 from lcx.plan import (
     activation_bytes,
     communication_report,
@@ -36,7 +37,7 @@ from lcx.positions.rerope import ReRoPE
 from lcx.positions.rope import Rope
 from lcx.positions.self_extend import SelfExtend
 from lcx.positions.yarn import YaRN
-from lcx.spec import edit, edits
+from lcx.spec import SpecError, edit, edits
 from lcx.support_table import base, kinds
 
 ROOT = Path(__file__).parents[1]
@@ -254,3 +255,9 @@ def test_the_tpu_compiler_compiles_the_step(extra, status, messages, tmp_path):
     assert done.returncode == status, done.stderr
     said = done.stderr if status else done.stdout
     assert all(message in said for message in messages), said
+
+
+@pytest.mark.parametrize("name, expected", [("v5p:16x16", "three sides"), ("v5e:32x32", "two sides, of at most 256 chips")])
+def test_a_slice_that_does_not_exist_is_refused(name, expected):
+    with pytest.raises(SpecError, match=f"--topology={name}: expected {expected}"):
+        topology_devices(name)

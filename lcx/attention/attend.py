@@ -8,6 +8,7 @@ import numbers
 from typing import Literal, get_args
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from lcx.attention.chosen_chunks import ChosenChunks
@@ -71,6 +72,10 @@ def check_call(q, k, v, q_info, k_info, *, mask, scale, softcap, bias=None, dist
         if not isinstance(info, TokenInfo):
             expected = "expected a TokenInfo, such as causal_info(segments)"
             raise ValueError(f"attend: {name} is of type {type(info).__name__}: {expected}")
+        held = {field.name: getattr(info, field.name) for field in dataclasses.fields(info)}
+        shapes = {field: np.shape(x)[:2] for field, x in held.items() if x is not None}
+        if len(set(shapes.values())) > 1:
+            raise ValueError(f"attend: {name} has {shapes}: expected one [rows, tokens]")
     if not isinstance(mask, Mask):
         raise ValueError(f"attend: mask = {mask!r}: expected a Mask, such as Causal()")
     if not isinstance(scale, numbers.Real) or not math.isfinite(scale):

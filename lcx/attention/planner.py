@@ -25,6 +25,7 @@ import numpy as np
 from lcx.attention.all_gather import AllGather
 from lcx.attention.balance import Balance, balance, shard_pairs
 from lcx.attention.communication import Communication
+from lcx.attention.count import spans
 from lcx.attention.mask import Mask
 from lcx.attention.ring import Ring
 from lcx.attention.ulysses import RingUlysses, Ulysses
@@ -44,6 +45,7 @@ LINKS: Mapping[str, float] = {
 ROOM = 2 << 30  # bytes of keys and values of others that one layer may hold
 FIELDS = 16  # bytes of the four fields of a token
 SAMPLE = 128  # tokens a device that balance is counted on, for longer rows
+SEARCHES = 1 << 23  # of queries among the keys of a device, in all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +94,7 @@ def estimates(work: Work, axes: dict[str, int], even: Balance, *, flops: float, 
 
 def explain(found: list[Estimate], room: int) -> str:
     """A table of the estimates, and which one is advised: the fastest that holds at most `room` bytes, and why."""
-    lines = ["strategy      moved MiB   held MiB   ms a layer"]
+    lines = ["strategy      moved MiB   held MiB   ms a layer, moved as if every key were seen"]
     for one in found:
         cells = f"{one.moved / 2**20:9,.1f}  {one.held / 2**20:9,.1f}  {one.seconds * 1e3:11,.3f}"
         lines.append(f"{one.name:<12} {cells if one.refused is None else f'refused: {one.refused}'}")
@@ -106,13 +108,22 @@ def explain(found: list[Estimate], room: int) -> str:
 
 
 def sample_balance(mask: Mask, layout: Layout, shards: int, length: int) -> Balance:
-    """Balance of a layout for one causal document of `length` tokens, counted on at most `SAMPLE` tokens a device."""
-    unit = layout.parts(shards)
-    counted = min(length, max(unit, SAMPLE * shards // unit * unit))
-    places = layout.permutation(counted, shards)
-    index = causal_info(np.ones((1, counted), np.int32))
-    info = dataclasses.replace(index, index=index.index[:, places], order=index.order[:, places])
-    return balance(shard_pairs(mask, info, shards))
+    """Balance of a layout for one causal document of `length` tokens: of queries at even distances of each device, all of them
+    where there are few, and all keys. Of a mask that reads more than indices, on a row of at most `SAMPLE` tokens a device."""
+    if mask.intervals(np.zeros(1, np.int64)) is None:
+        unit = layout.parts(shards)
+        counted = min(length, max(unit, SAMPLE * shards // unit * unit))
+        places = layout.permutation(counted, shards)
+        index = causal_info(np.ones((1, counted), np.int32))
+        info = dataclasses.replace(index, index=index.index[:, places], order=index.order[:, places])
+        return balance(shard_pairs(mask, info, shards))
+    own = np.asarray(layout.permutation(length, shards), np.int64).reshape(shards, -1)
+    size = own.shape[1]
+    count = min(size, max(SAMPLE // 4, SEARCHES // shards**2))
+    queries = own[:, (2 * np.arange(count) + 1) * size // (2 * count)]
+    found = spans(mask, queries.reshape(-1))
+    seen = lambda keys: sum(np.searchsorted(keys, high) - np.searchsorted(keys, low) for low, high in found)
+    return balance(np.stack([seen(np.sort(keys)).reshape(shards, count).sum(axis=1) for keys in own], axis=1))
 
 
 def link_rate(device_kind: str) -> float | None:

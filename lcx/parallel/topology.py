@@ -1,6 +1,7 @@
 """Devices of a TPU slice that is not there: the real TPU compiler runs on any machine that has libtpu."""
 
 import importlib.util
+import math
 import os
 
 import jax
@@ -17,6 +18,9 @@ _WITHOUT_TPU = {
 
 # GiB a device that programs may use, by device kind: "available HBM" in what libtpu 0.0.42 says of a program that does not fit.
 CHIP_MEMORY = {"TPU v4": 30.75, "TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25, "TPU7x": 94.75}
+
+GRIDS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}  # sides of a slice
+LARGEST = 256  # chips of a slice of two sides
 
 
 def quiet_without_tpu() -> None:
@@ -35,13 +39,17 @@ def topology_devices(name: str) -> list[jax.Device]:
     Call it before anything else touches devices: a machine without a TPU then keeps to its CPU. Raises SpecError if libtpu is
     missing or does not know the name.
     """
+    chip, _, shape = name.partition(":")
+    sizes = [int(x) for x in shape.split("x") if x.isdigit()]
+    if chip in GRIDS and (len(sizes) != GRIDS[chip] or (GRIDS[chip] == 2 and math.prod(sizes) > LARGEST)):
+        expected = f"two sides, of at most {LARGEST} chips, as 4x4" if GRIDS[chip] == 2 else "three sides, as 2x2x4"
+        raise SpecError(f"--topology={name}: expected {expected}")
     if importlib.util.find_spec("libtpu") is None:
         raise SpecError(f"--topology={name} needs the TPU compiler: install the `tpu` extra (pip install -e '.[tpu]')")
     for key, value in _WITHOUT_TPU.items():
         os.environ.setdefault(key, value)
     if not jax.config.jax_platforms:
         jax.config.update("jax_platforms", "cpu")
-    chip, _, shape = name.partition(":")
     options = {"chips_per_host_bounds": [1, 1, 1]} if shape in ("1x1", "1x1x1") else {}
     options |= {"chip_config_name": "megacore"} if chip == "v4" else {}  # one device a chip
     try:

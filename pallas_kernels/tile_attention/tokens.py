@@ -55,7 +55,7 @@ class Tiles(NamedTuple):
     order_high: Int[Array, "..."]
     role_low: Int[Array, "..."]
     role_high: Int[Array, "..."]
-    segment_low: Int[Array, "..."]  # over ordinary segments (> 0)
+    segment_low: Int[Array, "..."]  # over ordinary segments: all but 0, -1 and -2
     segment_high: Int[Array, "..."]
     ordinary: Bool[Array, "..."]  # has a token of an ordinary segment
     shared: Bool[Array, "..."]  # has a token of segment -1
@@ -89,7 +89,7 @@ def tiles(tokens: Tokens, size: int) -> Tiles:
     All are smallest values, of one reduction: twelve side by side take the TPU compiler up to a minute.
     """
     index, order, segments, roles = (field.reshape(*field.shape[:-1], -1, size) for field in tokens)
-    real, ordinary = segments != 0, segments > 0
+    real, ordinary = segments != 0, (segments > 0) | (segments < -2)
     ranges = (index, real), (order, real), (roles, real), (segments, ordinary)
     either = ordinary, segments == -1, segments == -2, ~real
     fields = [jnp.where(where, sign * field, NEVER) for field, where in ranges for sign in (1, -1)]

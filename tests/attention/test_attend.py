@@ -1,5 +1,7 @@
 """attend, merge and mass against float64 loops, and the folds that everything longer is made of."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -170,6 +172,19 @@ def test_bfloat16_inputs_are_close(case):
         np.testing.assert_allclose(value, expected, atol=2e-2)
 
 
+def test_documents_below_reader_are_documents():
+    """Which no causal_info of given numbers makes; in more than a tile."""
+    draw = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(draw.normal(size=(1, 1200, 2, 16)), jnp.float32) for _ in range(3))
+    index = np.r_[np.arange(700), np.arange(500)][None]
+    found = [
+        attend(q, k, v, *[info(index, np.r_[[first] * 700, [1] * 500][None])] * 2, mask=Causal(), scale=0.3)
+        for first in (-5, 2)
+    ]
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
 def test_memory_is_linear_in_length():
     def temporaries(length):
         own = info(np.arange(length)[None], np.ones((1, length)))
@@ -178,6 +193,13 @@ def test_memory_is_linear_in_length():
         return jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape, shape, shape, own).compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(16384) < 2.6 * temporaries(8192)
+
+
+def test_an_info_of_two_lengths_is_refused(case, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    q, k, v, q_info, k_info = case
+    with pytest.raises(ValueError, match=r"attend: k_info has .*'order': .*: expected one \[rows, tokens\]"):
+        attend(q, k, v, q_info, dataclasses.replace(k_info, order=k_info.order[:, 1:]), mask=Causal(), scale=1.0)
 
 
 def test_what_disagrees_is_refused(case):

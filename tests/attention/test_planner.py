@@ -2,16 +2,19 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
+from lcx.attention import planner
 from lcx.attention.all_gather import AllGather
-from lcx.attention.balance import Balance
+from lcx.attention.balance import Balance, balance, shard_pairs
 from lcx.attention.count import document_pairs
-from lcx.attention.mask import Causal
+from lcx.attention.mask import Causal, Chunk, Sink, Window
 from lcx.attention.planner import Work, estimates, explain, link_rate, sample_balance
 from lcx.attention.ring import Ring
 from lcx.attention.ulysses import RingUlysses, Ulysses
-from lcx.parallel.layout import Contiguous, Zigzag
+from lcx.batch import causal_info
+from lcx.parallel.layout import Contiguous, Striped, Zigzag
 
 EVEN = Balance(1.0, 1.0)
 WORK = Work(rows=1, length=1024, heads=8, kv_heads=2, head_dim=64, pairs=1024 * 1025 // 2)
@@ -79,6 +82,23 @@ def test_the_advice_says_why():
 def test_balance_is_that_of_the_layout():
     assert sample_balance(Causal(), Contiguous(), 16, 1 << 20).steps > 1.9
     assert sample_balance(Causal(), Zigzag(), 16, 1 << 20).steps < 1.01
+
+
+@pytest.mark.parametrize(
+    "mask, layout",
+    [(Causal(), Striped(granularity=32)), (Chunk(size=512), Contiguous()), (Window(size=700) | Sink(size=4), Zigzag())],
+)
+def test_balance_is_that_of_the_whole_row(mask, layout):
+    """Of all queries, and of some at even distances."""
+    shards, length = 16, 1 << 13
+    info, places = causal_info(np.ones((1, length), np.int32)), layout.permutation(length, shards)
+    moved = dataclasses.replace(info, index=info.index[:, places], order=info.order[:, places])
+    wanted = balance(shard_pairs(mask, moved, shards))
+    assert sample_balance(mask, layout, shards, length) == wanted
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planner, "SEARCHES", 0)
+        found = sample_balance(mask, layout, shards, length)
+    assert found.devices == pytest.approx(wanted.devices, rel=0.01) and found.steps == pytest.approx(wanted.steps, rel=0.01)
 
 
 def test_links():
