@@ -80,7 +80,7 @@ def check_call(q, k, v, q_info, k_info, *, mask, scale, softcap, bias=None, dist
         raise ValueError(f"attend: mask = {mask!r}: expected a Mask, such as Causal()")
     if not isinstance(scale, numbers.Real) or not math.isfinite(scale):
         raise ValueError(f"attend: scale = {scale!r}: expected a number, such as head_dim ** -0.5")
-    if softcap is not None and not softcap > 0:
+    if softcap is not None and not (isinstance(softcap, numbers.Real) and 0 < softcap < math.inf):
         raise ValueError(f"attend: softcap = {softcap!r}: expected a positive number or None")
     if bias is not None and not isinstance(bias, LinearBias):
         raise ValueError(f"attend: bias = {bias!r}: expected a LinearBias, such as ALiBi(), or None")

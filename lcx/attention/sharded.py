@@ -83,6 +83,10 @@ def _check_shares(q, k, rules: Rules, communication: Communication, axes: dict[s
     """Raises ValueError for arrays that do not divide over the devices, or heads that the communication cannot share out."""
     if not isinstance(communication, Communication):
         raise ValueError(f"attend: communication = {communication!r}: expected a Communication, such as Ring()")
+    several = lambda names: tuple(axis for axis in names if axes_size((axis,)) > 1)
+    if several(rules.kv_heads) not in ((), several(rules.heads)):
+        expected = f"those of heads, {several(rules.heads)}, or none"
+        raise ValueError(f"attend: rules share key heads out over {several(rules.kv_heads)}: expected {expected}")
     sides = (("q", q, rules.heads), ("k", k, rules.kv_heads))
     for name, x, heads in sides:
         for what, size, over in (("rows", 0, rules.batch), ("tokens", 1, rules.sequence), ("heads", 2, heads)):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mosaic
 
-from pallas_kernels.tile_attention.scores import LOG2E, LOW, Scores
+from pallas_kernels.tile_attention.scores import LOG2E, LOW, Scores, sees_nothing
 from pallas_kernels.tile_attention.tokens import Tokens
 
 GROUPS = 2  # warpgroups that compute
@@ -88,10 +88,10 @@ def forward(work: Work, minors, ends, q, q_tokens, k, v, k_tokens, out, lse) -> 
             start = _filled((ROWS, E), 0.0, TILE), _filled((ROWS,), LOW, ROW), _filled((ROWS,), 0.0, ROW)
             total_out, top, total = _over_list(full, some, step, start)
             pl.when(group == 0)(take_turns)
-            sees = top > LOW / 2
-            total = jnp.where(sees, total, 1.0)
-            out[b, rows, head] = total_out * _wide(jnp.where(sees, 1 / total, 0.0), total_out.shape, 0)
-            lse[b, head, rows] = jnp.where(sees, (top + jnp.log2(total)) / LOG2E, -jnp.inf)
+            blind = sees_nothing(top, total)
+            total = jnp.where(blind, 1.0, total)
+            out[b, rows, head] = total_out * _wide(jnp.where(blind, 0.0, 1 / total), total_out.shape, 0)
+            lse[b, head, rows] = jnp.where(blind, -jnp.inf, (top + jnp.log2(total)) / LOG2E)
 
         pl.when(group == GROUPS)(_copies_of_keys(work, minor, some, b, head, q.shape[2], k, v, k_tokens, *keys))
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,11 @@ def in_base_2(lse: Float[Array, "B T H"], delta: Float[Array, "B T H"]) -> tuple
     """lse and delta as the backward kernels take them: 2^(s - lse) is 0 for rows that see nothing."""
     nothing = jnp.isneginf(lse)
     return jnp.where(nothing, -LOW, lse * LOG2E), jnp.where(nothing, 0, delta)
+
+
+def sees_nothing(top: Any, total: Any) -> Any:
+    """[...] of rows whose largest score is that of a hidden pair; not those with a NaN, which one of the two has."""
+    return top + 0 * total <= LOW / 2
 
 
 def dot(a: Float[Array, "..."], b: Float[Array, "..."], a_axis: int, b_axis: int) -> Float[Array, "..."]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pallas_kernels.tile_attention.blocks import Sizes, forward_bytes, key_gradient_bytes, query_gradient_bytes
-from pallas_kernels.tile_attention.scores import LOG2E, LOW, Scores, dot
+from pallas_kernels.tile_attention.scores import LOG2E, LOW, Scores, dot, sees_nothing
 from pallas_kernels.tile_attention.tokens import Tokens
 from pallas_kernels.tile_attention.tpu_sweep import Kernel
 from pallas_kernels.tpu_chips import LANES
@@ -47,8 +47,9 @@ def forward(scores: Scores, size: Sizes, dtype: Any) -> Kernel:
 
     def finish(refs):
         top, total = refs.top[...], refs.total[...]
-        refs.out[...] = jnp.where(top[:, :1] > LOW / 2, refs.total_out[...] / total[:, :1], 0)
-        refs.lse[...] = jnp.where(top > LOW / 2, (top + jnp.log2(total)) / LOG2E, -jnp.inf).T[:1]
+        blind = sees_nothing(top, total)
+        refs.out[...] = jnp.where(sees_nothing(top[:, :1], total[:, :1]), 0, refs.total_out[...] / total[:, :1])
+        refs.lse[...] = jnp.where(blind, -jnp.inf, (top + jnp.log2(total)) / LOG2E).T[:1]
 
     return Kernel(
         ("q", *_if(size, "slope"), "q_tokens", *KEYS, "out", "lse", "top", "total", "total_out", *_if(size, "slope_column")),

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.tile_attention.blocks import Sizes
-from pallas_kernels.tile_attention.scores import LOG2E, LOW, Scores, dot
+from pallas_kernels.tile_attention.scores import LOG2E, LOW, Scores, dot, sees_nothing
 from pallas_kernels.tile_attention.tokens import Tokens
 
 
@@ -40,10 +40,10 @@ def forward(scores: Scores, size: Sizes, minors, ends, refs) -> None:
 
     start = jnp.zeros((R, size.E), jnp.float32), jnp.full((R,), LOW, jnp.float32), jnp.zeros((R,), jnp.float32)
     total_out, top, total = _over_list(ends, step, start)
-    sees = top > LOW / 2
-    total = jnp.where(sees, total, 1.0)
-    refs.out[...] = jnp.where(sees[:, None], total_out / total[:, None], 0.0).reshape(size.bq, size.G, size.E)
-    refs.lse[...] = jnp.where(sees, (top + jnp.log2(total)) / LOG2E, -jnp.inf).reshape(size.bq, size.G).T
+    blind = sees_nothing(top, total)
+    total = jnp.where(blind, 1.0, total)
+    refs.out[...] = jnp.where(blind[:, None], 0.0, total_out / total[:, None]).reshape(size.bq, size.G, size.E)
+    refs.lse[...] = jnp.where(blind, -jnp.inf, (top + jnp.log2(total)) / LOG2E).reshape(size.bq, size.G).T
 
 
 def query_gradient(scores: Scores, size: Sizes, minors, ends, refs) -> None:

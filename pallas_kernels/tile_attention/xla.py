@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.target import platform, precision
-from pallas_kernels.tile_attention.scores import LOW
+from pallas_kernels.tile_attention.scores import LOW, sees_nothing
 from pallas_kernels.tile_attention.tile_list import TileList
 from pallas_kernels.tile_attention.tiling import (
     EMPTY,
@@ -120,9 +120,9 @@ def _forward_group(plan, q, k, v, slopes, q_tokens, k_tokens, tiles):
         row = _zeros(q.shape[:-1], (q, k, v, q_tokens, k_tokens))
         out = jnp.broadcast_to(row[..., None], (*q.shape[:-1], v.shape[-1]))
         out, top, total = over_tiles(state, step, (out, row + LOW, row))
-        sees = top > LOW / 2
-        out = jnp.where(sees[..., None], out / total[..., None], 0)
-        return out, jnp.where(sees, top + jnp.log(total), -jnp.inf)
+        blind = sees_nothing(top, total)
+        out = jnp.where(blind[..., None], 0, out / total[..., None])
+        return out, jnp.where(blind, -jnp.inf, top + jnp.log(total))
 
     return jax.lax.map(query_tile, (q, slopes, q_tokens, _states(plan, q_tokens, k_tokens, tiles)))
 

@@ -1,6 +1,7 @@
 """attend, merge and mass against float64 loops, and the folds that everything longer is made of."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,11 @@ from lcx.attention.attend import attend, choose
 from lcx.attention.mask import Beyond, Causal, Chunk, Hide, Sink, Window, Within, tokens_of
 from lcx.attention.mass import mass
 from lcx.attention.merge import merge
+from lcx.attention.ring import Ring
+from lcx.attention.sharded import sharded_attend
 from lcx.batch import TokenInfo
+from lcx.parallel.mesh import MeshSpec
+from lcx.parallel.rules import Rules
 from lcx.positions.alibi import ALiBi
 from lcx.positions.flexrope import FlexRope
 
@@ -276,6 +281,8 @@ def test_auto_takes_the_kernel_of_the_platform(monkeypatch, target, form):
         (lambda q, k, v: {"mask": "causal"}, r"mask = 'causal': expected a Mask, such as Causal\(\)"),
         (lambda q, k, v: {"mask": Causal}, r"mask = <class .*: expected a Mask"),
         (lambda q, k, v: {"scale": None}, "scale = None: expected a number"),
+        (lambda q, k, v: {"softcap": math.inf}, "softcap = inf: expected a positive number or None"),
+        (lambda q, k, v: {"softcap": "30"}, "softcap = '30': expected a positive number or None"),
         (lambda q, k, v: {"softcap": 0.0}, r"softcap = 0\.0: expected a positive number or None"),
         (lambda q, k, v: {"bias": 0.5}, r"bias = 0\.5: expected a LinearBias, such as ALiBi\(\), or None"),
         (lambda q, k, v: {"bias": ALiBi(), "softcap": 2.0}, r"bias = ALiBi\(\) with softcap = 2\.0: expected one of them"),
@@ -286,3 +293,15 @@ def test_what_is_no_call_is_named(case, change, said, monkeypatch):
     given = dict(zip(("q", "k", "v", "q_info", "k_info"), case, strict=True)) | {"mask": MASK, "scale": 1.0}
     with pytest.raises(ValueError, match=f"attend: {said}"):
         attend(**given | change(*case[:3]))
+
+
+def test_key_heads_that_lie_otherwise_than_queries_are_refused():
+    q, k = jnp.ones((2, 16, 8, 8)), jnp.ones((2, 16, 4, 8))
+    own = info(np.tile(np.arange(16), (2, 1)), np.ones((2, 16)))
+    for heads, kv_heads in (((), ("tensor",)), (("tensor", "data"), ("data", "tensor")), (("tensor", "data"), ("tensor",))):
+        rules = Rules(batch=("fsdp",), heads=heads, kv_heads=kv_heads)
+        with (
+            jax.set_mesh(MeshSpec(data=2, tensor=2).build()),
+            pytest.raises(ValueError, match=r"rules share key heads out over"),
+        ):
+            sharded_attend(q, k, k, own, own, rules=rules, communication=Ring(), mask=Causal(), scale=1.0)
