@@ -72,7 +72,7 @@ def check_call(q, k, v, q_info, k_info, *, mask, scale, softcap, bias=None, dist
         if not isinstance(info, TokenInfo):
             expected = "expected a TokenInfo, such as causal_info(segments)"
             raise ValueError(f"attend: {name} is of type {type(info).__name__}: {expected}")
-        held = {field.name: getattr(info, field.name) for field in dataclasses.fields(info)}
+        held = {field.name: getattr(info, field.name) for field in dataclasses.fields(TokenInfo)}
         shapes = {field: np.shape(x)[:2] for field, x in held.items() if x is not None}
         if len(set(shapes.values())) > 1:
             raise ValueError(f"attend: {name} has {shapes}: expected one [rows, tokens]")
