@@ -1,7 +1,7 @@
 """A memory of four matrices, few keys, a large step: where test-time training diverges.
 
     python -m experiments.train --config=config:stress.neural_memory.titans --run_dir=runs/stress
-    python -m lcx.mixers.stress
+    python -m configs.stress.titans_pytorch
 
 One layer of width 64 reads rows of 4,096 bytes in which two letters are bound to digits again and again, so that keys of a
 chunk repeat 16 times. The second command trains titans-pytorch's memory so, of the same shape.

@@ -40,10 +40,12 @@ def topology_devices(name: str) -> list[jax.Device]:
     missing or does not know the name.
     """
     chip, _, shape = name.partition(":")
-    sizes = [int(x) for x in shape.split("x") if x.isdigit()]
-    if chip in GRIDS and (len(sizes) != GRIDS[chip] or (GRIDS[chip] == 2 and math.prod(sizes) > LARGEST)):
-        expected = f"two sides, of at most {LARGEST} chips, as 4x4" if GRIDS[chip] == 2 else "three sides, as 2x2x4"
-        raise SpecError(f"--topology={name}: expected {expected}")
+    sides = shape.split("x")
+    if chip in GRIDS and all(side.isdigit() for side in sides):
+        flat = GRIDS[chip] == 2
+        if len(sides) != GRIDS[chip] or (flat and math.prod(map(int, sides)) > LARGEST):
+            expected = f"two sides, of at most {LARGEST} chips, as 4x4" if flat else "three sides, as 2x2x4"
+            raise SpecError(f"--topology={name}: expected {expected}")
     if importlib.util.find_spec("libtpu") is None:
         raise SpecError(f"--topology={name} needs the TPU compiler: install the `tpu` extra (pip install -e '.[tpu]')")
     for key, value in _WITHOUT_TPU.items():

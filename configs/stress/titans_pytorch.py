@@ -1,6 +1,6 @@
 """titans-pytorch's memory trained on what `configs/stress/neural_memory.py` trains this project's on.
 
-    python -m lcx.mixers.stress 1.0     the largest inner step; prints losses, and ends at the first that is not finite
+    python -m configs.stress.titans_pytorch 1.0     the largest inner step; ends at the first loss that is not finite
 
 The same width, heads, matrices, chunk, rows and optimizer; 300 steps. Of its code everything is as it comes, but for weights of
 the memory that share storage, which torch's AdamW refuses: they are copied.

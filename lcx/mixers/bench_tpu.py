@@ -1,6 +1,6 @@
 """The forms of a fast weight beside each other, as the TPU compiler has them: needs no TPU, but the `tpu` extra.
 
-    python -m pallas_kernels.fast_weight.bench_tpu
+    python -m lcx.mixers.bench_tpu
 
 Forward and backward of 16 heads of 64, one row, chunks of 64, compiled for a v5e: temporaries of 16,384 tokens, and the bytes
 that one chunk reads and writes in device memory, as the compiler counts a program of one chunk, beside its products.
