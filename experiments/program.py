@@ -53,7 +53,7 @@ class Arguments:
 
     flags: flags.FlagValues
 
-    def spec(self, kind: type[Kind], *, read: Callable[[Path], Spec] = read_config) -> Kind:
+    def spec(self, kind: type[Kind] | tuple[type[Kind], ...], *, read: Callable[[Path], Spec] = read_config) -> Kind:
         """The config, built: from --config, or from `read(run_dir)` if that is all there is. Raises SpecError."""
         directives = self.flags["config"]
         if directives.present:
@@ -63,7 +63,8 @@ class Arguments:
         else:
             raise SpecError("--config is missing: expected --config=config:<name>, or --run_dir of an earlier run")
         if not isinstance(spec, kind):
-            raise SpecError(f"the config is of type {type(spec).__name__}: this program takes {kind.__name__}")
+            taken = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+            raise SpecError(f"the config is of type {type(spec).__name__}: this program takes {taken}")
         return spec
 
     @property

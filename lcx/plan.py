@@ -4,10 +4,11 @@ Nothing here makes an array: `report` traces, `compiled` compiles for the given 
 """
 
 import dataclasses
+import functools
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from jax.sharding import AbstractMesh
 
 from lcx.attention.attend import KERNELS
 from lcx.attention.count import document_pairs
-from lcx.attention.planner import ROOM, Work, estimates, explain, link_rate, sample_balance
+from lcx.attention.planner import ROOM, Work, estimates, explain, link_rate, sample_balance, shards_seen
 from lcx.attention.ring import full_journeys
 from lcx.batch import Batch, causal_info
 from lcx.config_text import render
@@ -26,6 +27,7 @@ from lcx.models.decoder import Decoder
 from lcx.models.position_figures import position_figures
 from lcx.parallel.hlo import collectives
 from lcx.parallel.mesh import AXES
+from lcx.parallel.temporaries import Temporary, compiled_with_temporaries
 from lcx.parallel.topology import CHIP_MEMORY
 from lcx.spec import SpecError, below, edits, fingerprint
 from lcx.support import sequence_axes, sizes
@@ -70,7 +72,7 @@ def figures(experiment: Experiment) -> dict[str, Any]:
         "parameter bytes": _bytes(held.params),
         "gradient bytes": _bytes(trained),
         "optimizer bytes": _bytes(held.optimizer),
-        "parameter, gradient, optimizer bytes a device": sum(map(_device_bytes, (held.params, trained, held.optimizer))),
+        "parameter, gradient, optimizer bytes a device": sum(map(device_bytes, (held.params, trained, held.optimizer))),
         "activation bytes kept for backward, all devices": activation_bytes(experiment),
         "tokens a step": work.tokens,
         "tokens of the run": work.tokens * experiment.steps,
@@ -105,6 +107,7 @@ def model_figures(
     return found | position_figures(model, max(lengths), trained, spread)
 
 
+LARGEST = 6  # temporaries that are named
 COMPACT = (
     "parameters",
     "parameter, gradient, optimizer bytes a device",
@@ -161,25 +164,42 @@ def compiled(experiment: Experiment, devices: Sequence[jax.Device]) -> dict[str,
     mesh = experiment.mesh.build(devices)
     data = experiment.data
     batch = abstract_batch(data.batch_size, data.length, data.position_axes)
-    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    batch = jax.tree.map(place, batch, batch_shardings(batch, experiment.model.rules, mesh))
+    batch = abstract_tree(batch, batch_shardings(batch, experiment.model.rules, mesh))
     step, begin = experiment.training_step(mesh), time.perf_counter()
-    try:
-        program = step.compile(batch)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise SpecError(f"the training step does not fit its devices: {largest_allocations(str(error))}") from None
+    program, most = fitted(lambda options: step.compile(batch, options), "the training step")
     kind, state = mesh.devices.flat[0].device_kind, step.abstract_state()
     return {
         "compiled for": f"{mesh.size} x {kind}",
         "compile seconds": time.perf_counter() - begin,
-        "parameter bytes a device": _device_bytes(state.params),
-        "optimizer bytes a device": _device_bytes(state.optimizer),
-        "batch bytes a device": _device_bytes(batch),
+        "parameter bytes a device": device_bytes(state.params),
+        "optimizer bytes a device": device_bytes(state.optimizer),
+        "batch bytes a device": device_bytes(batch),
         **memory_figures(program.memory_analysis(), kind),
+        **temporary_figures(most),
         **collective_figures(program.as_text(), mesh.shape),
     }
+
+
+def abstract_tree(shapes: Any, shardings: Any) -> Any:
+    """Shapes with their shardings."""
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return jax.tree.map(place, shapes, shardings)
+
+
+def fitted(compile: Callable, name: str) -> tuple[jax.stages.Compiled, list[Temporary]]:
+    """The program of `compile(compiler options)` and its largest temporaries. Raises SpecError, with what takes most, if it
+    does not fit its devices."""
+    try:
+        return compiled_with_temporaries(compile, LARGEST)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise SpecError(f"{name} does not fit its devices: {largest_allocations(str(error))}") from None
+
+
+def temporary_figures(most: list[Temporary]) -> dict[str, Any]:
+    """The largest temporaries, which need not exist at the same time, each with the operations that it comes from."""
+    return {f"temporary {n}": f"{one.bytes:,} bytes, {one.shape} of {one.name}" for n, one in enumerate(most, 1)}
 
 
 def memory_figures(memory: Any, kind: str) -> dict[str, Any]:
@@ -256,7 +276,8 @@ def communication_report(experiment: Experiment, device_kind: str) -> str:
         head = (
             f"{shared}, {type(experiment.layout).__name__} layout, balance {even.devices:.3f}, of ring steps {even.steps:.3f}"
         )
-        found = estimates(work, axes, even, flops=flops, link=link)
+        seen = functools.partial(shards_seen, mixer.mask, experiment.layout, shards, length)
+        found = estimates(work, axes, even, flops=flops, link=link, seen=seen)
         blocks.append(f"{head}\n{explain(found, ROOM)}")
     return "\n\n".join(blocks)
 
@@ -270,6 +291,7 @@ def _bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype"))
 
 
-def _device_bytes(tree: Any) -> int:
+def device_bytes(tree: Any) -> int:
+    """Bytes of arrays, or of shapes with shardings, on one device."""
     shard = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     return sum(map(shard, jax.tree.leaves(tree)))

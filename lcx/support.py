@@ -21,6 +21,7 @@ from lcx.data.recall import TaskDoesNotFit
 from lcx.data.rows import Joined, Rows
 from lcx.data.skipped import Skipped
 from lcx.data.sources import Source, SourceError
+from lcx.inference.serving import Serving
 from lcx.memory.activation_beacon import ActivationBeacon
 from lcx.memory.gist import Gist
 from lcx.memory.segment_memory import SegmentMemory
@@ -51,13 +52,14 @@ from pallas_kernels.target import platform
 _PARAMETER_AXES = ("width", "heads", "kv_heads", "hidden", "vocab")
 
 Rule = Callable[[Experiment], Iterator[str]]
+OnMesh = Experiment | Serving
 
 
 def validate(experiment: Experiment, device_count: int | None = None) -> None:
     """Raises SpecError with the first broken rule. With `device_count`, devices and data must be there too."""
     for sentence in broken(experiment):
         raise SpecError(sentence)
-    _check_devices(experiment, device_count)
+    check_devices(experiment, device_count)
     mesh = AbstractMesh(tuple(sizes(experiment.mesh).values()), AXES)
     parameter_shardings(abstract_model(experiment.model)[1], experiment.model.rules, mesh)
     for path, part in below(experiment.data, "data"):
@@ -68,13 +70,23 @@ def validate(experiment: Experiment, device_count: int | None = None) -> None:
                 raise SpecError(f"{path}: {error}") from None
 
 
+def validate_serving(serving: Serving) -> None:
+    """Raises SpecError with the first rule that a model in use breaks: those of models on a mesh, and its own."""
+    for rule in (*SERVING_RULES, _rows_are_served):
+        for sentence in rule(serving):
+            raise SpecError(sentence)
+    mesh = AbstractMesh(tuple(sizes(serving.mesh).values()), AXES)
+    parameter_shardings(abstract_model(serving.model)[1], serving.model.rules, mesh)
+
+
 def broken(experiment: Experiment) -> Iterator[str]:
     """Every sentence of every rule; nothing if the parts combine."""
     for rule in RULES.values():
         yield from rule(experiment)
 
 
-def _check_devices(experiment: Experiment, count: int | None) -> None:
+def check_devices(experiment: OnMesh, count: int | None) -> None:
+    """Raises SpecError if the mesh has more devices than there are, or a part wants those of another platform."""
     if count is not None and experiment.mesh.size > count:
         shape = " x ".join(f"{axis} {size}" for axis, size in sizes(experiment.mesh).items() if size > 1)
         hint = "; on a CPU JAX_NUM_CPU_DEVICES sets how many there are" if count == 1 else ""
@@ -83,7 +95,7 @@ def _check_devices(experiment: Experiment, count: int | None) -> None:
         check_backends(experiment, platform())
 
 
-def check_backends(experiment: Experiment, platform: str) -> None:
+def check_backends(experiment: OnMesh, platform: str) -> None:
     """Raises SpecError if a part names an attention kernel of another platform."""
     for path, mixer in _attentions(experiment):
         if mixer.backend in KERNELS and mixer.backend != platform:
@@ -95,7 +107,7 @@ def reads_rope(model: Decoder) -> bool:
     return any(getattr(part, "rope", None) == "model" for _, part in below(model, "model"))
 
 
-def sequence_axes(experiment: Experiment) -> dict[str, int]:
+def sequence_axes(experiment: OnMesh) -> dict[str, int]:
     """The mesh axes of more than one device that share a row, with their sizes, outermost first."""
     return {axis: size for axis in experiment.model.rules.sequence if (size := sizes(experiment.mesh)[axis]) > 1}
 
@@ -104,14 +116,14 @@ def sizes(mesh: MeshSpec) -> dict[str, int]:
     return {axis: getattr(mesh, axis) for axis in AXES}
 
 
-def _parameters_divide(experiment: Experiment) -> Iterator[str]:
+def _parameters_divide(experiment: OnMesh) -> Iterator[str]:
     for path, value in fields(experiment.model, "model"):
         axis = path.rpartition(".")[2]
         if axis in _PARAMETER_AXES and isinstance(value, int):
             yield from _divides(experiment, path, value, getattr(experiment.model.rules, axis))
 
 
-def _queries_find_their_keys(experiment: Experiment) -> Iterator[str]:
+def _queries_find_their_keys(experiment: OnMesh) -> Iterator[str]:
     rules, mesh = experiment.model.rules, sizes(experiment.mesh)
     split = lambda axes: [axis for axis in axes if mesh[axis] > 1]
     queries, keys = split(rules.heads), split(rules.kv_heads)
@@ -127,7 +139,7 @@ def _queries_find_their_keys(experiment: Experiment) -> Iterator[str]:
             )
 
 
-def _activations_lie_on_the_mesh(experiment: Experiment) -> Iterator[str]:
+def _activations_lie_on_the_mesh(experiment: OnMesh) -> Iterator[str]:
     rules = experiment.model.rules
     for name in ("heads", "kv_heads", "hidden", "vocab"):
         if taken := set(getattr(rules, name)) & {*rules.batch, *rules.sequence}:
@@ -165,7 +177,7 @@ def _rows_divide(experiment: Experiment) -> Iterator[str]:
     yield from _divides(experiment, "data.batch_size", experiment.data.batch_size, axes, {"accumulation": parts})
 
 
-def _mesh_is_used(experiment: Experiment) -> Iterator[str]:
+def _mesh_is_used(experiment: OnMesh) -> Iterator[str]:
     rules = experiment.model.rules
     used = {axis for _, axes in fields(rules) if isinstance(axes, tuple) for axis in axes}
     for axis, size in sizes(experiment.mesh).items():
@@ -418,7 +430,7 @@ def _reach(experiment: Experiment) -> int:
     return max([0 if experiment.data.positions is None else experiment.data.positions.reach or 0, *rows])
 
 
-def _keys_are_turned_anew(experiment: Experiment) -> Iterator[str]:
+def _keys_are_turned_anew(experiment: OnMesh) -> Iterator[str]:
     for path, mixer in _attentions(experiment):
         rule = experiment.model.rope_of(mixer)
         if isinstance(rule, LengthRule) and getattr(mixer.cache, "keys", "raw") == "rotated":
@@ -462,19 +474,19 @@ def _positions_are_the_ropes(experiment: Experiment) -> Iterator[str]:
         yield f"model.rope = {type(rope).__name__}: expected CLEX of {settings}, whose positions data.positions gives"
 
 
-def _one_length_policy(experiment: Experiment) -> Iterator[str]:
+def _one_length_policy(experiment: OnMesh) -> Iterator[str]:
     try:
         length_policy(experiment.model)
     except SpecError as error:
         yield f"model: {error}"
 
 
-def _rope_is_read(experiment: Experiment) -> Iterator[str]:
+def _rope_is_read(experiment: OnMesh) -> Iterator[str]:
     if not reads_rope(experiment.model) and experiment.model.rope not in (None, Rope()):
         yield "model.rope: expected None, as no layer of this model reads it; set the rope of its mixers"
 
 
-def _query_scales_act(experiment: Experiment) -> Iterator[str]:
+def _query_scales_act(experiment: OnMesh) -> Iterator[str]:
     model = experiment.model
     for path, mixer in _attentions(experiment):
         skipped, slot = getattr(mixer.query_scale, "skip_layers", 0), re.match(r"model\.pattern\[(\d+)\]", path)
@@ -541,8 +553,40 @@ RULES: Mapping[str, Rule] = {
 }
 
 
+SERVING_RULES: tuple[Callable[[OnMesh], Iterator[str]], ...] = (  # those that read a model and a mesh alone
+    _parameters_divide,
+    _queries_find_their_keys,
+    _activations_lie_on_the_mesh,
+    _mesh_is_used,
+    _rope_is_read,
+    _keys_are_turned_anew,
+    _query_scales_act,
+    _one_length_policy,
+)
+
+
+def _rows_are_served(serving: Serving) -> Iterator[str]:
+    yield from _divides(serving, "rows", serving.rows, serving.model.rules.batch)
+    for axis, size in sequence_axes(serving).items():
+        yield f"mesh.{axis} = {size}: expected 1, as the tokens of an answer come one at a time"
+    if serving.length > EXACT_POSITIONS:
+        yield f"length = {serving.length}: expected at most 2^24 = {EXACT_POSITIONS}, where positions are exact"
+    table = serving.model.position_table
+    if table is not None and table.reach is not None and table.reach < serving.length:
+        yield f"length = {serving.length}: expected at most the {table.reach} places that model.position_table reads"
+    for path, mixer in _attentions(serving):
+        try:
+            rule = serving.model.rope_of(mixer)
+            if isinstance(rule, FrequencyRule):
+                rule.frequencies(mixer.head_dim, serving.length)
+        except SpecError as error:
+            yield f"{path}.head_dim = {mixer.head_dim} does not fit its rope: {error}"
+        if mixer.distances is not None and mixer.distances.reads_queries and serving.mesh.size > 1:
+            yield f"{path}.distances = {mixer.distances}: expected one that chooses by distance on a mesh of several devices"
+
+
 def _divides(
-    experiment: Experiment, path: str, value: int, axes: tuple[str, ...], times: Mapping[str, int] | None = None
+    experiment: OnMesh, path: str, value: int, axes: tuple[str, ...], times: Mapping[str, int] | None = None
 ) -> Iterator[str]:
     factors = {f"mesh.{axis}": getattr(experiment.mesh, axis) for axis in axes} | dict(times or {})
     need = math.prod(factors.values())
@@ -551,7 +595,7 @@ def _divides(
         yield f"{path} = {value}: expected a multiple of {need} ({shown})"
 
 
-def _attentions(experiment: Experiment) -> Iterator[tuple[str, Attention]]:
+def _attentions(experiment: OnMesh) -> Iterator[tuple[str, Attention]]:
     for path, part in below(experiment.model, "model"):
         if isinstance(part, Attention):
             yield path, part

@@ -10,39 +10,73 @@ import sys
 
 import pytest
 
-from configs.pods import llama, memory
-from lcx.support import validate
+from configs.pods import llama, memory, serving
+from lcx.support import validate, validate_serving
 
-PODS = {
-    f"{module.__name__.rpartition('.')[2]}.{name}": config
-    for module in (llama, memory)
-    for name, config in inspect.getmembers(module, inspect.isfunction)
-    if config.__module__ == module.__name__ and not name.startswith("_")
-}
+
+def configs_of(*modules):
+    return {
+        f"{module.__name__.rpartition('.')[2]}.{name}": config
+        for module in modules
+        for name, config in inspect.getmembers(module, inspect.isfunction)
+        if config.__module__ == module.__name__ and not name.startswith("_")
+    }
+
+
+PODS, SERVING = configs_of(llama, memory), configs_of(serving)
+
+
+needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the TPU compiler")
 
 
 def slice_of(config):
     return re.search(r"`(v\w+:[\dx]+)`", config.__doc__)[1]
 
 
-@pytest.mark.parametrize("name", PODS)
+@pytest.mark.parametrize("name", PODS | SERVING)
 def test_the_mesh_is_the_whole_slice(name):
-    experiment = PODS[name]()
-    validate(experiment)
-    assert experiment.mesh.size == math.prod(map(int, slice_of(PODS[name]).partition(":")[2].split("x")))
+    config = (PODS | SERVING)[name]
+    (validate if name in PODS else validate_serving)(config())
+    assert config().mesh.size == math.prod(map(int, slice_of(config).partition(":")[2].split("x")))
+
+
+def planned(name, *changes):
+    """What `plan` prints of the config on its slice."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    given = [f"--config=config:pods.{name}", *(f"--config=set:{change}" for change in changes)]
+    program = [sys.executable, "-m", "experiments.plan", *given, f"--topology={slice_of((PODS | SERVING)[name])}"]
+    run = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=3600)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the TPU compiler")
+@needs_compiler
 @pytest.mark.parametrize("name", PODS)
 def test_the_training_step_fits_the_slice(name):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    program = [sys.executable, "-m", "experiments.plan", f"--config=config:pods.{name}"]
-    run = subprocess.run(
-        [*program, f"--topology={slice_of(PODS[name])}"], env=environment, capture_output=True, text=True, timeout=3600
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert re.search(r"^fits +yes, by", run.stdout, re.MULTILINE), run.stdout[-2000:]
-    sent = dict(re.findall(r"^([\w-]+) bytes sent a device and step\D* ([\d,]+)$", run.stdout, re.MULTILINE))
+    said = planned(name)
+    assert re.search(r"^fits +yes, by", said, re.MULTILINE), said[-2000:]
+    sent = dict(re.findall(r"^([\w-]+) bytes sent a device and step\D* ([\d,]+)$", said, re.MULTILINE))
     gathered, reduced = (int(sent[kind].replace(",", "")) for kind in ("all-gather", "all-reduce"))
     assert reduced < gathered / 10  # weights are not all-reduced
+
+
+@needs_compiler
+def test_answers_are_planned():
+    """Two layers: a step sums what two matrices a layer and the embeddings write to the stream, and little beside."""
+    said = planned("serving.llama3_8b_128k", "model.periods=2", "length=4096")
+    assert re.search(r"^decoding step: fits +yes, by", said, re.MULTILINE), said[-2000:]
+    held = re.search(r"^state bytes a device +([\d,]+)$", said, re.MULTILINE)[1].replace(",", "")
+    slots = 2 * 2 * 4096  # layers, rows, tokens
+    assert 0 <= int(held) - slots * (2 * 128 * 2 + 6 * 4) < 1024  # one key head a device
+    sent = re.search(r"^decoding step: all-reduce bytes sent a device +([\d,]+)$", said, re.MULTILINE)[1].replace(",", "")
+    summed = 2 * (2 * 2 + 1) * 4096 * 2  # bytes of two rows of the stream
+    assert summed * 2 * 7 / 8 <= int(sent) < 1.1 * summed * 2 * 7 / 8
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("name", SERVING)
+def test_prompts_are_answered_on_the_slice(name):
+    said = planned(name)
+    assert len(re.findall(r"^.*: fits +yes, by", said, re.MULTILINE)) == 2, said[-2000:]

@@ -5,7 +5,8 @@ Of a device's tokens the keys with values and the four fields take KV = R c (2 K
 values in float32 G = 8 R c K D; forward and backward, each compiled by itself:
     all-gather   moves 2 (W - 1) KV + (W - 1) G; holds 2 R T K D (b + 4)
     ring         moves W (2 KV + G) + G, hop by hop, behind the tiles of the hop before; holds 4 R c K D (b + 4). The last
-                 hop brings own keys home; a ring around a ring of V moves W times as much as that one and its own W hops
+                 hop brings own keys home; a ring around a ring of V moves W times as much as that one and its own W hops.
+                 Where a mask lets no shard see what is farther, fewer hops, and jumps to and from the farthest
     all-to-all   moves (W - 1)/W of q, k', v', out, lse forward; q, k', v', lse, delta, d_out and the gradients backward, and
                  2 (W - 1) times the fields; K' key heads after repeats, out, lse and gradients of k', v' in float32; holds
                  what it receives
@@ -17,20 +18,23 @@ Rates are data-sheet peaks, so seconds compare strategies and do not predict a r
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool
 
 from lcx.attention.all_gather import AllGather
 from lcx.attention.balance import Balance, balance, shard_pairs
 from lcx.attention.communication import Communication
 from lcx.attention.count import spans
 from lcx.attention.mask import Mask
-from lcx.attention.ring import Ring
+from lcx.attention.ring import Ring, meetings, travel
 from lcx.attention.ulysses import RingUlysses, Ulysses
 from lcx.batch import causal_info
 from lcx.parallel.layout import Layout
+from pallas_kernels.tile_attention.tokens import Tokens
 
 # One-way bytes/s of one link between chips, by the start of `device_kind` (How to Scale Your Model, 2025, table of TPUs).
 LINKS: Mapping[str, float] = {
@@ -79,13 +83,24 @@ class Estimate:
         return type(self.communication).__name__
 
 
-def estimates(work: Work, axes: dict[str, int], even: Balance, *, flops: float, link: float) -> list[Estimate]:
-    """One of each strategy, the fastest first, the refused last. axes: the mesh axes that share a row, outermost first."""
+Seen = Callable[[int], Bool[np.ndarray, "W W"]]
+
+
+def all_seen(shards: int) -> Bool[np.ndarray, "W W"]:
+    """Every shard sees every other."""
+    return np.ones((shards, shards), bool)
+
+
+def estimates(
+    work: Work, axes: dict[str, int], even: Balance, *, flops: float, link: float, seen: Seen = all_seen
+) -> list[Estimate]:
+    """One of each strategy, the fastest first, the refused last. axes: the mesh axes that share a row, outermost first. seen:
+    of a row in so many shards, which may see which (`shards_seen`)."""
     found = []
     for communication in (AllGather(), Ring(), Ulysses(), RingUlysses()):
         reason = communication.refusal(axes, work.heads, work.kv_heads)
         if reason is None:
-            moved, held, seconds = _cost(communication, work, tuple(axes.values()), even, flops, link)
+            moved, held, seconds = _cost(communication, work, tuple(axes.values()), even, flops, link, seen)
             found.append(Estimate(communication, None, moved, held, seconds))
         else:
             found.append(Estimate(communication, reason))
@@ -94,7 +109,7 @@ def estimates(work: Work, axes: dict[str, int], even: Balance, *, flops: float, 
 
 def explain(found: list[Estimate], room: int) -> str:
     """A table of the estimates, and which one is advised: the fastest that holds at most `room` bytes, and why."""
-    lines = ["strategy      moved MiB   held MiB   ms a layer, moved as if every key were seen"]
+    lines = ["strategy      moved MiB   held MiB   ms a layer"]
     for one in found:
         cells = f"{one.moved / 2**20:9,.1f}  {one.held / 2**20:9,.1f}  {one.seconds * 1e3:11,.3f}"
         lines.append(f"{one.name:<12} {cells if one.refused is None else f'refused: {one.refused}'}")
@@ -126,12 +141,19 @@ def sample_balance(mask: Mask, layout: Layout, shards: int, length: int) -> Bala
     return balance(np.stack([seen(np.sort(keys)).reshape(shards, count).sum(axis=1) for keys in own], axis=1))
 
 
+def shards_seen(mask: Mask, layout: Layout, shards: int, length: int, groups: int) -> Bool[np.ndarray, "W W"]:
+    """Of one causal document of `length` tokens in `groups` equal groups of its shards: which a ring takes to see which."""
+    places = jnp.asarray(layout.permutation(length, shards), jnp.int32).reshape(groups, -1)
+    tokens = Tokens(index=places, order=places, segments=jnp.ones_like(places), roles=jnp.zeros_like(places))
+    return np.asarray(meetings(mask, tokens))
+
+
 def link_rate(device_kind: str) -> float | None:
     """One-way bytes/s of one link; None for a device that is not in the table."""
     return next((rate for name, rate in LINKS.items() if device_kind.startswith(name)), None)
 
 
-def _cost(communication, work: Work, sizes: tuple[int, ...], even: Balance, flops: float, link: float):
+def _cost(communication, work: Work, sizes: tuple[int, ...], even: Balance, flops: float, link: float, seen: Seen):
     """(bytes moved, bytes held, seconds) of a layer, forward and backward."""
     W = math.prod(sizes)
     compute = (6 + 8 * work.halves) * work.head_dim * work.heads * work.rows * work.pairs / W / flops
@@ -144,11 +166,11 @@ def _cost(communication, work: Work, sizes: tuple[int, ...], even: Balance, flop
         repeats = inner // math.gcd(inner, work.kv_heads)
         each = dataclasses.replace(work, heads=work.heads // inner, kv_heads=work.kv_heads * repeats // inner)
         shard = _shard(each, math.prod(outer))
-        hopped, kept = _travel(shard, outer), 2 * (shard.keys + shard.gradients)
+        hopped, kept = _travel(shard, outer, seen(math.prod(outer))), 2 * (shard.keys + shard.gradients)
         return moved + hopped, held + kept, moved / link + max(compute * even.steps, hopped / link)
     shard = _shard(work, W)
     if isinstance(communication, Ring):
-        moved, held = _travel(shard, sizes), 2 * (shard.keys + shard.gradients)
+        moved, held = _travel(shard, sizes, seen(W)), 2 * (shard.keys + shard.gradients)
         return moved, held, max(compute * even.steps, moved / link)
     moved = (W - 1) * (2 * (shard.keys + shard.fields) + shard.gradients)
     return moved, W * (shard.keys + shard.gradients), compute * even.devices + moved / link
@@ -168,12 +190,23 @@ def _shard(work: Work, W: int) -> Shard:
     return Shard(elements * work.itemsize, FIELDS * tokens, 4 * elements)
 
 
-def _travel(shard: Shard, sizes: tuple[int, ...]) -> int:
-    """Bytes of a ring over the first axis around rings over the others."""
+def _travel(shard: Shard, sizes: tuple[int, ...], seen: Bool[np.ndarray, "W W"]) -> int:
+    """Bytes of a ring over the first axis around rings over the others, forward and backward (`RingFold`)."""
     if not sizes:
         return 0
-    each = 2 * (shard.keys + shard.fields) + shard.gradients
-    return sizes[0] * (each + _travel(shard, sizes[1:])) + shard.gradients
+    size = sizes[0]
+    between = seen.reshape(size, len(seen) // size, size, -1)
+    forward, backward = travel(between.any(axis=(1, 3)))
+    visits = [*range(forward + 1), *range(size - backward, size)]
+    jumps = lambda distance: min(distance % size, -distance % size).bit_count()
+    keys, gradients = len(visits), len(visits) + jumps(forward)
+    if backward:
+        keys += jumps(backward)
+        gradients += jumps(backward + 1) + jumps(1)
+    own = 2 * keys * (shard.keys + shard.fields) + gradients * shard.gradients
+    places = np.arange(size)
+    met = (between[places, :, (places - visit) % size].any(axis=0) for visit in visits)
+    return own + sum(_travel(shard, sizes[1:], inner) for inner in met)
 
 
 def _exchange(work: Work, W: int, shards: int) -> tuple[int, int]:

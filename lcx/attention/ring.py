@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from lcx.attention.communication import Communication, Wrapped
@@ -139,15 +140,35 @@ def hops(
         queries, keys = (jax.lax.all_gather(side, other) for side in (queries, keys))
     size = jax.lax.axis_size(axis)
     flat = lambda side: jax.tree.map(lambda leaf: jnp.moveaxis(leaf, -2, 0).reshape(leaf.shape[-2], size, -1), side)
-    queries, keys = flat(queries), flat(keys)  # [B, W, pieces]
-    spread = lambda side, at: jax.tree.map(lambda leaf: jnp.expand_dims(leaf, at), side)
-    may, _ = mask.bounds(spread(queries, (2, 4)), spread(keys, (1, 3)))  # [B, W, W, pieces, pieces]
-    needed = may.any(axis=(0, 3, 4))
-    places = jnp.arange(size)
-    offset = (places[:, None] - places[None, :]) % size
-    at = jnp.zeros(size, bool).at[offset.ravel()].max(needed.ravel())
+    at = _offsets(_meet(mask, flat(queries), flat(keys)))
     everywhere = jax.sharding.get_abstract_mesh().axis_names
     return _journey(jax.lax.pmax(at.astype(jnp.int32), everywhere) > 0)
+
+
+def meetings(mask: Mask, tokens: Tokens) -> Bool[Array, "W W"]:
+    """Whether the queries of a shard may see keys of another, by the statistics that rings go by; tokens: [W, S] of shards."""
+    pieces = jax.tree.map(lambda leaf: leaf[None], _statistics(tokens))
+    return _meet(mask, pieces, pieces)
+
+
+def travel(seen: Bool[np.ndarray, "W W"]) -> tuple[int, int]:
+    """How far keys travel around a ring, forward and backward, where `seen` says which shards may see which."""
+    forward, backward = _journey(_offsets(jnp.asarray(seen)))
+    return int(forward), int(backward)
+
+
+def _meet(mask: Mask, queries, keys) -> Bool[Array, "W W"]:
+    """From statistics [B, W, pieces]."""
+    spread = lambda side, at: jax.tree.map(lambda leaf: jnp.expand_dims(leaf, at), side)
+    may, _ = mask.bounds(spread(queries, (2, 4)), spread(keys, (1, 3)))  # [B, W, W, pieces, pieces]
+    return may.any(axis=(0, 3, 4))
+
+
+def _offsets(needed: Bool[Array, "W W"]) -> Bool[Array, "W"]:
+    """Whether somebody needs the keys from so many places before."""
+    places = jnp.arange(len(needed))
+    offset = (places[:, None] - places[None, :]) % len(needed)
+    return jnp.zeros(len(needed), bool).at[offset.ravel()].max(needed.ravel())
 
 
 def full_journeys(mesh_shape: Mapping[str, int]) -> Callable[[str], int]:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from lcx.attention.mask import Mask
 from lcx.batch import TokenInfo
+from lcx.parallel.rules import Rules
 from lcx.positions.distance_plan import Distances
 from lcx.positions.frequencies import Frequencies
 from lcx.positions.linear_bias import LinearBias
@@ -42,6 +43,10 @@ class Cache(Spec, abc.ABC):
     ) -> Any:
         """The state with the non-padding tokens of a chunk after those already there; `k` comes raw, before rotation."""
 
+    def placed(self, state: Any, rules: Rules) -> Any:
+        """The empty state with its key heads shared out over the ambient mesh; its rows are by whoever holds it."""
+        return state
+
     def rewrite(self, state: Any, before: Any, keys: Callable) -> Any:
         """The state with keys(k, v, info, new) for its keys; new [B, S]: slots that were empty `before`."""
         raise NotImplementedError(
@@ -62,8 +67,11 @@ class Cache(Spec, abc.ABC):
         bias: LinearBias | None = None,
         distances: Distances | None = None,
         backend: str = "auto",
+        rules: Rules = Rules(),
     ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
-        """(out, lse) of rotated queries, whose own keys are already appended; with `distances` queries and keys are raw."""
+        """(out, lse) of rotated queries, whose own keys are already appended; with `distances` queries and keys are raw.
+
+        rules: how rows and heads lie on the ambient mesh; a device has whole rows."""
 
     @abc.abstractmethod
     def read(self, state: Any, frequencies: Frequencies | None) -> tuple[Array, Array, TokenInfo]:

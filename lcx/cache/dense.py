@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lcx.attention.attend import attend
+from lcx.attention.all_gather import AllGather
+from lcx.attention.sharded import sharded_attend
 from lcx.batch import PADDING, TokenInfo
 from lcx.cache.cache import Cache
+from lcx.parallel.rules import Rules, shard
 from lcx.positions.frequencies import Frequencies
 from lcx.positions.rotate import rotate
 from lcx.record import record
@@ -125,9 +127,14 @@ class DenseCache(Cache):
     def read(self, state, frequencies):
         return self.turned(state.k, state.info, frequencies), state.v, state.info
 
-    def attend(self, state, q, q_info, *, frequencies, **options):
+    def placed(self, state, rules):
+        keys = lambda x: shard(x, rules, "batch", None, "kv_heads", None)
+        return dataclasses.replace(state, k=keys(state.k), v=keys(state.v))
+
+    def attend(self, state, q, q_info, *, frequencies, rules=Rules(), **options):
         k, v, info = self.read(state, frequencies)
-        return attend(q, k, v, q_info, info, **options)
+        whole = dataclasses.replace(rules, sequence=())
+        return sharded_attend(q, k, v, q_info, info, rules=whole, communication=AllGather(), **options)
 
     @classmethod
     def examples(cls):

@@ -93,14 +93,7 @@ def generate(
     read = prefill(model, prompts, rows, max_new, chunk, placed)
     keys = jax.vmap(jax.random.key)(np.asarray([*map(checked_seed, seeds), *[0] * (rows - len(prompts))], np.uint32))
     stops = np.asarray(sorted(set(stop)), np.int32)
-    decoding = Decoding(
-        n=jnp.int32(0),
-        read=read,
-        ids=jnp.zeros((rows, new), jnp.int32),
-        logprobs=jnp.zeros((rows, new), jnp.float32),
-        count=jnp.zeros(rows, jnp.int32),
-        stopped=jnp.arange(rows) >= len(prompts),
-    )
+    decoding = nothing_decoded(read, new, jnp.arange(rows) >= len(prompts))
     ask = max_new if not any(until) else ASK_EVERY
     for end in (*range(ask, max_new, ask), max_new):
         decoding = _decode(model, decoding, keys, stops, jnp.int32(end), sampling)
@@ -130,11 +123,18 @@ def prefill(
     if placed is not None:
         positions = padded_positions(model.spec, prompts, placed, longest, rows)
         following, since = behind(placed, rows, max_new)
-    read = _nothing_read(model, rows, longest + bucket(max_new), most, following, since)
+    read = nothing_read(model, rows, longest + bucket(max_new), most, following, since)
     for start in range(0, longest, chunk):
         part = slice(start, start + chunk)
         read = feed(model, tokens[:, part], segments[:, part], read, None if positions is None else positions[:, part])
     return read
+
+
+def nothing_decoded(read: Consumed, new: int, stopped: Bool[Array, "B"]) -> Decoding:
+    """The loop before its first step, with room for `new` tokens a row."""
+    rows = len(stopped)
+    ids, logprobs = jnp.zeros((rows, new), jnp.int32), jnp.zeros((rows, new), jnp.float32)
+    return Decoding(n=jnp.int32(0), read=read, ids=ids, logprobs=logprobs, count=jnp.zeros(rows, jnp.int32), stopped=stopped)
 
 
 def checked_seed(seed: int) -> int:
@@ -144,9 +144,10 @@ def checked_seed(seed: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "length"))
-def _nothing_read(
+def nothing_read(
     model: DecoderModel, rows: int, length: int, most: Int[Array, "B"], following: Float[Array, "B"], since: Int[Array, "B"]
 ) -> Consumed:
+    """Rows that have room for `length` tokens each, on the ambient mesh as the model's rules say."""
     last, seen = jnp.zeros((rows, model.spec.width), model.spec.compute), jnp.zeros(rows, jnp.int32)
     state = model.init_state(rows, length)
     return Consumed(last=last, state=state, seen=seen, most=most, following=following, since=since)
@@ -189,23 +190,27 @@ def _decode(
     sampling: Sampling,
 ) -> Decoding:
     """Steps until every row has stopped or `end` steps are done."""
-
-    def step(now: Decoding) -> Decoding:
-        logits = model.logits(now.read.last)
-        token = sampling.choose(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, now.n))
-        logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
-        stopped = now.stopped | (token[:, None] == stops).any(axis=1)
-        segments = jnp.where(stopped, PADDING, 1)[:, None]
-        return Decoding(
-            n=now.n + 1,
-            read=feed(model, token[:, None], segments, now.read),
-            ids=now.ids.at[:, now.n].set(token),
-            logprobs=now.logprobs.at[:, now.n].set(logprob),
-            count=now.count + jnp.where(stopped, 0, 1),
-            stopped=stopped,
-        )
-
+    step = functools.partial(decode_step, model, keys=keys, stops=stops, sampling=sampling)
     return jax.lax.while_loop(lambda now: (now.n < end) & ~now.stopped.all(), step, decoding)
+
+
+def decode_step(
+    model: DecoderModel, now: Decoding, *, keys: Key[Array, "B"], stops: Int[Array, "n"], sampling: Sampling
+) -> Decoding:
+    """The rows after one token more, each chosen and read; those that have stopped stay as they are."""
+    logits = model.logits(now.read.last)
+    token = sampling.choose(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, now.n))
+    logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
+    stopped = now.stopped | (token[:, None] == stops).any(axis=1)
+    segments = jnp.where(stopped, PADDING, 1)[:, None]
+    return Decoding(
+        n=now.n + 1,
+        read=feed(model, token[:, None], segments, now.read),
+        ids=now.ids.at[:, now.n].set(token),
+        logprobs=now.logprobs.at[:, now.n].set(logprob),
+        count=now.count + jnp.where(stopped, 0, 1),
+        stopped=stopped,
+    )
 
 
 def _rows(decoding: Decoding) -> list[Generated]:

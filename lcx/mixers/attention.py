@@ -185,7 +185,7 @@ class AttentionModule(MixerModule):
                 how = {"distances": distances, "scale": self._scale, "softcap": spec.softcap}
                 keys = lambda k, v, info, new: sum_up(k, v, tokens_of(info), new, **how)
                 state = spec.cache.rewrite(state, before, keys)
-            out, lse = spec.cache.attend(state, q, info, frequencies=frequencies, **options)
+            out, lse = spec.cache.attend(state, q, info, frequencies=frequencies, rules=rules, **options)
         out = self._with_learned(out, lse, unturned[0], info)
         if beside is not None:
             out = beside(out, *unturned)
@@ -196,7 +196,8 @@ class AttentionModule(MixerModule):
         dtype = jnp.dtype(self.inherited.compute)
         axes = max(1, len(self._rope.sections)) if isinstance(self._rope, FrequencyRule) else 1
         asking = spec.heads // spec.kv_heads if spec.distances is not None and spec.distances.reads_queries else 0
-        return spec.cache.init(batch_size, length, spec.kv_heads, (1 + asking) * spec.head_dim, spec.head_dim, dtype, axes)
+        sizes = (spec.kv_heads, (1 + asking) * spec.head_dim, spec.head_dim)
+        return spec.cache.placed(spec.cache.init(batch_size, length, *sizes, dtype, axes), self.inherited.rules)
 
     def _frequencies_at(self, length: int, place: Place) -> Frequencies | None:
         """Those in force, the model's where its rope is learned."""

@@ -26,7 +26,7 @@ from lcx.models.embedding import lookup
 from lcx.models.layer import Layer, join_aux
 from lcx.models.position_table import PositionTable
 from lcx.norms import Norm, RMSNorm
-from lcx.parallel.rules import Rules, shard
+from lcx.parallel.rules import Rules, shard, shared_rows
 from lcx.positions.frequencies import FrequencyRule
 from lcx.positions.length_rule import length_policy
 from lcx.positions.rope import Rope
@@ -192,8 +192,8 @@ class DecoderModel(nnx.Module):
         stack = lambda leaf: jnp.broadcast_to(leaf, (self.spec.periods, *leaf.shape))
         first = [jax.tree.map(lambda p: p[0], slot) for slot in self.slots]
         layers = tuple(jax.tree.map(stack, slot.init_state(batch_size, length)) for slot in first)
-        embed = self.embed_mixer.init_state(batch_size, length) if self.embed_mixer is not None else None
-        return {"embed": embed, "layers": layers}
+        embed = None if self.embed_mixer is None else self.embed_mixer.init_state(batch_size, length)
+        return {"embed": shared_rows(embed, self.spec.rules), "layers": layers}
 
     def _entered(self, batch: Batch, state: Any, place: Place) -> tuple[Float[Array, "B T M"], Any]:
         """What the first layer reads, and the state of the embeddings' mixer."""

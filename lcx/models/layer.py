@@ -14,6 +14,7 @@ from lcx.channels.channel import Channel
 from lcx.mixers.mixer import Aux, Inherited, Mixer, Place
 from lcx.models.residual import PreNorm, Residual
 from lcx.norms import Norm, RMSNorm
+from lcx.parallel.rules import shared_rows
 from lcx.parallel.tokenwise import tokenwise, weights_of
 from lcx.spec import Spec, SpecError
 
@@ -78,7 +79,8 @@ class LayerModule(nnx.Module):
         return tokenwise(mix, weights, h, tokens, chunk=chunk, rules=rules, compute=compute), {}
 
     def init_state(self, batch_size: int, length: int) -> Any:
-        return self.mixer.init_state(batch_size, length)
+        """The empty state, its rows shared out over the ambient mesh."""
+        return shared_rows(self.mixer.init_state(batch_size, length), self.inherited.rules)
 
 
 def _check_chunks(channel: nnx.Module, inherited: Inherited) -> None:

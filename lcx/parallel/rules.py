@@ -6,6 +6,7 @@ A logical axis that is absent from the rules, or None, is replicated. One mesh a
 import dataclasses
 import math
 from collections.abc import Collection
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +71,16 @@ def shard(x: Array, rules: Rules, *logical: str | None) -> Array:
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, rules.partition(logical, apart=mesh.manual_axes))
+
+
+def shared_rows(tree: Any, rules: Rules) -> Any:
+    """Arrays [B, ...] with their rows shared out under the ambient mesh, whatever becomes of their other axes."""
+    mesh = ambient_mesh()
+    if mesh is None:
+        return tree
+    (rows,) = rules.partition(("batch",))
+    place = lambda x: PartitionSpec(rows, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1))
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, place(x)), tree)
 
 
 def whole_rows(y: Array, *, rules: Rules, heads: int) -> Array:

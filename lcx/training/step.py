@@ -5,7 +5,7 @@ optimizer state are created and kept sharded by the model's rules.
 """
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -96,12 +96,14 @@ class TrainStep:
         place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         return jax.tree.map(place, shapes, self.shardings)
 
-    def compile(self, batch: Batch) -> jax.stages.Compiled:
-        """The step compiled for batches like `batch` (arrays on the mesh, or shapes with shardings). Donates the state."""
+    def compile(self, batch: Batch, options: Mapping[str, str | bool] | None = None) -> jax.stages.Compiled:
+        """The step compiled for batches like `batch` (arrays on the mesh, or shapes with shardings). Donates the state.
+
+        options: of the compiler."""
         shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
         with jax.set_mesh(self.mesh):
             step = jax.jit(self._step, donate_argnums=0, out_shardings=(self.shardings, replicated(self.mesh)))
-            return step.lower(self.abstract_state(), jax.tree.map(shape, batch)).compile()
+            return step.lower(self.abstract_state(), jax.tree.map(shape, batch)).compile(options)
 
     def model(self, params: Any) -> nnx.Module:
         """The module with these parameters."""

@@ -2,19 +2,23 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from lcx.attention import planner
 from lcx.attention.all_gather import AllGather
 from lcx.attention.balance import Balance, balance, shard_pairs
 from lcx.attention.count import document_pairs
-from lcx.attention.mask import Causal, Chunk, Sink, Window
-from lcx.attention.planner import Work, estimates, explain, link_rate, sample_balance
-from lcx.attention.ring import Ring
+from lcx.attention.mask import Causal, Chunk, Sink, Window, tokens_of
+from lcx.attention.planner import Work, estimates, explain, link_rate, sample_balance, shards_seen
+from lcx.attention.ring import Ring, hops, travel
 from lcx.attention.ulysses import RingUlysses, Ulysses
 from lcx.batch import causal_info
 from lcx.parallel.layout import Contiguous, Striped, Zigzag
+from lcx.parallel.mesh import MeshSpec
 
 EVEN = Balance(1.0, 1.0)
 WORK = Work(rows=1, length=1024, heads=8, kv_heads=2, head_dim=64, pairs=1024 * 1025 // 2)
@@ -67,6 +71,52 @@ def test_rings_over_two_axes():
     exchanged = (4 * q + 8 * k + 8 * q + 3 * rows + 8 * k) * 3 / 4 + 2 * 3 * fields
     keys, fields, gradients = 2 * 512 * 64 * 2, 512 * 16, 2 * 512 * 64 * 4  # one head of the row's half
     assert found[RingUlysses].moved == exchanged + 2 * (2 * (keys + fields) + gradients) + gradients
+
+
+def near(reach, shards=8):
+    """Shards that see `reach` before them."""
+    offset = np.arange(shards)[:, None] - np.arange(shards)
+    return lambda groups: (offset >= 0) & (offset <= reach) if groups == shards else np.tri(groups, dtype=bool)
+
+
+def test_rings_stop_where_nothing_is_seen():
+    """Keys of a window go two places on and are dropped; their gradients, at the third place by then, jump two home."""
+    keys, fields, gradients = 2 * 128 * 2 * 64 * 2, 128 * 16, 2 * 128 * 2 * 64 * 4
+    windowed = estimates(WORK, {"context": 8}, EVEN, flops=1e12, link=1e9, seen=near(2))
+    (ring,) = [one for one in windowed if type(one.communication) is Ring]
+    assert ring.moved == 3 * (2 * (keys + fields) + gradients) + gradients
+    both = lambda groups: near(3)(groups) | near(2)(groups).T  # 0, 1, 2, 3 forward, 2 backward
+    (ring,) = [one for one in estimates(WORK, {"context": 8}, EVEN, flops=1e12, link=1e9, seen=both) if one.name == "Ring"]
+    hops, jumps = 4 + 2, 1  # keys jump two places back
+    home = 2 + 2 + 1  # gradients: three home (4 - 1), three back (4 - 1), one home
+    assert ring.moved == 2 * (hops + jumps) * (keys + fields) + (hops + home) * gradients
+
+
+def test_rings_in_rings_stop_where_nothing_is_seen():
+    """Two by four shards that see one before them: inside, all meet by one hop and another that brings keys home; from the
+    group before only the last shard is seen, by the first: three places back is one forward."""
+    keys, fields, gradients = 2 * 128 * 2 * 64 * 2, 128 * 16, 2 * 128 * 2 * 64 * 4
+    found = estimates(WORK, {"fsdp": 2, "context": 4}, EVEN, flops=1e12, link=1e9, seen=near(1))
+    (ring,) = [one for one in found if type(one.communication) is Ring]
+    each = lambda hops, home: hops * (2 * (keys + fields) + gradients) + home * gradients
+    assert ring.moved == each(2, 1) + 2 * each(2, 1)
+
+
+@pytest.mark.parametrize("layout", [Contiguous(), Zigzag(), Striped(granularity=8)], ids=lambda layout: type(layout).__name__)
+@pytest.mark.parametrize("mask", [Causal(), Window(size=40), Chunk(size=64), Sink(size=4) | Window(size=9)], ids=repr)
+def test_hops_are_those_that_rings_make(mask, layout):
+    shards, length = 8, 256
+    places = layout.permutation(length, shards)
+    info = causal_info(np.ones((1, length), np.int32))
+    tokens = jax.tree.map(lambda field: field[:, places], tokens_of(info))
+
+    def made(tokens):
+        return jnp.stack(hops(mask, tokens, tokens, "context", ("context",)))
+
+    with jax.set_mesh(MeshSpec(context=shards).build()):
+        spread, whole = PartitionSpec(None, "context"), PartitionSpec()
+        wanted = jax.jit(jax.shard_map(made, in_specs=(spread,), out_specs=whole, check_vma=False))(tokens)
+    assert travel(shards_seen(mask, layout, shards, length, shards)) == tuple(np.asarray(wanted))
 
 
 def test_the_advice_says_why():
