@@ -45,10 +45,11 @@ def attend(
     """Attention of queries to keys: `(out f32, lse f32)`.
 
     Query head h reads key head h // (H/K). `lse` is the natural log of the sum of exponentials, after scale, bias and soft-cap.
-    Rows that see nothing give out = 0 and lse = -inf. Gradients accept a cotangent for `lse`. `auto` chooses a form in
-    `choose` and logs it once; a named backend is mandatory. bias: falls with distance. plan: of the visible pairs only those
-    that it lists. distances: q and k come raw, and are turned by the regions of a distance plan; where it chooses pairs of
-    channels, q comes in two halves of a head each; where it reads the queries of keys, k holds them too (`DistancePlan.held`).
+    Rows that see nothing, as where there are no keys, give out = 0 and lse = -inf. Gradients accept a cotangent for `lse`.
+    `auto` chooses a form in `choose` and logs it once; a named backend is mandatory. bias: falls with distance. plan: of the
+    visible pairs only those that it lists. distances: q and k come raw, and are turned by the regions of a distance plan, which
+    cover what an order by index shows, or, where the plan is `both_ways`, any order; where it chooses pairs of channels, q comes
+    in two halves of a head each; where it reads the queries of keys, k holds them too (`DistancePlan.held`).
 
     Raises ValueError for what is no attention call (`check_call`), disagrees with the plan, or has arguments that no method
     combines: distances with a plan or a bias, a bias with a soft-cap.
@@ -56,8 +57,17 @@ def attend(
     check_call(q, k, v, q_info, k_info, mask=mask, scale=scale, softcap=softcap, bias=bias, distances=distances)
     options = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias, "distances": distances, "backend": backend}
     fold = local_fold(q, k, plan=plan, **options)
+    if 0 in (q.size, k.size):
+        return nothing_seen(q, v)
     plans = () if plan is None else (plan,)
     return op.attention(fold, q, k, v, tokens_of(q_info), tokens_of(k_info), *plans)
+
+
+def nothing_seen(
+    q: Float[Array, "B T H _"], v: Float[Array, "B S K E"]
+) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
+    """What queries find where there is no key."""
+    return jnp.zeros((*q.shape[:3], v.shape[3]), jnp.float32), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
 
 
 def check_call(q, k, v, q_info, k_info, *, mask, scale, softcap, bias=None, distances=None) -> None:
@@ -88,6 +98,10 @@ def check_call(q, k, v, q_info, k_info, *, mask, scale, softcap, bias=None, dist
         raise ValueError(
             f"attend: bias = {bias} with softcap = {softcap}: expected one of them; which comes first is not defined"
         )
+    if 0 in (*q.shape[2:], *k.shape[2:], *v.shape[2:]):
+        raise ValueError(f"attend: q {q.shape}, k {k.shape}, v {v.shape}: expected at least one head and channel of each")
+    if distances is not None and not isinstance(distances, Distances):
+        raise ValueError(f"attend: distances = {distances!r}: expected Distances of a plan, or None")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"attend: {q.shape[2]} query heads are not a multiple of {k.shape[2]} key heads")
     if q.shape[0] != k.shape[0]:

@@ -86,6 +86,8 @@ def transpose(plan: BlockPlan) -> BlockPlan:
 def check_plan(plan: BlockPlan, B: int, T: int, S: int, H: int, K: int) -> None:
     """Raises ValueError if a plan is not one for B rows of T queries and S keys, H query and K key heads, or disagrees with
     itself."""
+    if not isinstance(plan, BlockPlan):
+        raise ValueError(f"plan = {plan!r}: expected a BlockPlan, or None")
     rows, groups, _ = plan.rows.shape
     if rows != B or groups not in (1, K, H):
         raise ValueError(f"plan: {rows} rows and {groups} groups: expected {B} rows and 1, {K} or {H} groups")

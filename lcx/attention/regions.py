@@ -19,6 +19,7 @@ class Regions(DistanceFold):
         parts = []
         for region, fold in self._folds():
             turned = self._turn(q, "query", region, q_tokens), self._turn(k, "key", region, k_tokens)
+            turned = tuple(x.astype(q.dtype) for x in turned)
             parts.append(fold.forward(*turned, v, q_tokens, k_tokens))
         return functools.reduce(merge, parts)
 
@@ -27,9 +28,12 @@ class Regions(DistanceFold):
         for region, fold in self._folds():
             turn_q = functools.partial(self._turn, side="query", region=region, tokens=q_tokens)
             turn_k = functools.partial(self._turn, side="key", region=region, tokens=k_tokens)
-            (turned_q, back_q), (turned_k, back_k) = jax.vjp(turn_q, q), jax.vjp(turn_k, k)
-            dq, dk, dv = fold.backward(turned_q, turned_k, v, q_tokens, k_tokens, lse, delta, d_out)
-            found = back_q(dq.astype(q.dtype))[0], back_k(dk.astype(k.dtype))[0], dv
+            (turned_q, back_q), (turned_k, back_k) = (
+                jax.vjp(turn, x.astype(jnp.float32)) for turn, x in ((turn_q, q), (turn_k, k))
+            )
+            rounded = turned_q.astype(q.dtype), turned_k.astype(k.dtype)
+            dq, dk, dv = fold.backward(*rounded, v, q_tokens, k_tokens, lse, delta, d_out)
+            found = back_q(dq)[0], back_k(dk)[0], dv
             sums = found if sums is None else tuple(a + b for a, b in zip(sums, found, strict=True))
         return sums
 
@@ -43,8 +47,8 @@ class Regions(DistanceFold):
             frequencies = dataclasses.replace(frequencies, axis=region.axes)
         places = getattr(region, side)(tokens.index)
         if not self.distances.plan.chooses:
-            return rotate(x, places, frequencies, side=side).astype(x.dtype)
+            return rotate(x, places, frequencies, side=side)
         chosen, others = jnp.split(x, 2, axis=-1) if side == "query" else (x, x)
         chosen = rotate(chosen, places, frequencies, side=side)
         others = rotate(others, plain(tokens.index), plain_frequencies, side=side)
-        return jnp.concatenate([chosen, others], axis=-1).astype(x.dtype)
+        return jnp.concatenate([chosen, others], axis=-1)

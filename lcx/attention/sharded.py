@@ -6,7 +6,7 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from lcx.attention.attend import Backend, attend, check_call, local_fold
+from lcx.attention.attend import Backend, attend, check_call, local_fold, nothing_seen
 from lcx.attention.communication import Communication
 from lcx.attention.mask import Mask, tokens_of
 from lcx.attention.plan import BlockPlan, check_plan
@@ -46,11 +46,14 @@ def sharded_attend(
     if mesh is None:
         return attend(q, k, v, q_info, k_info, plan=plan, **options)
     check_call(q, k, v, q_info, k_info, mask=mask, scale=scale, softcap=softcap, bias=bias, distances=distances)
+    _check_rules(rules, mesh)
     axes = tuple(axis for axis in rules.sequence if mesh.shape[axis] > 1)
     if axes and plan is not None:
         raise ValueError(
             f"attend: a block plan, of whole rows, with rows shared out over {', '.join(axes)}: expected whole rows"
         )
+    if 0 in (q.size, k.size):
+        return nothing_seen(q, v)
     _check_shares(q, k, rules, communication, {axis: mesh.shape[axis] for axis in axes})
     if axes and distances is not None and distances.plan.reads_queries and not communication.whole_rows:
         raise ValueError(f"attend: {distances.plan} with {communication}: expected AllGather() or Ulysses(), of whole rows")
@@ -77,6 +80,15 @@ def sharded_attend(
     lists = rules.partition(("batch", groups))
     run = jax.shard_map(local, in_specs=(queries, keys, keys, *infos, lists), out_specs=(queries, lse), check_vma=False)
     return run(q, k, v, *tokens, plan)
+
+
+def _check_rules(rules: Rules, mesh) -> None:
+    """Raises ValueError for what are no rules, or name axes that the mesh does not have."""
+    if not isinstance(rules, Rules):
+        raise ValueError(f"attend: rules = {rules!r}: expected Rules, such as Rules()")
+    named = {axis for name in ("batch", "sequence", "heads", "kv_heads") for axis in getattr(rules, name)}
+    if absent := sorted(named - set(mesh.shape)):
+        raise ValueError(f"attend: rules name {', '.join(absent)}: expected axes of the mesh, {', '.join(mesh.shape)}")
 
 
 def _check_shares(q, k, rules: Rules, communication: Communication, axes: dict[str, int]) -> None:

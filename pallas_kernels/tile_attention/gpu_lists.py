@@ -15,6 +15,8 @@ from pallas_kernels.tile_attention.tile_list import KINDS, TileList, tile_states
 from pallas_kernels.tile_attention.tiling import EMPTY, FULL
 from pallas_kernels.tile_attention.tokens import Mask
 
+LONGEST = (1 << 31) - 1
+
 
 class Lists(NamedTuple):
     """`groups` is 1, or K for one list a key head."""
@@ -38,8 +40,12 @@ def of_keys(mask: Mask, size: Sizes, given: Mapping[str, Array], tiles: TileList
 
 
 def from_states(states: Int32[Array, "B majors minors"]) -> Lists:
-    """The tiles that are not EMPTY."""
+    """The tiles that are not EMPTY. Raises ValueError where there are more than an int32 counts."""
     B, rows, minors = states.shape
+    if rows * minors > LONGEST:
+        raise ValueError(
+            f"attend: {rows} x {minors} tiles on one device: expected at most 2^31 - 1; share rows among more devices"
+        )
     order = jnp.sort(states * minors + jnp.arange(minors, dtype=jnp.int32), axis=-1) % minors
     starts = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32) * minors, (B, rows))
     counts = (states == FULL).sum(-1, dtype=jnp.int32), (states != EMPTY).sum(-1, dtype=jnp.int32)

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import jax
-from draws import DATA, check
+from draws import DATA, check, config
 
 ROWS = Path(__file__).parents[2] / "docs" / "results" / "support_draws.jsonl"
 
@@ -27,6 +27,7 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", 8)
     end = time.monotonic() + 60 * asked.minutes
     rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    check_drawn(rows)
     with open(ROWS, "a") as file:
         for draw in range(len(rows), asked.draws):
             if time.monotonic() > end:
@@ -35,6 +36,13 @@ def main() -> None:
             file.write(json.dumps(rows[-1]) + "\n")
             file.flush()
     print(summary(rows))
+
+
+def check_drawn(rows: list[dict]) -> None:
+    """Stops if rows are of other configs than are drawn today."""
+    for row in rows:
+        if "choice" in row and row["choice"] != str(config(row["config"])):
+            raise SystemExit(f"{ROWS}: config {row['config']} is drawn as another today: delete the file to draw anew")
 
 
 def summary(rows: list[dict]) -> str:

@@ -286,12 +286,15 @@ def test_auto_takes_the_kernel_of_the_platform(monkeypatch, target, form):
         (lambda q, k, v: {"softcap": 0.0}, r"softcap = 0\.0: expected a positive number or None"),
         (lambda q, k, v: {"bias": 0.5}, r"bias = 0\.5: expected a LinearBias, such as ALiBi\(\), or None"),
         (lambda q, k, v: {"bias": ALiBi(), "softcap": 2.0}, r"bias = ALiBi\(\) with softcap = 2\.0: expected one of them"),
+        (lambda q, k, v: {"q": q[:, :, :0]}, r"q \(2, 11, 0, 8\), k .*: expected at least one head and channel"),
+        (lambda q, k, v: {"distances": 1}, "distances = 1: expected Distances of a plan, or None"),
+        (lambda q, k, v: {"plan": 1}, "plan = 1: expected a BlockPlan, or None"),
     ],
 )
 def test_what_is_no_call_is_named(case, change, said, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     given = dict(zip(("q", "k", "v", "q_info", "k_info"), case, strict=True)) | {"mask": MASK, "scale": 1.0}
-    with pytest.raises(ValueError, match=f"attend: {said}"):
+    with pytest.raises(ValueError, match=f"(attend: )?{said}"):
         attend(**given | change(*case[:3]))
 
 
@@ -305,3 +308,33 @@ def test_key_heads_that_lie_otherwise_than_queries_are_refused():
             pytest.raises(ValueError, match=r"rules share key heads out over"),
         ):
             sharded_attend(q, k, k, own, own, rules=rules, communication=Ring(), mask=Causal(), scale=1.0)
+
+
+@pytest.mark.parametrize(
+    ("axes", "rules", "said"),
+    [
+        (("data", "fsdp", "context", "tensor"), None, r"rules = None: expected Rules, such as Rules\(\)"),
+        (("rows", "fsdp"), Rules(), "rules name context, data, tensor: expected axes of the mesh, rows, fsdp"),
+    ],
+)
+def test_rules_that_are_not_of_the_mesh_are_refused(axes, rules, said, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    q, own = jnp.ones((2, 16, 4, 8)), info(np.tile(np.arange(16), (2, 1)), np.ones((2, 16)))
+    mesh = jax.make_mesh((2, *(1,) * (len(axes) - 1)), axes, devices=jax.devices()[:2])
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=f"attend: {said}"):
+        sharded_attend(q, q, q, own, own, rules=rules, communication=Ring(), mask=Causal(), scale=1.0)
+
+
+@pytest.mark.parametrize("rows, queries, keys", [(2, 0, 5), (2, 5, 0), (0, 5, 5)])
+def test_no_tokens_find_nothing(rows, queries, keys):
+    q, k = jnp.ones((rows, queries, 4, 8)), jnp.ones((rows, keys, 2, 8))
+    infos = [info(np.tile(np.arange(T), (rows, 1)), np.ones((rows, T))) for T in (queries, keys)]
+
+    def total(q, k):
+        out, lse = attend(q, k, k[..., :6], *infos, mask=Window(size=3), scale=1.0)
+        assert out.shape == (rows, queries, 4, 6) and not out.any() and (lse == -jnp.inf).all()
+        return out.sum()
+
+    with jax.disable_jit():
+        dq, dk = jax.grad(total, argnums=(0, 1))(q, k)
+    assert dq.shape == q.shape and dk.shape == k.shape and not dq.any() and not dk.any()
