@@ -48,7 +48,7 @@ def attend(
     Rows that see nothing, as where there are no keys, give out = 0 and lse = -inf. Gradients accept a cotangent for `lse`.
     `auto` chooses a form in `choose` and logs it once; a named backend is mandatory. bias: falls with distance. plan: of the
     visible pairs only those that it lists. distances: q and k come raw, and are turned by the regions of a distance plan, which
-    cover what an order by index shows, or, where the plan is `both_ways`, any order; where it chooses pairs of channels, q comes
+    cover what an order by index shows, or, if the plan is `both_ways`, any order; where it chooses pairs of channels, q comes
     in two halves of a head each; where it reads the queries of keys, k holds them too (`DistancePlan.held`).
 
     Raises ValueError for what is no attention call (`check_call`), disagrees with the plan, or has arguments that no method
