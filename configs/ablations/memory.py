@@ -87,7 +87,7 @@ def bindings(steps: int = 600, only: str | None = None) -> Ablation:
     return _ablation({**_mixers(), **_between()}, steps, only)
 
 
-def needles(steps: int = 600, only: str | None = None) -> Ablation:
+def needles(steps: int = 1800, only: str | None = None) -> Ablation:
     """The same arms; or only the named one."""
     return _ablation({**_mixers(), **_between()}, steps, only, NEEDLES, DISTANCES)
 

@@ -1,42 +1,50 @@
-"""Errors of attention against float64, by length and dtype: a table of docs/numerics.md.
+"""Errors of attention against float64, by length, dtype and form: tables of docs/numerics.md.
 
-    python -m lcx.attention.numerics
+    python -m lcx.attention.numerics             the form of CPUs, keys whole and in parts that are merged
+    python -m lcx.attention.numerics kernels     the kernels of TPUs and GPUs, interpreted
 
 The last 16 queries of a row attend to all its keys, causal, 4 heads of 64 over 2 key heads; logits have standard deviation 2,
-every 1,000th key is one that all queries look for. An error is the largest of out (or of lse, or of dv) over its largest entry.
-bfloat16 inputs are compared with float64 attention of the same rounded inputs.
+every 1,000th key is one that all queries look for. Gradients are those of a normal cotangent of out. An error is the largest of
+an array over its largest entry. bfloat16 inputs are compared with float64 attention of the same rounded inputs.
 """
 
+import dataclasses
 import functools
 import sys
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from lcx.attention.attend import attend
-from lcx.attention.mask import Causal
+from lcx.attention.mask import Causal, tokens_of
 from lcx.attention.merge import merge
 from lcx.batch import TokenInfo
+from pallas_kernels.tile_attention import op, tpu, triton
 
 LENGTHS = (1 << 10, 1 << 14, 1 << 17, 1 << 20)
 QUERIES, HEADS, KV_HEADS, HEAD_DIM = 16, 4, 2, 64
 SCALE = 2.0 / HEAD_DIM**0.5
+KERNELS = {"TPU": tpu, "Triton": triton}
 PARTS = (1, 8, 32)  # of the keys, attended to apart and merged: what a ring of as many devices does
 
 
-def row(length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def row(length: int) -> tuple[np.ndarray, ...]:
+    """q, k, v and the cotangent of out."""
     rng = np.random.default_rng(length)
     q = rng.normal(size=(QUERIES, HEADS, HEAD_DIM))
     k, v = (rng.normal(size=(length, KV_HEADS, HEAD_DIM)) for _ in range(2))
     k[::1000] += q.mean(axis=(0, 1))
-    return q, k, v
+    return q, k, v, rng.normal(size=q.shape)
 
 
-def exact(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(out, lse, dv for a cotangent of ones) in float64."""
-    (n, H, _), (S, K, E) = q.shape, v.shape
-    out, lse, dv = np.zeros((n, H, E)), np.zeros((n, H)), np.zeros((S, K, E))
+def exact(q: np.ndarray, k: np.ndarray, v: np.ndarray, d_out: np.ndarray) -> dict[str, np.ndarray]:
+    """In float64."""
+    (n, H, _), (S, K, _) = q.shape, v.shape
+    found = {"out": np.zeros(q.shape), "lse": np.zeros((n, H)), "dq": np.zeros(q.shape)}
+    found |= {"dk": np.zeros(k.shape), "dv": np.zeros(v.shape)}
     for h in range(H):
         head = h // (H // K)
         scores = q[:, h] @ k[:, head].T * SCALE
@@ -44,9 +52,14 @@ def exact(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.n
         peak = scores.max(axis=1, keepdims=True)
         p = np.exp(scores - peak)
         total = p.sum(axis=1, keepdims=True)
-        out[:, h], lse[:, h] = p / total @ v[:, head], (peak + np.log(total))[:, 0]
-        dv[:, head] += (p / total).sum(axis=0)[:, None]
-    return out, lse, dv
+        p /= total
+        found["out"][:, h], found["lse"][:, h] = p @ v[:, head], (peak + np.log(total))[:, 0]
+        found["dv"][:, head] += p.T @ d_out[:, h]
+        delta = (d_out[:, h] * found["out"][:, h]).sum(axis=1, keepdims=True)
+        d_scores = p * (d_out[:, h] @ v[:, head].T - delta) * SCALE
+        found["dq"][:, h] = d_scores @ k[:, head]
+        found["dk"][:, head] += d_scores.T @ q[:, h]
+    return found
 
 
 def folded(q, k, v, q_info, k_info, parts: int):
@@ -57,10 +70,30 @@ def folded(q, k, v, q_info, k_info, parts: int):
     return functools.reduce(merge, attended)
 
 
-@functools.partial(jax.jit, static_argnums=5)
-def measured(q, k, v, q_info, k_info, parts):
-    (out, lse), pull = jax.vjp(lambda v: folded(q, k, v, q_info, k_info, parts), v)
-    return out[0], lse[0], pull((jnp.ones_like(out), jnp.zeros_like(lse)))[0][0]
+@dataclasses.dataclass(frozen=True)
+class Interpreted(op.Fold):
+    """A kernel as it would run on its platform."""
+
+    kernel: str
+
+    def forward(self, *given):
+        return KERNELS[self.kernel].forward(*given, mask=Causal(), scale=SCALE, interpret=True)
+
+    def backward(self, *given):
+        return KERNELS[self.kernel].backward(*given, mask=Causal(), scale=SCALE, interpret=True)
+
+
+def interpreted(q, k, v, q_info, k_info, kernel: str):
+    return op.attention(Interpreted(kernel), q, k, v, tokens_of(q_info), tokens_of(k_info))
+
+
+@functools.partial(jax.jit, static_argnums=6)
+def measured(q, k, v, d_out, q_info, k_info, way: int | str) -> dict[str, Array]:
+    """In so many parts, or by that kernel."""
+    run = folded if isinstance(way, int) else interpreted
+    (out, lse), pull = jax.vjp(lambda q, k, v: run(q, k, v, q_info, k_info, way), q, k, v)
+    dq, dk, dv = pull((d_out.astype(out.dtype), jnp.zeros_like(lse)))
+    return {"out": out[0], "lse": lse[0], "dq": dq[0], "dk": dk[0], "dv": dv[0]}
 
 
 def infos(length: int) -> tuple[TokenInfo, TokenInfo]:
@@ -69,21 +102,24 @@ def infos(length: int) -> tuple[TokenInfo, TokenInfo]:
     return keys.take(slice(length - QUERIES, length)), keys
 
 
-def attention_table() -> None:
-    print("| tokens | dtype | parts merged | out | lse | dv |\n|---|---|---|---|---|---|")
-    for length in LENGTHS:
+def attention_table(ways: Sequence[int | str], lengths: Sequence[int]) -> None:
+    names = ("out", "lse", "dq", "dk", "dv")
+    print(f"| tokens | dtype | {'kernel' if 'TPU' in ways else 'parts merged'} | {' | '.join(names)} |\n|{'---|' * 8}")
+    for length in lengths:
         for dtype in ("float32", "bfloat16"):
             given = [jnp.asarray(x, dtype)[None] for x in row(length)]
             wanted = exact(*(np.asarray(x[0], np.float64) for x in given))
-            for parts in PARTS:
-                got = measured(*given, *infos(length), parts)
-                errors = [np.abs(a - b).max() / np.abs(b).max() for a, b in zip(jax.device_get(got), wanted, strict=True)]
-                cells = " | ".join(f"{error:.1e}" for error in errors)
-                print(f"| {length:,} | {dtype} | {parts} | {cells} |", flush=True)
+            for way in ways:
+                got = jax.device_get(measured(*given, *infos(length), way))
+                errors = (np.abs(got[name] - wanted[name]).max() / np.abs(wanted[name]).max() for name in names)
+                print(f"| {length:,} | {dtype} | {way} | {' | '.join(f'{error:.1e}' for error in errors)} |", flush=True)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
+    if sys.argv[1:] not in ([], ["kernels"]):
         sys.exit(__doc__)
     jax.config.update("jax_platforms", "cpu")
-    attention_table()
+    if sys.argv[1:]:
+        attention_table([*KERNELS], LENGTHS[:3])
+    else:
+        attention_table(PARTS, LENGTHS)
