@@ -35,6 +35,8 @@ def main(arguments: Arguments) -> None:
     if asked.support:
         print(support_table(), support_summary(), sep="\n\n")
         return
+    if asked.compile and asked.topology is not None:
+        raise SpecError(f"--compile beside --topology={asked.topology}: expected one of them")
     planned = arguments.spec((Experiment, Serving))
     serving = isinstance(planned, Serving)
     (validate_serving if serving else validate)(planned)

@@ -83,6 +83,7 @@ def figures(experiment: Experiment) -> dict[str, Any]:
         "training FLOPs a token, all pairs": count.train(full) / work.tokens,
         "training FLOPs of the run, visible pairs only": count.train(work) * experiment.steps,
         "distances in rows": f"below {data.spread:,}",
+        **_blind(model, length),
         **position_figures(model, length, spread=data.spread),
     }
 
@@ -280,6 +281,12 @@ def communication_report(experiment: Experiment, device_kind: str) -> str:
         found = estimates(work, axes, even, flops=flops, link=link, seen=seen)
         blocks.append(f"{head}\n{explain(found, ROOM)}")
     return "\n\n".join(blocks)
+
+
+def _blind(model: Decoder, length: int) -> dict[str, str]:
+    """Attention that sees no pair of a causal document, if the model has some."""
+    masks = {path: part.mask for path, part in below(model) if isinstance(part, Attention)}
+    return {f"seen by {path}": f"nothing, by {mask}" for path, mask in masks.items() if not document_pairs(mask, length)}
 
 
 def _embeddings(state: nnx.State) -> int:

@@ -14,6 +14,7 @@ import pytest
 
 from experiments import plan
 from experiments.program import run
+from lcx.attention.mask import Beyond
 from lcx.attention.planner import estimates
 from lcx.data.recall import Needles
 from lcx.data.skipped import Skipped
@@ -79,6 +80,18 @@ def test_figures_of_a_model_in_use_by_hand():
     assert 12 * found["forward FLOPs a row of 64, all pairs"] == trained["training FLOPs a step, all pairs"]
     grown = found["state bytes a row of 128"] - found["state bytes a row of 64"]
     assert grown == 64 * (2 * 2 * 8 + 6) * 4
+
+
+def test_a_mask_that_sees_nothing_is_remarked():
+    blind = edit(base(), "model.pattern[0].mixer.mask", Beyond(size=64))
+    assert figures(blind)["seen by pattern[0].mixer"] == "nothing, by Beyond(size=64)"
+    assert not any(name.startswith("seen by") for name in figures(base()))
+
+
+def test_one_kind_of_devices_is_compiled_for(capsys):
+    given = ["--config=config:recipes.quick_text.quick", "--compile", "--topology=v5e:1x1"]
+    assert run(plan.main, given) == 2
+    assert "--compile beside --topology=v5e:1x1: expected one of them" in capsys.readouterr().err
 
 
 def test_runs_of_one_cost_share_a_block():
