@@ -11,14 +11,13 @@ an array over its largest entry. bfloat16 inputs are compared with float64 atten
 import dataclasses
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from lcx.attention.attend import attend
 from lcx.attention.mask import Causal, tokens_of
 from lcx.attention.merge import merge
 from lcx.batch import TokenInfo
@@ -62,12 +61,31 @@ def exact(q: np.ndarray, k: np.ndarray, v: np.ndarray, d_out: np.ndarray) -> dic
     return found
 
 
-def folded(q, k, v, q_info, k_info, parts: int):
-    """Attention to each part of the keys, merged."""
-    cuts = [slice(i * k.shape[1] // parts, (i + 1) * k.shape[1] // parts) for i in range(parts)]
-    options = {"mask": Causal(), "scale": SCALE}
-    attended = (attend(q, k[:, cut], v[:, cut], q_info, k_info.take(cut), **options) for cut in cuts)
-    return functools.reduce(merge, attended)
+@dataclasses.dataclass(frozen=True)
+class Split(op.Fold):
+    """Attention to each part of the keys, merged; gradients of queries are added up in float32, as rings do."""
+
+    parts: int
+    inner: op.Fold = op.Tiled("xla", Causal(), SCALE)
+
+    def forward(self, q, k, v, q_tokens, k_tokens):
+        def add(found, part):
+            return merge(found, self.inner.forward(q, *part[:2], q_tokens, part[2])), None
+
+        nothing = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:3], -jnp.inf)
+        return jax.lax.scan(add, nothing, self._cut(k, v, k_tokens))[0]
+
+    def backward(self, q, k, v, q_tokens, k_tokens, *given):
+        def add(total, part):
+            dq, *theirs = self.inner.backward(q, *part[:2], q_tokens, part[2], *given)
+            return total + dq, theirs
+
+        dq, theirs = jax.lax.scan(add, jnp.zeros(q.shape, jnp.float32), self._cut(k, v, k_tokens))
+        return dq, *(jnp.moveaxis(x, 0, 1).reshape(y.shape) for x, y in zip(theirs, (k, v), strict=True))
+
+    def _cut(self, *arrays):
+        """[B, S, ...] -> [parts, B, S / parts, ...]."""
+        return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0], self.parts, -1, *x.shape[2:]), 1, 0), arrays)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,15 +101,11 @@ class Interpreted(op.Fold):
         return KERNELS[self.kernel].backward(*given, mask=Causal(), scale=SCALE, interpret=True)
 
 
-def interpreted(q, k, v, q_info, k_info, kernel: str):
-    return op.attention(Interpreted(kernel), q, k, v, tokens_of(q_info), tokens_of(k_info))
-
-
 @functools.partial(jax.jit, static_argnums=6)
-def measured(q, k, v, d_out, q_info, k_info, way: int | str) -> dict[str, Array]:
-    """In so many parts, or by that kernel."""
-    run = folded if isinstance(way, int) else interpreted
-    (out, lse), pull = jax.vjp(lambda q, k, v: run(q, k, v, q_info, k_info, way), q, k, v)
+def measured(q, k, v, d_out, q_info, k_info, fold: op.Fold) -> dict[str, Array]:
+    """out, lse and gradients of a row."""
+    attention = lambda q, k, v: op.attention(fold, q, k, v, tokens_of(q_info), tokens_of(k_info))
+    (out, lse), pull = jax.vjp(attention, q, k, v)
     dq, dk, dv = pull((d_out.astype(out.dtype), jnp.zeros_like(lse)))
     return {"out": out[0], "lse": lse[0], "dq": dq[0], "dk": dk[0], "dv": dv[0]}
 
@@ -102,17 +116,17 @@ def infos(length: int) -> tuple[TokenInfo, TokenInfo]:
     return keys.take(slice(length - QUERIES, length)), keys
 
 
-def attention_table(ways: Sequence[int | str], lengths: Sequence[int]) -> None:
+def attention_table(title: str, folds: Mapping[str, op.Fold], lengths: Sequence[int]) -> None:
     names = ("out", "lse", "dq", "dk", "dv")
-    print(f"| tokens | dtype | {'kernel' if 'TPU' in ways else 'parts merged'} | {' | '.join(names)} |\n|{'---|' * 8}")
+    print(f"| tokens | dtype | {title} | {' | '.join(names)} |\n|{'---|' * 8}")
     for length in lengths:
         for dtype in ("float32", "bfloat16"):
             given = [jnp.asarray(x, dtype)[None] for x in row(length)]
             wanted = exact(*(np.asarray(x[0], np.float64) for x in given))
-            for way in ways:
-                got = jax.device_get(measured(*given, *infos(length), way))
+            for name, fold in folds.items():
+                got = jax.device_get(measured(*given, *infos(length), fold))
                 errors = (np.abs(got[name] - wanted[name]).max() / np.abs(wanted[name]).max() for name in names)
-                print(f"| {length:,} | {dtype} | {way} | {' | '.join(f'{error:.1e}' for error in errors)} |", flush=True)
+                print(f"| {length:,} | {dtype} | {name} | {' | '.join(f'{error:.1e}' for error in errors)} |", flush=True)
 
 
 if __name__ == "__main__":
@@ -120,6 +134,6 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     jax.config.update("jax_platforms", "cpu")
     if sys.argv[1:]:
-        attention_table([*KERNELS], LENGTHS[:3])
+        attention_table("kernel", {name: Interpreted(name) for name in KERNELS}, LENGTHS[:2])
     else:
-        attention_table(PARTS, LENGTHS)
+        attention_table("parts merged", {str(parts): Split(parts) for parts in PARTS}, LENGTHS)
