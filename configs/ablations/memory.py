@@ -2,14 +2,16 @@
 
     python -m experiments.ablate --config=config:ablations.memory.bindings
     python -m experiments.ablate --config=config:ablations.memory.needles
+    python -m experiments.ablate --config=config:ablations.memory.text
     python -m experiments.ablate --config=config:ablations.memory.titans
     python -m experiments.ablate --config='config:ablations.memory.bindings(only="gated DeltaNet")'     # one arm, minutes
 
 `bindings`: two layers of width 64, one arm a memory, trained on rows of 128 tokens in which each of 8 letters is bound to a
 digit about four times, and asked for as often. Measured at 128 to 2,048 tokens, 8 to 128 windows of 16 tokens, in which keys
 are bound as many times more. Chance is 0.10. `needles`: the letters are bound once, at the beginning of a row, and asked for
-among other letters, at 32 to 2,048 tokens, one to 64 segments of memories between segments. `titans`: the paper's three ways to
-join memory and attention, and the memory with each of its parts taken away.
+among other letters, at 32 to 2,048 tokens, one to 64 segments of memories between segments. `text`: the same models trained on
+rows of 512 bytes of source code, one document each, and measured at 512 to 8,192. `titans`: the paper's three ways to join
+memory and attention, and the memory with each of its parts taken away.
 
 Expected: a sum of all pairs (linear attention) loses as more is written; forgetting helps, overwriting (delta rules) more. Of
 needles a window knows nothing; Titans (paper) is ahead of gated DeltaNet, HMT (paper) of RMT.
@@ -27,9 +29,12 @@ from configs.ablations.arms import chosen
 from lcx.attention.mask import Chunk, Window
 from lcx.channels.glu import GLU
 from lcx.data.bindings import Bindings
+from lcx.data.packing import PackedText
 from lcx.data.pipeline import Pipeline, Weighted
+from lcx.data.sources import StandardLibrary
 from lcx.evaluation.ablation import Ablation, Arm, Variant
 from lcx.evaluation.panels import Panel
+from lcx.evaluation.tasks.perplexity import Perplexity
 from lcx.evaluation.tasks.retrieval import Retrieval
 from lcx.memory.activation_beacon import ActivationBeacon
 from lcx.memory.auto_compressor import AutoCompressor
@@ -46,6 +51,7 @@ from lcx.mixers.titans_mac import TitansMAC
 from lcx.mixers.ttt import TTT
 from lcx.models.decoder import Decoder
 from lcx.models.layer import Layer
+from lcx.spec import edits
 from lcx.training.checkpoint import Checkpointing
 from lcx.training.experiment import Experiment
 from lcx.training.optimizer import AdamW
@@ -53,6 +59,7 @@ from lcx.training.schedules import Cosine
 
 WIDTH, HEADS, DIM, WINDOW, TRAINED = 64, 2, 32, 16, 128
 LENGTHS = (128, 256, 512, 1024, 2048)
+FAR = (512, 2048, 8192)
 
 TASK = Bindings(keys=8)
 NEEDLES, DISTANCES = Bindings(keys=8, asked=0.2, anew=False), (32, *LENGTHS)
@@ -90,6 +97,21 @@ def bindings(steps: int = 600, only: str | None = None) -> Ablation:
 def needles(steps: int = 1800, only: str | None = None) -> Ablation:
     """The same arms; or only the named one."""
     return _ablation({**_mixers(), **_between()}, steps, only, NEEDLES, DISTANCES)
+
+
+def text(steps: int = 1000, only: str | None = None) -> Ablation:
+    """The same arms on source code; or only the named one."""
+    code = lambda split: StandardLibrary(split=split)
+    data = Pipeline(mixture=(Weighted(rows=PackedText(source=code("train"), most=1)),), length=512, batch_size=8)
+    return dataclasses.replace(
+        bindings(steps, only),
+        base=edits(base(steps=steps), [("data", data)]),
+        variants=(Variant(method="trained", lengths=FAR),),
+        tasks=(Perplexity(source=code("heldout"), windows=16),),
+        panels=(
+            Panel(title="code, nats a byte in the last half", task="text", metric="nll", where=(("bucket", "last half"),)),
+        ),
+    )
 
 
 def titans(steps: int = 600, only: str | None = None) -> Ablation:
