@@ -51,7 +51,24 @@ def figures(ablation: Ablation) -> str:
     blocks = [
         f"{name}\n{listed(model_figures(one.model, lengths, one.data.length, one.data.spread))}" for name, one in named.items()
     ]
-    return "\n\n".join(block for block in (*blocks, compared(training_runs(ablation)), variant_figures(ablation)) if block)
+    blocks += [compared(training_runs(ablation)), in_use(ablation, lengths), variant_figures(ablation)]
+    return "\n\n".join(block for block in blocks if block)
+
+
+def in_use(ablation: Ablation, lengths: list[int]) -> str:
+    """What a row holds in use, and what a token of it costs, of each trained arm at the shortest and the longest length."""
+    lines = []
+    for arm in ablation.arms:
+        if arm.model is None:
+            ends = sorted({lengths[0], lengths[-1]})
+            found = model_figures(ablation.experiment(arm).model, ends)
+            cells = [
+                f"{found[f'state bytes a row of {n}']:,} bytes and "
+                f"{found[f'forward FLOPs a row of {n}, visible pairs only'] // n:,} FLOPs a token of {n:,}"
+                for n in ends
+            ]
+            lines.append(f"{arm.name}: {'; '.join(cells)}")
+    return "\n".join(["state of a row, forward pass:", *lines]) if lines else ""
 
 
 def training_runs(ablation: Ablation) -> dict[str, Experiment]:
