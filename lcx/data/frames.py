@@ -6,39 +6,29 @@ there is one of a single place on one axis. So the synthetic video of HoPE's and
 """
 
 import dataclasses
-import math
-import string
 from typing import Literal
 
 import numpy as np
 
-from lcx.data.recall import Recall, RecallExample, TaskDoesNotFit
-from lcx.positions.visual import Grid, Text, VisualPositions
+from lcx.data.recall import RecallExample, TaskDoesNotFit
+from lcx.data.video import SYMBOLS, Video, letters
+from lcx.positions.visual import Grid
 
 Step = Literal["right", "below", "next"]
 STEPS: dict[Step, tuple[int, int, int]] = {"right": (0, 0, 1), "below": (0, 1, 0), "next": (1, 0, 0)}
 MARKS: dict[Step, str] = {"right": ">", "below": "_", "next": "+"}
-SYMBOLS = string.ascii_lowercase + string.digits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Frames(Recall):
-    """height, width: of a frame. frames: fewest and most of a video; None is as many as fit. asked: symbols with
-    questions, one for each of `steps`. positions: the rule that places the tokens; None is the index. The video is the same
-    under every rule.
-    """
+class Frames(Video):
+    """frames: fewest and most of a video; None is as many as fit. asked: symbols with questions, one for each of `steps`."""
 
-    height: int = 4
-    width: int = 4
     frames: tuple[int, int] | None = None
     asked: int = 8
     steps: tuple[Step, ...] = ("right", "below", "next")
-    positions: VisualPositions | None = None
 
     def validate(self):
         super().validate()
-        self.check(self.height >= 2, "height", "at least 2")
-        self.check(self.width >= 2, "width", "at least 2")
         fits = self.frames is None or 2 <= self.frames[0] <= self.frames[1]
         self.check(fits, "frames", "fewest and most, at least 2, or None")
         most = len(SYMBOLS) // 2
@@ -57,24 +47,12 @@ class Frames(Recall):
         return 1 + -(-self.asked // self._cells) if self.frames is None else self.frames[0]
 
     @property
-    def position_axes(self):
-        return None if self.positions is None else self.positions.axes
-
-    def spread(self, length):
-        asked = 3 * self.asked * len(self.steps)
-        most = (length - asked) // (self.height * self.width)
-        if self.positions is None or most < 1:
-            return length
-        count = most if self.frames is None else min(most, self.frames[1])
-        drawn = (
-            self.positions.place((Grid(count, self.height, self.width), Text(asked)), np.random.default_rng(n))
-            for n in range(8)
-        )
-        return max(length, *(math.ceil(np.ptp(placed.positions)) + 1 for placed in drawn))
+    def text(self):
+        return 3 * self.asked * len(self.steps)
 
     @property
-    def content(self):
-        return dataclasses.replace(super().content, positions=None)
+    def most(self):
+        return None if self.frames is None else self.frames[1]
 
     def example(self, tokenizer, length, i, *, seed, split, depth=None):
         rng = self.generator(i, seed, split)
@@ -96,18 +74,14 @@ class Frames(Recall):
         order = [(step, place) for place in places for step in self.steps]
         if depth is None:
             order = [order[n] for n in rng.permutation(len(order))]
-        letters = lambda numbers: "".join(SYMBOLS[n] for n in numbers)
-        text = letters(video.ravel())
+        text = letters(video)
         for step, place in order:
             text += MARKS[step] + letters((video[place], video[tuple(np.add(place, STEPS[step]))]))
-        ids = tokenizer.encode(text)
-        if len(ids) != len(text):
-            raise ValueError(f"Frames: {len(ids)} tokens of {len(text)} symbols: expected a tokenizer with a token a symbol")
+        ids = self.encoded(tokenizer, text)
         first = count * size + 2
         answers = tuple((first + 3 * n, first + 3 * n + 1) for n in range(len(order)))
-        placed = None if self.positions is None else self.positions.place((grid, Text(3 * len(order))), rng)
         depths = tuple(place[0] / max(1, inside[0] - 1) for _, place in order)
-        return RecallExample(ids, answers, depths, placed)
+        return RecallExample(ids, answers, depths, self.place(grid, rng))
 
     @classmethod
     def examples(cls):
