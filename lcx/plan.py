@@ -285,7 +285,7 @@ def communication_report(experiment: Experiment, device_kind: str) -> str:
 
 def _blind(model: Decoder, length: int) -> dict[str, str]:
     """Attention that sees no pair of a causal document, if the model has some."""
-    masks = {path: part.mask for path, part in below(model) if isinstance(part, Attention)}
+    masks = {path: part.mask for path, part in below(model, "model") if isinstance(part, Attention)}
     return {f"seen by {path}": f"nothing, by {mask}" for path, mask in masks.items() if not document_pairs(mask, length)}
 
 

@@ -1,38 +1,29 @@
 """What a model in use costs, before it runs: sizes and work of `Serving`, and what the compiler says of its two programs.
 
-A chunk of the prompts is one program, a token of the answers the other; the loop around that adds nothing. No array is made.
+One reads a chunk of the prompts, the other is the loop that answers. No array is made.
 """
 
-import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from lcx.config_text import render
-from lcx.inference.generate import decode_step, feed, nothing_decoded, nothing_read
+from lcx.inference.generate import Consumed, decode, feed, nothing_decoded, nothing_read
 from lcx.inference.sampling import Sampling
 from lcx.inference.serving import Serving
+from lcx.inference.shapes import bucket
+from lcx.models.decoder import DecoderModel
 from lcx.parallel.hlo import collectives
 from lcx.plan import abstract_tree, device_bytes, fitted, listed, memory_figures, model_figures, temporary_figures
 from lcx.spec import fingerprint
-from lcx.training.flops import counter
+from lcx.training.flops import bandwidth, counter
 from lcx.training.placement import parameter_shardings
 from lcx.training.step import abstract_model, bind
-
-# Bytes/s of a device's memory, by the start of its `device_kind` (data sheets). A tpu7x chip is two devices.
-BANDWIDTHS = {
-    "TPU v4": 1.228e12,
-    "TPU v5 lite": 0.819e12,
-    "TPU v5": 2.765e12,
-    "TPU v6 lite": 1.64e12,
-    "TPU7x": 7.37e12 / 2,
-    "NVIDIA H100": 3.35e12,
-    "NVIDIA H200": 4.8e12,
-}
 
 
 def serving_report(serving: Serving) -> str:
@@ -47,23 +38,24 @@ def serving_figures(serving: Serving) -> dict[str, Any]:
     last = count.forward(count.documents(1, length)) - count.forward(count.documents(1, length - 1))
     return model_figures(model, (length,)) | {
         f"FLOPs of token {length} of a row, visible pairs only": last,
-        "FLOPs of a decoding step of all rows, visible pairs only": serving.rows * last,
+        "FLOPs of that token of all rows, visible pairs only": serving.rows * last,
     }
 
 
 def serving_compiled(serving: Serving, devices: Sequence[jax.Device]) -> dict[str, Any]:
-    """Of the compiled programs, a device: memory by class, what they send by kind. Raises SpecError if one does not fit."""
+    """Of the compiled programs, a device: memory by class, what they send by kind, the loop's a token. Raises SpecError if one
+    does not fit."""
     mesh = serving.mesh.build(devices)
     kind = mesh.devices.flat[0].device_kind
     found: dict[str, Any] = {"compiled for": f"{mesh.size} x {kind}"}
     with jax.set_mesh(mesh):
-        model, read = _abstract_model(serving, mesh), None
+        model = _abstract_model(serving, mesh)
         read = _abstract_read(serving, model)
-        params = device_bytes(nnx.to_pure_dict(nnx.state(model)))
-        state = device_bytes(read.state)
+        params, state = device_bytes(nnx.to_pure_dict(nnx.state(model))), device_bytes(read.state)
         found |= {"parameter bytes a device": params, "state bytes a device": state}
-        for bandwidth in (rate for name, rate in BANDWIDTHS.items() if kind.startswith(name)):
-            found["ms to read both once, as a decoded token does"] = 1e3 * (params + state) / bandwidth
+        if (rate := bandwidth(kind)) is not None:
+            used = params * jnp.dtype(serving.model.compute).itemsize // jnp.dtype("float32").itemsize + state
+            found[f"ms to read matrices in {serving.model.compute} and the state once, as a token does"] = 1e3 * used / rate
         for name, lowered in _programs(serving, model, read):
             begin = time.perf_counter()
             program, most = fitted(lowered.compile, f"{name} of {serving.rows} rows")
@@ -74,30 +66,30 @@ def serving_compiled(serving: Serving, devices: Sequence[jax.Device]) -> dict[st
     return found
 
 
-def _programs(serving: Serving, model, read):
-    """A step of prefill and one of decoding, lowered."""
+def _programs(serving: Serving, model: DecoderModel, read: Consumed) -> Iterator[tuple[str, jax.stages.Lowered]]:
+    """A step of prefill and the loop of the answers, whose text counts one token."""
     rows = serving.rows
     chunk = jax.ShapeDtypeStruct((rows, serving.chunk), jnp.int32)
     yield f"prefill of {serving.chunk} tokens", feed.lower(model, chunk, chunk, read)
-    decoding = jax.eval_shape(lambda: nothing_decoded(None, serving.length - serving.chunk, jnp.zeros(rows, bool)))
-    decoding = dataclasses.replace(decoding, read=read)
+    made = lambda: nothing_decoded(None, bucket(serving.answer), jnp.zeros(rows, bool))
     keys = jax.eval_shape(lambda: jax.vmap(jax.random.key)(jnp.zeros(rows, jnp.uint32)))
-    options = {"keys": keys, "stops": jax.ShapeDtypeStruct((1,), jnp.int32), "sampling": Sampling()}
-    yield (
-        "decoding step",
-        jax.jit(decode_step, static_argnames="sampling", donate_argnames="now").lower(model, decoding, **options),
-    )
+    stops, end = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+    decoding = jax.eval_shape(made).holding(read)
+    yield "answers, a token", decode.lower(model, decoding, keys, stops, end, Sampling())
 
 
-def _abstract_model(serving: Serving, mesh):
+def _abstract_model(serving: Serving, mesh: Mesh) -> DecoderModel:
+    """As `generate` uses it: a learned rope is solved."""
     graph, state = abstract_model(serving.model)
-    return bind(graph, state, abstract_tree(nnx.to_pure_dict(state), parameter_shardings(state, serving.model.rules, mesh)))
+    model = bind(graph, state, abstract_tree(nnx.to_pure_dict(state), parameter_shardings(state, serving.model.rules, mesh)))
+    if hasattr(model.rope, "settled"):
+        model.rope = nnx.eval_shape(lambda rope: rope.settled(), model.rope)
+    return model
 
 
-def _abstract_read(serving: Serving, model):
+def _abstract_read(serving: Serving, model: DecoderModel) -> Consumed:
     """Shapes of what the rows have read, where the program that makes them puts them."""
-    rows, length = serving.rows, serving.length
-    count, place = jax.ShapeDtypeStruct((rows,), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.float32)
-    lowered = nothing_read.lower(model, rows, length, count, place, count)
-    program, _ = fitted(lowered.compile, f"the empty state of {rows} rows")
+    count, place = (jax.ShapeDtypeStruct((serving.rows,), dtype) for dtype in (jnp.int32, jnp.float32))
+    lowered = nothing_read.lower(model, serving.rows, serving.length, count, place, count)
+    program, _ = fitted(lowered.compile, f"the empty state of {serving.rows} rows")
     return abstract_tree(lowered.out_info, program.output_shardings)

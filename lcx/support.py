@@ -17,10 +17,12 @@ from lcx.batch import EXACT_POSITIONS
 from lcx.config_text import fields
 from lcx.data.continuous import Continuous
 from lcx.data.glossary import Glossary
+from lcx.data.packing import PackedText
+from lcx.data.pipeline import Pipeline, Weighted
 from lcx.data.recall import TaskDoesNotFit
 from lcx.data.rows import Joined, Rows
 from lcx.data.skipped import Skipped
-from lcx.data.sources import Source, SourceError
+from lcx.data.sources import Source, SourceError, StandardLibrary
 from lcx.inference.serving import Serving
 from lcx.memory.activation_beacon import ActivationBeacon
 from lcx.memory.gist import Gist
@@ -44,7 +46,9 @@ from lcx.positions.position_rule import RandomSteps
 from lcx.positions.rope import Rope
 from lcx.spec import SpecError, below
 from lcx.training.experiment import Experiment
+from lcx.training.optimizer import AdamW
 from lcx.training.placement import parameter_shardings
+from lcx.training.schedules import Constant
 from lcx.training.step import abstract_model
 from lcx.training.trainable import trained_paths
 from pallas_kernels.target import platform
@@ -71,10 +75,19 @@ def validate(experiment: Experiment, device_count: int | None = None) -> None:
 
 
 def validate_serving(serving: Serving) -> None:
-    """Raises SpecError with the first rule that a model in use breaks: those of models on a mesh, and its own."""
-    for rule in (*SERVING_RULES, _rows_are_served):
-        for sentence in rule(serving):
-            raise SpecError(sentence)
+    """Raises SpecError with the first broken rule: those of a model on a mesh that reads plain rows, and its own."""
+    for axis, size in sequence_axes(serving).items():
+        raise SpecError(f"mesh.{axis} = {size}: expected 1, as the tokens of an answer come one at a time")
+    rows = PackedText(source=StandardLibrary(), most=1)
+    data = Pipeline(mixture=(Weighted(rows=rows),), length=serving.length, batch_size=serving.rows)
+    optimizer = AdamW(learning_rate=Constant(peak=1.0))
+    read = Experiment(model=serving.model, data=data, optimizer=optimizer, steps=1, mesh=serving.mesh)
+    names = {"data.length": "length", "data.batch_size": "rows"}
+    for sentence in (sentence for rule in RULES.values() if rule not in _OF_TRAINING for sentence in rule(read)):
+        raise SpecError(re.sub("|".join(map(re.escape, names)), lambda found: names[found[0]], sentence))
+    for path, mixer in _attentions(serving):
+        if mixer.distances is not None and mixer.distances.reads_queries and serving.mesh.size > 1:
+            raise SpecError(f"{path}.distances = {mixer.distances}: expected one that chooses by distance on several devices")
     mesh = AbstractMesh(tuple(sizes(serving.mesh).values()), AXES)
     parameter_shardings(abstract_model(serving.model)[1], serving.model.rules, mesh)
 
@@ -116,14 +129,14 @@ def sizes(mesh: MeshSpec) -> dict[str, int]:
     return {axis: getattr(mesh, axis) for axis in AXES}
 
 
-def _parameters_divide(experiment: OnMesh) -> Iterator[str]:
+def _parameters_divide(experiment: Experiment) -> Iterator[str]:
     for path, value in fields(experiment.model, "model"):
         axis = path.rpartition(".")[2]
         if axis in _PARAMETER_AXES and isinstance(value, int):
             yield from _divides(experiment, path, value, getattr(experiment.model.rules, axis))
 
 
-def _queries_find_their_keys(experiment: OnMesh) -> Iterator[str]:
+def _queries_find_their_keys(experiment: Experiment) -> Iterator[str]:
     rules, mesh = experiment.model.rules, sizes(experiment.mesh)
     split = lambda axes: [axis for axis in axes if mesh[axis] > 1]
     queries, keys = split(rules.heads), split(rules.kv_heads)
@@ -139,7 +152,7 @@ def _queries_find_their_keys(experiment: OnMesh) -> Iterator[str]:
             )
 
 
-def _activations_lie_on_the_mesh(experiment: OnMesh) -> Iterator[str]:
+def _activations_lie_on_the_mesh(experiment: Experiment) -> Iterator[str]:
     rules = experiment.model.rules
     for name in ("heads", "kv_heads", "hidden", "vocab"):
         if taken := set(getattr(rules, name)) & {*rules.batch, *rules.sequence}:
@@ -177,7 +190,7 @@ def _rows_divide(experiment: Experiment) -> Iterator[str]:
     yield from _divides(experiment, "data.batch_size", experiment.data.batch_size, axes, {"accumulation": parts})
 
 
-def _mesh_is_used(experiment: OnMesh) -> Iterator[str]:
+def _mesh_is_used(experiment: Experiment) -> Iterator[str]:
     rules = experiment.model.rules
     used = {axis for _, axes in fields(rules) if isinstance(axes, tuple) for axis in axes}
     for axis, size in sizes(experiment.mesh).items():
@@ -430,7 +443,7 @@ def _reach(experiment: Experiment) -> int:
     return max([0 if experiment.data.positions is None else experiment.data.positions.reach or 0, *rows])
 
 
-def _keys_are_turned_anew(experiment: OnMesh) -> Iterator[str]:
+def _keys_are_turned_anew(experiment: Experiment) -> Iterator[str]:
     for path, mixer in _attentions(experiment):
         rule = experiment.model.rope_of(mixer)
         if isinstance(rule, LengthRule) and getattr(mixer.cache, "keys", "raw") == "rotated":
@@ -474,19 +487,19 @@ def _positions_are_the_ropes(experiment: Experiment) -> Iterator[str]:
         yield f"model.rope = {type(rope).__name__}: expected CLEX of {settings}, whose positions data.positions gives"
 
 
-def _one_length_policy(experiment: OnMesh) -> Iterator[str]:
+def _one_length_policy(experiment: Experiment) -> Iterator[str]:
     try:
         length_policy(experiment.model)
     except SpecError as error:
         yield f"model: {error}"
 
 
-def _rope_is_read(experiment: OnMesh) -> Iterator[str]:
+def _rope_is_read(experiment: Experiment) -> Iterator[str]:
     if not reads_rope(experiment.model) and experiment.model.rope not in (None, Rope()):
         yield "model.rope: expected None, as no layer of this model reads it; set the rope of its mixers"
 
 
-def _query_scales_act(experiment: OnMesh) -> Iterator[str]:
+def _query_scales_act(experiment: Experiment) -> Iterator[str]:
     model = experiment.model
     for path, mixer in _attentions(experiment):
         skipped, slot = getattr(mixer.query_scale, "skip_layers", 0), re.match(r"model\.pattern\[(\d+)\]", path)
@@ -553,40 +566,11 @@ RULES: Mapping[str, Rule] = {
 }
 
 
-SERVING_RULES: tuple[Callable[[OnMesh], Iterator[str]], ...] = (  # those that read a model and a mesh alone
-    _parameters_divide,
-    _queries_find_their_keys,
-    _activations_lie_on_the_mesh,
-    _mesh_is_used,
-    _rope_is_read,
-    _keys_are_turned_anew,
-    _query_scales_act,
-    _one_length_policy,
-)
-
-
-def _rows_are_served(serving: Serving) -> Iterator[str]:
-    yield from _divides(serving, "rows", serving.rows, serving.model.rules.batch)
-    for axis, size in sequence_axes(serving).items():
-        yield f"mesh.{axis} = {size}: expected 1, as the tokens of an answer come one at a time"
-    if serving.length > EXACT_POSITIONS:
-        yield f"length = {serving.length}: expected at most 2^24 = {EXACT_POSITIONS}, where positions are exact"
-    table = serving.model.position_table
-    if table is not None and table.reach is not None and table.reach < serving.length:
-        yield f"length = {serving.length}: expected at most the {table.reach} places that model.position_table reads"
-    for path, mixer in _attentions(serving):
-        try:
-            rule = serving.model.rope_of(mixer)
-            if isinstance(rule, FrequencyRule):
-                rule.frequencies(mixer.head_dim, serving.length)
-        except SpecError as error:
-            yield f"{path}.head_dim = {mixer.head_dim} does not fit its rope: {error}"
-        if mixer.distances is not None and mixer.distances.reads_queries and serving.mesh.size > 1:
-            yield f"{path}.distances = {mixer.distances}: expected one that chooses by distance on a mesh of several devices"
+_OF_TRAINING = (_vocabulary_holds_tokens, _segments_are_drawn_of_a_memory)  # what a model in use may do without
 
 
 def _divides(
-    experiment: OnMesh, path: str, value: int, axes: tuple[str, ...], times: Mapping[str, int] | None = None
+    experiment: Experiment, path: str, value: int, axes: tuple[str, ...], times: Mapping[str, int] | None = None
 ) -> Iterator[str]:
     factors = {f"mesh.{axis}": getattr(experiment.mesh, axis) for axis in axes} | dict(times or {})
     need = math.prod(factors.values())

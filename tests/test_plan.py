@@ -84,7 +84,7 @@ def test_figures_of_a_model_in_use_by_hand():
 
 def test_a_mask_that_sees_nothing_is_remarked():
     blind = edit(base(), "model.pattern[0].mixer.mask", Beyond(size=64))
-    assert figures(blind)["seen by pattern[0].mixer"] == "nothing, by Beyond(size=64)"
+    assert figures(blind)["seen by model.pattern[0].mixer"] == "nothing, by Beyond(size=64)"
     assert not any(name.startswith("seen by") for name in figures(base()))
 
 

@@ -63,15 +63,21 @@ def test_the_training_step_fits_the_slice(name):
 
 @needs_compiler
 def test_answers_are_planned():
-    """Two layers: a step sums what two matrices a layer and the embeddings write to the stream, and little beside."""
-    said = planned("serving.llama3_8b_128k", "model.periods=2", "length=4096")
-    assert re.search(r"^decoding step: fits +yes, by", said, re.MULTILINE), said[-2000:]
-    held = re.search(r"^state bytes a device +([\d,]+)$", said, re.MULTILINE)[1].replace(",", "")
-    slots = 2 * 2 * 4096  # layers, rows, tokens
-    assert 0 <= int(held) - slots * (2 * 128 * 2 + 6 * 4) < 1024  # one key head a device
-    sent = re.search(r"^decoding step: all-reduce bytes sent a device +([\d,]+)$", said, re.MULTILINE)[1].replace(",", "")
-    summed = 2 * (2 * 2 + 1) * 4096 * 2  # bytes of two rows of the stream
-    assert summed * 2 * 7 / 8 <= int(sent) < 1.1 * summed * 2 * 7 / 8
+    """Two layers: a token sums what two matrices a layer and the embeddings write to the stream, and little beside."""
+    said = planned("serving.llama3_8b_128k", "model.periods=2", "prompt=4096", "answer=1000")
+    assert len(re.findall(r"^.*: fits +yes, by", said, re.MULTILINE)) == 2, said[-2000:]
+    number = lambda name: float(re.search(rf"^{name} +([\d,.]+)$", said, re.MULTILINE)[1].replace(",", ""))
+    held, slots = number("state bytes a device"), 2 * 2 * (4096 + 1024)  # layers, rows, tokens
+    assert 0 <= held - slots * (2 * 128 * 2 + 6 * 4) < 1024  # one key head a device
+    sent, summed = (
+        number("answers, a token: all-reduce bytes sent a device"),
+        2 * (2 * 2 + 1) * 4096 * 2,
+    )  # two rows of the stream
+    assert summed * 2 * 7 / 8 <= sent < 1.1 * summed * 2 * 7 / 8
+    read = number("parameter bytes a device") / 2 + held
+    assert number("ms to read matrices in bfloat16 and the state once, as a token does") == pytest.approx(
+        1e3 * read / 819e9, rel=1e-3
+    )
 
 
 @pytest.mark.slow

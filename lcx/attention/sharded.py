@@ -6,7 +6,7 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from lcx.attention.attend import Backend, attend, check_call, local_fold, nothing_seen
+from lcx.attention.attend import Backend, attend, check_call, choose, local_fold, nothing_seen
 from lcx.attention.communication import Communication
 from lcx.attention.mask import Mask, tokens_of
 from lcx.attention.plan import BlockPlan, check_plan
@@ -52,8 +52,6 @@ def sharded_attend(
         raise ValueError(
             f"attend: a block plan, of whole rows, with rows shared out over {', '.join(axes)}: expected whole rows"
         )
-    if 0 in (q.size, k.size):
-        return nothing_seen(q, v)
     _check_shares(q, k, rules, communication, {axis: mesh.shape[axis] for axis in axes})
     if axes and distances is not None and distances.plan.reads_queries and not communication.whole_rows:
         raise ValueError(f"attend: {distances.plan} with {communication}: expected AllGather() or Ulysses(), of whole rows")
@@ -72,6 +70,9 @@ def sharded_attend(
     heads, kv_heads = q.shape[2], k.shape[2]
     if plan is not None:
         check_plan(plan, B=q.shape[0], T=q.shape[1], S=k.shape[1], H=heads, K=kv_heads)
+    choose(backend)
+    if 0 in (q.size, k.size):
+        return nothing_seen(q, v)
     groups = None if plan is None else {heads: "heads", kv_heads: "kv_heads", 1: None}.get(plan.rows.shape[1])
     queries, keys = (rules.partition(("batch", "sequence", heads, None)) for heads in ("heads", "kv_heads"))
     tokens = tokens_of(q_info), tokens_of(k_info)

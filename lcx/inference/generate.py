@@ -6,6 +6,7 @@ fed padding, which changes nothing in any state. A row's tokens do not depend on
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +20,7 @@ from lcx.inference.placed import behind, padded_positions
 from lcx.inference.sampling import Sampling
 from lcx.inference.shapes import bucket, right_padded
 from lcx.models.decoder import DecoderModel, settled
+from lcx.parallel.rules import Rules, ambient_mesh
 from lcx.positions.length_rule import length_policy
 from lcx.positions.visual import Placed
 from lcx.record import record
@@ -62,6 +64,10 @@ class Decoding:
     count: Int[Array, "B"]
     stopped: Bool[Array, "B"]
 
+    def holding(self, read: Consumed) -> "Decoding":
+        """The same of rows that have read this."""
+        return dataclasses.replace(self, read=read)
+
 
 def generate(
     model: DecoderModel,
@@ -88,7 +94,7 @@ def generate(
     until = [None] * len(prompts) if until is None else until
     if not len(seeds) == len(until) == len(prompts):
         raise ValueError(f"generate: {len(seeds)} seeds and {len(until)} conditions for {len(prompts)} prompts")
-    rows, new = 1 << (len(prompts) - 1).bit_length(), bucket(max_new)
+    rows, new = padded_rows(len(prompts), model.spec.rules), bucket(max_new)
     model = settled(model)
     read = prefill(model, prompts, rows, max_new, chunk, placed)
     keys = jax.vmap(jax.random.key)(np.asarray([*map(checked_seed, seeds), *[0] * (rows - len(prompts))], np.uint32))
@@ -96,7 +102,7 @@ def generate(
     decoding = nothing_decoded(read, new, jnp.arange(rows) >= len(prompts))
     ask = max_new if not any(until) else ASK_EVERY
     for end in (*range(ask, max_new, ask), max_new):
-        decoding = _decode(model, decoding, keys, stops, jnp.int32(end), sampling)
+        decoding = decode(model, decoding, keys, stops, jnp.int32(end), sampling)
         if end < max_new:
             made = _rows(decoding)
             asked = [u is not None and u(row.ids) for u, row in zip(until, made, strict=False)]
@@ -135,6 +141,20 @@ def nothing_decoded(read: Consumed, new: int, stopped: Bool[Array, "B"]) -> Deco
     rows = len(stopped)
     ids, logprobs = jnp.zeros((rows, new), jnp.int32), jnp.zeros((rows, new), jnp.float32)
     return Decoding(n=jnp.int32(0), read=read, ids=ids, logprobs=logprobs, count=jnp.zeros(rows, jnp.int32), stopped=stopped)
+
+
+def padded_rows(prompts: int, rules: Rules) -> int:
+    """Rows that so many prompts are padded to: a power of two that the devices of the ambient mesh share out.
+
+    Raises ValueError where a row would be shared out, of whose answer one token comes at a time.
+    """
+    mesh, rows = ambient_mesh(), 1 << (prompts - 1).bit_length()
+    if mesh is None:
+        return rows
+    if several := [axis for axis in rules.sequence if mesh.shape[axis] > 1]:
+        raise ValueError(f"generate: rows are shared out over {', '.join(several)}: expected whole rows, a token at a time")
+    shards = math.prod(mesh.shape[axis] for axis in rules.batch)
+    return -(-rows // shards) * shards
 
 
 def checked_seed(seed: int) -> int:
@@ -181,7 +201,7 @@ def feed(
 
 
 @functools.partial(jax.jit, static_argnames="sampling", donate_argnames="decoding")
-def _decode(
+def decode(
     model: DecoderModel,
     decoding: Decoding,
     keys: Key[Array, "B"],

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from lcx.inference.shapes import bucket
 from lcx.models.decoder import Decoder
 from lcx.parallel.mesh import MeshSpec
 from lcx.spec import Spec
@@ -9,18 +10,24 @@ from lcx.spec import Spec
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Serving(Spec):
-    """rows: prompts answered at once, padding included. length: most tokens of a row, prompt and answer. chunk: tokens of a
-    row that a step of prefill reads. The mesh shares out rows, heads and parameters by the model's rules; a device holds all
-    tokens of its rows, as one token at a time cannot be shared out.
+    """rows: prompts answered at once, a power of two, as `generate` pads them. prompt, answer: most tokens of each. chunk:
+    tokens of a row that a step of prefill reads. The mesh shares out rows, heads and parameters by the model's rules; a device
+    holds all tokens of its rows, as the tokens of an answer come one at a time.
     """
 
     model: Decoder
     rows: int
-    length: int
+    prompt: int
+    answer: int
     chunk: int = 512
     mesh: MeshSpec = MeshSpec()
 
     def validate(self):
-        for field in ("rows", "length", "chunk"):
+        for field in ("rows", "prompt", "answer", "chunk"):
             self.check(getattr(self, field) >= 1, field, "at least 1")
-        self.check(self.chunk < self.length, "chunk", f"less than length = {self.length}, which is prompt and answer")
+        self.check(self.rows.bit_count() == 1, "rows", "a power of two, to which prompts are padded")
+
+    @property
+    def length(self) -> int:
+        """Tokens a row that `generate` makes room for."""
+        return bucket(self.prompt) + bucket(self.answer)

@@ -41,6 +41,8 @@ def topology_devices(name: str) -> list[jax.Device]:
     """
     chip, _, shape = name.partition(":")
     sides = shape.split("x")
+    if not name:
+        raise SpecError("--topology is empty: expected a slice such as v5e:16x16")
     if chip in GRIDS and all(side.isdigit() for side in sides):
         flat = GRIDS[chip] == 2
         if len(sides) != GRIDS[chip] or (flat and math.prod(map(int, sides)) > LARGEST):

@@ -51,6 +51,19 @@ PEAKS: Mapping[str, float] = {
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
 }
+# Bytes/s of one device's memory, likewise.
+BANDWIDTHS: Mapping[str, float] = {
+    "TPU v4": 1.228e12,
+    "TPU v5 lite": 0.819e12,
+    "TPU v5e": 0.819e12,
+    "TPU v5p": 2.765e12,
+    "TPU v5": 2.765e12,
+    "TPU v6 lite": 1.64e12,
+    "TPU v6e": 1.64e12,
+    "TPU7x": 7.37e12 / 2,
+    "NVIDIA H100": 3.35e12,
+    "NVIDIA H200": 4.8e12,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,5 +291,15 @@ def query_halves(mixer: Attention) -> int:
 
 def peak(device_kind: str) -> float | None:
     """Dense bf16 peak of one device in FLOP/s; None for a device that is not in the table (a CPU)."""
-    names = sorted((name for name in PEAKS if device_kind.startswith(name)), key=len)
-    return PEAKS[names[-1]] if names else None
+    return _of_device(PEAKS, device_kind)
+
+
+def bandwidth(device_kind: str) -> float | None:
+    """Bytes/s of one device's memory; None for a device that is not in the table."""
+    return _of_device(BANDWIDTHS, device_kind)
+
+
+def _of_device(table: Mapping[str, float], device_kind: str) -> float | None:
+    """The entry of the longest name that the kind begins with."""
+    names = sorted((name for name in table if device_kind.startswith(name)), key=len)
+    return table[names[-1]] if names else None

@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lcx.attention.mask import Sink, Window
+from lcx.attention.mask import Hide, Sink, Window
 from lcx.channels.glu import GLU
 from lcx.inference.generate import generate, prefill
 from lcx.inference.serving import Serving
+from lcx.memory.activation_beacon import ActivationBeacon
+from lcx.memory.rmt import RMT
 from lcx.mixers.attention import Attention
 from lcx.mixers.delta_net import GatedDeltaNet
 from lcx.mixers.short_convolution import ShortConvolution
@@ -16,9 +18,12 @@ from lcx.models.decoder import Decoder
 from lcx.models.layer import Layer
 from lcx.models.position_table import PositionTable
 from lcx.parallel.mesh import MeshSpec
+from lcx.positions.axial import AxialRope
+from lcx.positions.dynamic_ntk import DynamicNTK
 from lcx.positions.long_heads import LongHeads
 from lcx.positions.rope import Rope
-from lcx.spec import SpecError, edit
+from lcx.positions.self_extend import SelfExtend
+from lcx.spec import SpecError, edits
 from lcx.support import validate_serving
 from lcx.training.placement import parameter_shardings
 
@@ -29,7 +34,7 @@ MIXERS = (
 )
 LAYERS = tuple(Layer(mixer=mixer, channel=GLU(hidden=32)) for mixer in MIXERS)
 MODEL = Decoder(vocab=64, width=16, pattern=LAYERS, periods=2, embed_mixer=ShortConvolution(taps=2))
-SERVING = Serving(model=MODEL, rows=8, length=32, chunk=4, mesh=MeshSpec(data=2, fsdp=2, tensor=2))
+SERVING = Serving(model=MODEL, rows=8, prompt=16, answer=16, chunk=4, mesh=MeshSpec(data=2, fsdp=2, tensor=2))
 
 
 def shared_out(model, mesh):
@@ -56,20 +61,47 @@ def test_prompts_are_answered_on_a_mesh():
     assert all(tuple(leaf.sharding.spec)[:2] == rows for leaf in jax.tree.leaves(read.state["layers"]))
 
 
+def test_few_prompts_are_padded_to_the_devices_and_rows_stay_whole():
+    model = MODEL.build(rngs=nnx.Rngs(0))
+    (alone,) = generate(model, [[5, 6, 7]], max_new=4, chunk=4)
+    with jax.set_mesh(MeshSpec(data=3).build()):
+        (found,) = generate(model, [[5, 6, 7]], max_new=4, chunk=4)
+    assert found.ids == alone.ids
+    with jax.set_mesh(MeshSpec(context=2).build()), pytest.raises(ValueError, match="rows are shared out over context"):
+        generate(model, [[5, 6, 7]], max_new=4)
+
+
+LAYER = "model.pattern[0].mixer"
+BEACON = ActivationBeacon(window=16, ratio=4)
+
+
 @pytest.mark.parametrize(
-    "field, value, said",
+    "changes, said",
     [
-        ("rows", 6, "rows = 6: expected a multiple of 4 (mesh.data 2 * mesh.fsdp 2)"),
-        ("mesh", MeshSpec(context=2), "mesh.context = 2: expected 1, as the tokens of an answer come one at a time"),
-        ("mesh", MeshSpec(tensor=4), "kv_heads = 2: expected a multiple of 4 (mesh.tensor 4)"),
-        ("length", 1 << 25, "length = 33554432: expected at most 2^24 = 16777216, where positions are exact"),
-        ("chunk", 32, "Serving.chunk = 32: expected less than length = 32, which is prompt and answer"),
-        ("model.position_table", PositionTable(rows=16), "length = 32: expected at most the 16 places"),
-        ("model.rope", Rope(rotary=0.1), "head_dim = 8 does not fit its rope"),
-        ("model.pattern[0].mixer.distances", LongHeads(), "distances = LongHeads"),
+        ([("rows", 2)], "rows = 2: expected a multiple of 4 (mesh.data 2 * mesh.fsdp 2)"),
+        ([("rows", 6)], "Serving.rows = 6: expected a power of two, to which prompts are padded"),
+        ([("mesh", MeshSpec(context=2))], "mesh.context = 2: expected 1, as the tokens of an answer come one at a time"),
+        ([("mesh", MeshSpec(tensor=4))], "kv_heads = 2: expected a multiple of 4 (mesh.tensor 4)"),
+        ([("prompt", 1 << 25)], "length = 33554448: expected at most 2^24 = 16777216, where positions are exact"),
+        ([("answer", 0)], "Serving.answer = 0: expected at least 1"),
+        ([("model.position_table", PositionTable(rows=16))], "positions up to 32: expected at most the 16 places"),
+        ([("model.rope", Rope(rotary=0.1))], "head_dim = 8 does not fit its rope"),
+        ([(f"{LAYER}.distances", LongHeads())], "distances = LongHeads"),
+        (
+            [("model.rope", AxialRope(sections=(2, 1, 1))), (f"{LAYER}.distances", SelfExtend(group=2, window=4))],
+            "by AxialRope",
+        ),
+        ([("model.memory", BEACON)], "model.pattern[2].mixer: expected Attention beside model.memory, an ActivationBeacon"),
+        ([("model.memory", RMT(segment=4, slots=2)), ("model.rope", DynamicNTK(original_length=8))], "that no length changes"),
+        ([(f"{LAYER}.mask", Hide(query_role=1, key_role=0))], "hides roles, but no part of this config gives its tokens one"),
     ],
 )
-def test_what_cannot_be_served_is_refused(field, value, said):
+def test_what_cannot_be_served_is_refused(changes, said):
     with pytest.raises(SpecError) as refused:
-        validate_serving(edit(SERVING, field, value))
+        validate_serving(edits(SERVING, changes))
     assert said in str(refused.value)
+
+
+def test_segments_need_a_table_of_their_own_length_alone():
+    segments = [("model.memory", RMT(segment=4, slots=2)), ("model.position_table", PositionTable(rows=16))]
+    validate_serving(edits(SERVING, segments))
