@@ -7,7 +7,8 @@ Each way to place videos trains a model of its own and is one command of some mi
 
 Expected: on one axis a cell is every ninth token, which no longer holds far beyond what was trained; rates slowed as for text
 move the cells. On axes of their own a cell is in one place in all frames, so more frames tell more; and the more so, the less
-time turns (HoPE's claim). M-RoPE gives columns the slowest channels, which hardly tell three of them apart.
+time turns (HoPE's claim). M-RoPE gives columns the slowest channels, which hardly tell three of them apart; with base 16 a step
+of a row turns as far, for its share of the picture, as in models that read pictures of 36 rows.
 """
 
 from configs.ablations.arms import chosen
@@ -78,6 +79,7 @@ def _ways() -> dict[str, tuple]:
     return {
         "one axis": alike(Rope(), None),
         "M-RoPE": alike(Rope(sections=SECTIONS), MRopePositions()),
+        "M-RoPE, base 16": alike(Rope(base=16.0, sections=SECTIONS), MRopePositions()),
         "M-RoPE, interleaved": alike(Rope(sections=SECTIONS, section_order="interleaved"), MRopePositions()),
         "VideoRoPE": alike(Rope(sections=SECTIONS, section_order="alternating"), DiagonalPositions(gammas=(2.0,))),
         "HoPE": (HoPE(sections=SECTIONS), drawn, {"still": one}),
@@ -94,9 +96,9 @@ def _slowed(way: str) -> list[Variant]:
             "interpolation": lambda n: rope(LinearInterpolation(factor=float(n))),
             "YaRN": lambda n: rope(YaRN(factor=float(n), original_length=TRAINED)),
         },
-        "M-RoPE": {
+        "M-RoPE, base 16": {
             f"M-RoPE++, {form}": lambda n, form=form: rope(
-                MRopePlusPlus(factor=float(n), original_length=TRAINED, sections=SECTIONS, form=form)
+                MRopePlusPlus(base=16.0, factor=float(n), original_length=TRAINED, sections=SECTIONS, form=form)
             )
             for form in ("paper", "code")
         },
