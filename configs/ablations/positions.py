@@ -6,6 +6,7 @@
     python -m experiments.ablate --config=config:ablations.positions.dimensions
     python -m experiments.ablate --config=config:ablations.positions.trained_anew
     python -m experiments.ablate --config=config:ablations.positions.tables
+    python -m experiments.ablate --config='config:ablations.positions.packed(only="anchor")'
 
 `zero_shot` measures all methods without training; `fine_tuned` trains each of the methods that need it, for a few steps at 512
 tokens or, those with positions of their own, on rows of 128. Both read `copier`, shipped with the package, which
@@ -29,12 +30,15 @@ DPE of half of the pairs, chosen: 1.44 / 1.76 at 512 tokens, of as many at rando
 
 import dataclasses
 
+from configs.ablations.arms import chosen
 from configs.models import byte
 from lcx.attention.mask import Window
 from lcx.cache.dense import DenseCache
+from lcx.data.continuous import Continuous
 from lcx.data.copying import Copies, Tiles
 from lcx.data.pipeline import Pipeline, Weighted
 from lcx.data.recall import Needles
+from lcx.data.rows import Joined
 from lcx.data.sources import StandardLibrary
 from lcx.evaluation.ablation import Ablation, Arm, Variant
 from lcx.evaluation.key_dimensions import RANDOM
@@ -209,6 +213,26 @@ def tables(steps: int = 800) -> Ablation:
     anew = trained_anew(steps)
     arm = Arm(name="table", edits=(("model.rope", None), *table()))
     return edits(anew, [("arms", (arm,)), ("variants", tuple(variants))])
+
+
+def packed(steps: int = 1000, only: str | None = None) -> Ablation:
+    """Models that learn from rows of four documents, by what a token sees and how its places are counted (AnchorAttention);
+    or only the named one. All read documents alone afterwards."""
+    rows = [Joined(rows_of=weighted.rows, parts=4) for weighted in _mixture(longest=64, copies=12.0)]
+    through = lambda sees: [Continuous(rows_of=row, sees=sees) for row in rows]
+    ways = {"counted anew": rows, "own document": through("own document"), "whole row": through("whole row")}
+    ways["anchor"] = through("anchor")
+    arms = {
+        name: (*((f"data.mixture[{n}].rows", row) for n, row in enumerate(found)), ("data.length", 512 + (name == "anchor")))
+        for name, found in ways.items()
+    }
+    return edits(
+        trained_anew(steps),
+        [
+            ("base", edits(copier(steps), [("data.length", 512), ("data.batch_size", 6), ("model.documents", 4)])),
+            ("arms", tuple(Arm(name=name, edits=changes) for name, changes in chosen(arms, only).items())),
+        ],
+    )
 
 
 def _panels() -> tuple[Panel, ...]:
