@@ -7,6 +7,7 @@
     python -m experiments.ablate --config=config:ablations.positions.trained_anew
     python -m experiments.ablate --config=config:ablations.positions.tables
     python -m experiments.ablate --config='config:ablations.positions.packed(only="anchor")'
+    python -m experiments.ablate --config='config:ablations.positions.clex(equation="frozen")'
 
 `zero_shot` measures all methods without training; `fine_tuned` trains each of the methods that need it, for a few steps at 512
 tokens or, those with positions of their own, on rows of 128. Both read `copier`, shipped with the package, which
@@ -29,6 +30,7 @@ DPE of half of the pairs, chosen: 1.44 / 1.76 at 512 tokens, of as many at rando
 """
 
 import dataclasses
+from typing import Literal
 
 from configs.ablations.arms import chosen
 from configs.models import byte
@@ -164,6 +166,16 @@ def _trained() -> list[Variant]:
             Variant(method=method, stage="short rows", scale=float(scale), lengths=lengths, edits=changes, finetune=tuning)
         )
     return variants
+
+
+def clex(steps: int = 3000, equation: Literal["learned", "frozen"] = "learned") -> Ablation:
+    """CLEX for five times as many steps, with its equation learned or left at NTK, where it begins."""
+    changes, more, scale = _trained_short()["CLEX"]
+    rates = ("optimizer.learning_rate", Cosine(peak=5e-4, warmup=10))
+    frozen = (("trainable", ("embedding", "slots/*", "final_norm/*")),) if equation == "frozen" else ()
+    tuning = (*_tuning(steps, TRAINED), rates, *more, *frozen)
+    name, options = f"CLEX, equation {equation}", {"scale": float(scale), "lengths": (TRAINED, *FAR)}
+    return _ablation("copier", [Variant(method=name, stage=f"{steps} steps", edits=changes, finetune=tuning, **options)])
 
 
 def trained_anew(steps: int = 800) -> Ablation:

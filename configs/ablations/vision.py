@@ -10,9 +10,9 @@ move the cells. On axes of their own a cell is in one place in all frames, so mo
 time turns (HoPE's claim). M-RoPE gives columns the slowest channels, which hardly tell three of them apart; with base 16 a step
 of a row turns as far, for its share of the picture, as in models that read pictures of 36 rows.
 
-Measured at 8 / 64 frames, 1,200 steps, one seed (docs/results/vision.md): one axis 0.86 / 0.04, M-RoPE 0.26 / 0.17, with base 16
-0.68 / 0.77, interleaved 0.93 / 1.00, VideoRoPE 0.79 / 0.10, HoPE 0.42 / 0.20, V2PE 0.88 / 0.06, FAR 0.95 / 1.00: as expected, but
-for the diagonals of VideoRoPE and HoPE, on which a cell moves with time.
+Measured at 8 / 64 frames, 1,200 steps, one seed (docs/results/vision.md): one axis 0.86 / 0.04, M-RoPE 0.26 / 0.17, with base
+16 0.68 / 0.77, interleaved 0.93 / 1.00, VideoRoPE 0.79 / 0.10, HoPE 0.42 / 0.20, V2PE 0.88 / 0.06, FAR 0.95 / 1.00: as
+expected, but for the diagonals of VideoRoPE and HoPE, on which a cell moves with time.
 """
 
 from configs.ablations.arms import chosen
