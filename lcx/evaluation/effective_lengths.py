@@ -3,8 +3,9 @@
     python -m lcx.evaluation.effective_lengths copier 4
 
 For a model trained at L, used at T, so many times as long: all ranges but one are grouped by 2 T / L, the one by T / l, for
-l = T, T / 2 down to the window. The size that finds far copies best is its own, and l its effective length. Copies of 24 letters at
-least L tokens back, nats a byte, 24 examples; a window of L / 2, 8 ranges. At the end: the sizes together, and equal sizes.
+l = T, T / 2 down to the window. The size that finds far copies best is its own, and l its effective length. Copies of 24
+letters at least L tokens back, nats a byte, 24 examples; a window of L / 2, 8 ranges. At the end: the sizes together, and equal
+sizes.
 """
 
 import sys
