@@ -42,6 +42,7 @@ from lcx.positions.clex import CLEX
 from lcx.positions.clex_positions import CLEXPositions
 from lcx.positions.frequencies import FrequencyRule
 from lcx.positions.length_rule import LengthRule, length_policy
+from lcx.positions.longrope import LongRoPE
 from lcx.positions.position_rule import RandomSteps
 from lcx.positions.rope import Rope
 from lcx.spec import SpecError, below
@@ -214,7 +215,7 @@ def _positions_are_exact(experiment: Experiment) -> Iterator[str]:
     data = experiment.data
     if data.length > EXACT_POSITIONS:
         yield f"data.length = {data.length}: expected at most 2^24 = {EXACT_POSITIONS}, where positions are exact"
-    if data.positions is not None and (data.positions.reach or 0) > EXACT_POSITIONS:
+    if data.positions is not None and data.positions.bound(0) > EXACT_POSITIONS:
         yield f"data.positions = {data.positions}: expected a target of at most 2^24 = {EXACT_POSITIONS}"
     if data.positions is not None and data.positions.reach is not None and data.positions.reach < data.length:
         yield f"data.positions = {data.positions}: expected a target of at least data.length = {data.length}"
@@ -225,7 +226,7 @@ def _fractions_are_held(experiment: Experiment) -> Iterator[str]:
     step = None if rule is None else rule.step(data.length)
     if step is None:
         return
-    largest = max(rule.reach or 0, data.length)
+    largest = rule.bound(data.length)
     spacing = float(np.spacing(np.float32(largest - 1)))
     if spacing > step:
         yield (
@@ -406,6 +407,12 @@ def _trained_parameters_are_there(experiment: Experiment) -> Iterator[str]:
             yield str(error)
 
 
+def _counted_through(experiment: Experiment) -> list[str]:
+    """Rows whose documents go on where the one before ended, though they are not one document."""
+    through = lambda part: isinstance(part, Continuous) and part.sees != "whole row"
+    return [f"{path} = {part}" for path, part in _placed_rows(experiment) if through(part)]
+
+
 def _lengths_are_those_of_documents(experiment: Experiment) -> Iterator[str]:
     given = experiment.data.positions
     reaching = [f"data.positions = {given}"] if given is not None and not isinstance(given, CLEXPositions | RandomSteps) else []
@@ -416,6 +423,14 @@ def _lengths_are_those_of_documents(experiment: Experiment) -> Iterator[str]:
             expected = f"expected none of it, as {path}.query_scale, {type(scale).__name__}, goes by how long a document is"
             yield f"{reaching[0]}: {expected}, which skipped positions are not"
             return
+        if isinstance(given, CLEXPositions) and isinstance(rule, LengthRule) and not isinstance(rule, CLEX):
+            expected = f"expected none of it, as the rope of {path}, {type(rule).__name__}, has no row for the lengths it tells"
+            yield f"data.positions = {given}: {expected}"
+        if isinstance(rule, LongRoPE) and rule.kept_positions and _counted_through(experiment):
+            expected = (
+                f"expected none of it, as the rope of {path} keeps the first {rule.kept_positions} positions of a document"
+            )
+            yield f"{_counted_through(experiment)[0]}: {expected}, which only the first of these has"
         if isinstance(rule, LengthRule) and reaching:
             expected = f"expected none of it, as the rope of {path}, {type(rule).__name__}, goes by how long a document is"
             yield f"{reaching[0]}: {expected}, which skipped positions are not"
@@ -440,7 +455,7 @@ def _heads_rotate(experiment: Experiment) -> Iterator[str]:
 def _reach(experiment: Experiment) -> int:
     """A bound of the positions that rules and rows give, 0 if that of the rows' lengths is all."""
     rows = [part.spread(experiment.data.length) for _, part in _placed_rows(experiment)]
-    return max([0 if experiment.data.positions is None else experiment.data.positions.reach or 0, *rows])
+    return max([0 if experiment.data.positions is None else experiment.data.positions.bound(0), *rows])
 
 
 def _keys_are_turned_anew(experiment: Experiment) -> Iterator[str]:

@@ -15,6 +15,7 @@ from lcx.attention.mask import Window
 from lcx.attention.ring import Ring
 from lcx.attention.ulysses import RingUlysses, Ulysses
 from lcx.batch import Batch, causal_info
+from lcx.cache.dense import DenseCache
 from lcx.data.continuous import Continuous
 from lcx.data.frames import Frames
 from lcx.data.glossary import Glossary
@@ -47,7 +48,8 @@ from lcx.positions.dynamic_ntk import DynamicNTK
 from lcx.positions.frequencies import FrequencyRule
 from lcx.positions.length_rule import LengthRule
 from lcx.positions.long_heads import LongHeads
-from lcx.positions.position_rule import PoSE, RandomPositions, RandomSteps
+from lcx.positions.longrope import LongRoPE
+from lcx.positions.position_rule import DenseAndMoved, PoSE, RandomPositions, RandomSteps
 from lcx.positions.query_scale import LogLength, LogN
 from lcx.positions.rerope import ReRoPE
 from lcx.positions.rope import Rope
@@ -67,6 +69,13 @@ GROUPED = PositionTable(rows=64, reading="grouped")
 XL = TransformerXL(attention=Attention(heads=4, kv_heads=2, head_dim=8, rope="none"), segment=16, memory=16)
 RECURRENT = [(f"{LAYER}.mixer", GatedDeltaNet(heads=2, head_dim=8)), ("data.mixture[0].rows", Continuous(rows_of=Needles()))]
 TRAINED = [(f"{LAYER}.mixer.mask", Window(size=8)), ("model.memory", TTTE2E(chunk=16, suffix=1, hidden=32))]
+ANOTHER = [
+    ("model.rope", CLEX(original_length=64, largest=4)),
+    ("data.positions", CLEXPositions(original_length=64, largest=4)),
+    ("model.pattern", (base().model.pattern[0], base().model.pattern[0])),
+]
+KEPT = LongRoPE(short=(1.0,) * 4, long=(2.0,) * 4, factor=2.0, original_length=64, kept_positions=4)
+RAW = (f"{LAYER}.mixer.cache", DenseCache(keys="raw"))
 SKIPPING = LogN(original_length=64, skip_layers=1)
 
 
@@ -128,6 +137,29 @@ SKIPPING = LogN(original_length=64, skip_layers=1)
         (
             [("model.memory", ICAE(segment=8, slots=2, most=4)), (f"{LAYER}.mixer", GatedDeltaNet(heads=2, head_dim=8))],
             "model.pattern[0].mixer: expected Attention beside model.memory.lora, which is added to its projections",
+        ),
+        (
+            [("data.positions", DenseAndMoved(densest=16, original_length=1 << 21))],
+            "steps of 0.0625 at positions as large as 2097152, where those of float32 are 0.125",
+        ),
+        (
+            [("data.positions", DenseAndMoved(densest=1, original_length=1 << 25))],
+            "expected a target of at most 2^24 = 16777216",
+        ),
+        (
+            [
+                ("data.positions", DenseAndMoved(densest=1, original_length=10_000)),
+                ("model.position_table", PositionTable(rows=128)),
+            ],
+            "data: positions up to 10000: expected at most the 128 places",
+        ),
+        (
+            [*ANOTHER, (f"{LAYER}.mixer.rope", DynamicNTK(original_length=64))],
+            "expected none of it, as the rope of model.pattern[0].mixer, DynamicNTK, has no row for the lengths it tells",
+        ),
+        (
+            [("data.mixture[0].rows", Continuous(rows_of=Needles(), sees="own document")), ("model.rope", KEPT), RAW],
+            "expected none of it, as the rope of model.pattern[0].mixer keeps the first 4 positions of a document",
         ),
         ([("objective", RandomSegments())], "model.memory: expected one between segments with `shortest` set"),
         (

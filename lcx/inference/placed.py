@@ -1,5 +1,6 @@
 """Rows whose tokens have positions of their own, from a rule for visual documents (`lcx.positions.visual`)."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,8 +12,9 @@ from lcx.memory.segment_memory import SegmentMemory
 from lcx.mixers.attention import Attention
 from lcx.mixers.mixer import Mixer
 from lcx.models.decoder import Decoder
+from lcx.positions.length_rule import LengthRule
 from lcx.positions.visual import Placed
-from lcx.spec import below
+from lcx.spec import SpecError, below
 
 
 def padded_positions(
@@ -29,6 +31,7 @@ def padded_positions(
     if isinstance(spec.memory, SegmentMemory | ActivationBeacon):
         raise ValueError(f"placed: expected none beside {type(spec.memory).__name__}, in which positions begin anew")
     check_axes(spec, placed[0].positions.shape[1])
+    _check_reach(spec, math.ceil(max(np.abs(row.positions).max(initial=0) for row in placed)) + 1)
     if spec.position_table is not None and any((row.positions != np.round(row.positions)).any() for row in placed):
         raise ValueError("placed: expected whole numbers beside model.position_table, which has a row for each")
     positions = np.zeros((count, length, placed[0].positions.shape[1]), np.float32)
@@ -50,6 +53,16 @@ def behind(placed: Sequence[Placed], count: int, new: int) -> tuple[Float[np.nda
     return places, np.asarray([*(len(row.positions) for row in placed), *empty], np.int32)
 
 
+def _check_reach(spec: Decoder, reach: int) -> None:
+    """Raises ValueError if a rope of the model does not turn positions as large."""
+    for path, part in below(spec, "model"):
+        if isinstance(part, Attention) and (rope := spec.rope_of(part)) is not None:
+            try:
+                rope.frequencies(part.head_dim, reach)
+            except SpecError as error:
+                raise ValueError(f"placed: positions up to {reach - 1} by the rope of {path}: {error}") from None
+
+
 def check_axes(spec: Decoder, axes: int) -> None:
     """Raises ValueError if the model does not read positions of so many axes."""
     if spec.position_table is not None and axes > 1:
@@ -62,6 +75,11 @@ def check_axes(spec: Decoder, axes: int) -> None:
         if isinstance(part, Mixer) and part.by_index:
             raise ValueError(f"placed: expected None, as {path}, a {type(part).__name__}, reads places by their index")
     for path, rope in ropes.items():
+        scale = mixers[path].query_scale
+        if isinstance(rope, LengthRule) or (scale is not None and scale.reads_lengths):
+            raise ValueError(
+                f"placed: expected None, as {path} goes by how many tokens a document has, which places do not tell"
+            )
         if mixers[path].distances is not None:
             raise ValueError(f"placed: expected None, as {path}.distances turns pairs by their index")
         most = max(1, len(rope.sections))

@@ -35,6 +35,10 @@ class PositionRule(Spec, abc.ABC):
         """Any two tokens of a document of at most `length` tokens are given less than so many positions apart."""
         return max(length, self.reach or 0)
 
+    def bound(self, length: int) -> int:
+        """No position of a document of at most `length` tokens is as large."""
+        return max(length, self.reach or 0)
+
     @property
     def tells_length(self) -> bool:
         """Whether it gives documents a length that is not their own."""
@@ -152,6 +156,9 @@ class DenseAndMoved(PositionRule):
     @property
     def reach(self):
         return None
+
+    def bound(self, length):
+        return max(length, self.original_length)
 
     def spread(self, length):
         return max(length, self.original_length if self.sinks else 0)
