@@ -41,6 +41,7 @@ from lcx.data.copying import Copies, Tiles
 from lcx.data.pipeline import Pipeline, Weighted
 from lcx.data.recall import Needles
 from lcx.data.rows import Joined
+from lcx.data.skipped import Skipped
 from lcx.data.sources import StandardLibrary
 from lcx.evaluation.ablation import Ablation, Arm, Variant
 from lcx.evaluation.key_dimensions import RANDOM
@@ -63,9 +64,10 @@ from lcx.positions.linear import LinearInterpolation
 from lcx.positions.llama3 import Llama3
 from lcx.positions.long_heads import LongHeads
 from lcx.positions.ntk import NTK
-from lcx.positions.position_rule import ChunkSlots, DenseAndMoved, PoSE, RandomPositions
+from lcx.positions.position_rule import ChunkSlots, DenseAndMoved, PoSE, RandomPositions, RandomSteps
 from lcx.positions.power_basis import PowerBasis
-from lcx.positions.query_scale import LogN
+from lcx.positions.proportional import Proportional
+from lcx.positions.query_scale import LogLength, LogN, Stepped
 from lcx.positions.rerope import ReRoPE
 from lcx.positions.rope import Rope
 from lcx.positions.self_extend import SelfExtend
@@ -102,22 +104,22 @@ def copier(steps: int = 2600) -> Experiment:
     )
 
 
-def zero_shot(model: str = "copier") -> Ablation:
-    """All methods, at each scale with the settings that its papers give for it."""
-    return _ablation(model, _untrained(TRAINED))
+def zero_shot(model: str = "copier", only: str | None = None) -> Ablation:
+    """All methods, at each scale with the settings that its papers give for it; or only the named one."""
+    return _ablation(model, _named(_untrained(TRAINED), only))
 
 
-def fine_tuned(model: str = "copier") -> Ablation:
-    """Methods after a little training: at 512 tokens (17 and 150 steps), or on rows of 128 (600 steps)."""
-    return _ablation(model, _trained())
+def fine_tuned(model: str = "copier", only: str | None = None) -> Ablation:
+    """Methods after a little training: at 512 tokens (17 and 150 steps), or on rows of 128 (600 steps); or only one."""
+    return _ablation(model, _named(_trained(), only))
 
 
-def passkeys(model: str = "reader") -> Ablation:
-    """All methods on the retrieval of a passkey from source code."""
+def passkeys(model: str = "reader", only: str | None = None) -> Ablation:
+    """All methods on the retrieval of a passkey from source code; or only the named one."""
     text = StandardLibrary(split="heldout")
     return Ablation(
         arms=(Arm(name="reader", model=model),),
-        variants=tuple(_untrained(READER)),
+        variants=tuple(_named(_untrained(READER), only)),
         tasks=(Retrieval(name="passkey", generator=Needles(haystack=text), examples_each=24),),
         panels=(Panel(title="passkey, exact match", task="passkey", metric="exact"),),
     )
@@ -153,6 +155,12 @@ def _untrained(window: int) -> list[Variant]:
     return variants
 
 
+def _named(variants: list[Variant], only: str | None) -> list[Variant]:
+    """Those of one method, or all."""
+    methods = dict.fromkeys(variant.method for variant in variants)
+    return [variant for variant in variants if variant.method in chosen(methods, only)]
+
+
 def _trained() -> list[Variant]:
     variants = []
     for steps_more, stage in ((17, "100 rows"), (150, "150 steps")):
@@ -178,22 +186,26 @@ def clex(steps: int = 3000, equation: Literal["learned", "frozen"] = "learned") 
     return _ablation("copier", [Variant(method=name, stage=f"{steps} steps", edits=changes, finetune=tuning, **options)])
 
 
-def trained_anew(steps: int = 800) -> Ablation:
-    """Models of four layers that have other positions from the start, read at up to 8 times their length. Three in four layers
-    of the last see 64 tokens with RoPE, one sees all without (Llama 4, Cohere 2)."""
+def trained_anew(steps: int = 800, only: str | None = None) -> Ablation:
+    """Models of four layers that have other positions from the start, read at up to 8 times their length; or only one of them.
+    Three in four layers of the last two see 64 tokens with RoPE, one sees all without (Llama 4, Cohere 2)."""
     near = edits(copier().model.pattern[0], [("mixer.mask", Window(size=TRAINED // 2))])
     everywhere = edits(copier().model.pattern[0], [("mixer.rope", "none")])
+    stepped = edits(everywhere, [("mixer.query_scale", Stepped(every=TRAINED, strength=0.5))])
     arms = {
         "RoPE": (),
         "xPos": (("model.rope", XPos(pairing="interleaved")),),
         "NoPE": (("model.rope", None),),
         "ALiBi": (("model.rope", None), (f"{MIXER}.distance_bias", ALiBi())),
+        "half of the pairs": (("model.rope", Proportional(ratio=0.5)),),
+        "half of the head": (("model.rope", Rope(rotary=0.5)),),
         "3 near, 1 NoPE": (("model.pattern", (near, near, near, everywhere)), ("model.periods", 1)),
+        "3 near, 1 NoPE, stepped": (("model.pattern", (near, near, near, stepped)), ("model.periods", 1)),
     }
     text = StandardLibrary(split="heldout")
     return Ablation(
         base=edits(copier(steps), [("model.periods", 4)]),
-        arms=tuple(Arm(name=name, edits=changes) for name, changes in arms.items()),
+        arms=tuple(Arm(name=name, edits=changes) for name, changes in chosen(arms, only).items()),
         variants=tuple(Variant(method="none", scale=float(n), lengths=(n * TRAINED,)) for n in SCALES[:4]),
         tasks=(
             Perplexity(source=text, windows=16),
@@ -268,6 +280,7 @@ def _zero_shot(scale: int, trained: int = TRAINED) -> dict[str, tuple]:
     """Edits by method. Groups as in the reference bench: 2 T / L, in windows of half the trained length."""
     factor, group, window = float(scale), max(1, 2 * scale), trained // 2
     log_n = (f"{MIXER}.query_scale", LogN(original_length=trained))
+    log_length = (f"{MIXER}.query_scale", LogLength(original_length=trained))
     rope = lambda rule: (("model.rope", rule),)
     by_length = lambda rule: (*rope(rule), (f"{MIXER}.cache", DenseCache(keys="raw")))
     plan = lambda distances: ((f"{MIXER}.distances", distances),)
@@ -292,6 +305,8 @@ def _zero_shot(scale: int, trained: int = TRAINED) -> dict[str, tuple]:
         "power basis": rope(PowerBasis()),
         "truncated basis": rope(TruncatedBasis(original_length=trained)),
         "log-n": (log_n,),
+        "log of the length": (log_length,),
+        "ReRoPE, log of the length": (*plan(ReRoPE(window=window)), log_length),
         "ReRoPE": plan(ReRoPE(window=window)),
         "ReRoPE, log-n": (*plan(ReRoPE(window=window)), log_n),
         "Leaky ReRoPE": plan(ReRoPE(window=window, leak=float(group))),
@@ -327,6 +342,10 @@ def _trained_short() -> dict[str, tuple]:
     by_scale = lambda scale: (("model.rope", LinearInterpolation(factor=float(scale))),)
     pose = ("data.positions", PoSE(target=8 * TRAINED))
     yarn = YaRN(factor=8.0, original_length=TRAINED)
+    skipped = tuple(
+        (f"data.mixture[{n}].rows", Skipped(rows_of=weighted.rows, target=8 * TRAINED))
+        for n, weighted in enumerate(_mixture(longest=64, copies=12.0))
+    )
     dense = ("data.positions", DenseAndMoved(densest=8, original_length=TRAINED, shared="batch"))
     spread = ("data.positions", CLEXPositions(original_length=TRAINED, largest=8, shared="batch"))
     return {
@@ -338,6 +357,8 @@ def _trained_short() -> dict[str, tuple]:
         "E2-LLM": (by_scale(4), (("model.rope", Rope()), dense), 4),
         "E2-LLM at 8": (by_scale(8), (("model.rope", Rope()), dense), 8),
         "CLEX": ((("model.rope", clex), raw), (spread,), 8),
+        "random steps, interpolation": (by_scale(8), (("data.positions", RandomSteps()),), 8),
+        "skipped text, interpolation": (by_scale(8), skipped, 8),
     }
 
 

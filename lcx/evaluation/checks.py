@@ -17,6 +17,7 @@ from lcx.spec import Spec, SpecError, edits
 from lcx.support import reads_rope
 from lcx.training.experiment import Experiment
 from lcx.training.run_folder import read_trained
+from lcx.training.step import abstract_model
 
 Edits = tuple[tuple[str, Any], ...]  # (path, value) pairs, applied in order
 
@@ -67,6 +68,19 @@ def used(trained: Experiment, changes: Edits, field: str) -> Experiment:
     if other := first_difference(dataclasses.replace(changed, model=trained.model, data=data), trained):
         raise SpecError(f"{field} change {other}: expected edits of the model or data.tokenizer, since nothing else is read")
     return changed
+
+
+def check_parameters(trained: Experiment, changed: Experiment, field: str) -> None:
+    """Raises SpecError if the edits of `field` need parameters that the trained model has not, or has in other shapes."""
+    shapes = [
+        {"/".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(abstract_model(one.model)[1])}
+        for one in (trained, changed)
+    ]
+    held, wanted = shapes
+    for name in sorted(held.keys() | wanted.keys()):
+        if held.get(name) != wanted.get(name):
+            sides = f"{wanted.get(name, 'none')}, the trained model has {held.get(name, 'none')}"
+            raise SpecError(f"{field}: parameter {name} of shape {sides}: expected edits that keep its parameters")
 
 
 def digest(model: nnx.Module) -> str:

@@ -9,7 +9,16 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from lcx.evaluation.checks import Edits, check_inputs, check_lengths, check_names, digest, trained_experiment, used
+from lcx.evaluation.checks import (
+    Edits,
+    check_inputs,
+    check_lengths,
+    check_names,
+    check_parameters,
+    digest,
+    trained_experiment,
+    used,
+)
 from lcx.evaluation.report import append_rows, caption, heatmap, read_rows, select, table, with_interval
 from lcx.evaluation.tasks.task import Row, Task
 from lcx.inference.language_model import LocalModel
@@ -40,8 +49,12 @@ class Evaluation(Spec):
         check_lengths(self, self.lengths)
 
     def experiment(self) -> Experiment:
-        """The experiment of `model`, edited. Raises SpecError if there is none, or for an edit as `used`."""
-        return used(trained_experiment(self.model), self.edits, "Evaluation.edits")
+        """The experiment of `model`, edited. Raises SpecError if there is none, or for an edit as `used` and
+        `check_parameters`."""
+        trained = trained_experiment(self.model)
+        changed = used(trained, self.edits, "Evaluation.edits")
+        check_parameters(trained, changed, "Evaluation.edits")
+        return changed
 
 
 def evaluate(evaluation: Evaluation, run_dir: Path | str, say: Callable[[str], None] = print) -> list[Row]:
