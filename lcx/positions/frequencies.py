@@ -99,10 +99,10 @@ class FrequencyRule(Spec, abc.ABC):
         """The frequencies for heads of `head_dim` channels. Raises SpecError if the rotated channels are odd or none."""
         rotary_dim = self.rotated(head_dim)
         inv_freq = np.asarray(self.inverse_frequencies(rotary_dim, length), np.float64)
+        axis, factor = self.axes(rotary_dim // 2), self.attention_factor(length)
         if inv_freq.shape != (rotary_dim // 2,) or not np.isfinite(inv_freq).all():
             expected = f"expected {rotary_dim // 2} finite numbers, one a rotated pair"
             raise SpecError(f"{type(self).__name__}.inverse_frequencies of {rotary_dim} channels: {inv_freq}: {expected}")
-        axis, factor = self.axes(rotary_dim // 2), self.attention_factor(length)
         return Frequencies(inv_freq=inv_freq, axis=axis, factor=factor, pairing=self.pairing)
 
     def axes(self, pairs: int) -> Int[np.ndarray, "C"]:

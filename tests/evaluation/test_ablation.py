@@ -107,7 +107,8 @@ def test_a_dry_run_shows_what_every_training_costs(ablation, tmp_path, monkeypat
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     open_run(tmp_path, ablation)
     assert program.run(ablate.main, [f"--run_dir={tmp_path}", "--dry_run"]) == 0
-    *blocks, positions = [block.splitlines() for block in capsys.readouterr().out.split("\n\n")[1:]]
+    *blocks, in_use, positions = [block.splitlines() for block in capsys.readouterr().out.split("\n\n")[1:]]
+    assert in_use[0] == "state of a row, forward pass:" and [line.partition(":")[0] for line in in_use[1:]] == ["one", "two"]
     assert positions[0] == "positions, at the longest length of each variant"
     shown = "16 pairs, wavelengths 12.57 to 7.067e+04 tokens, 2 turn within 32; trained window 16"
     rope = lambda stage: f"{stage} interpolation x1, rope, LinearInterpolation: {shown}"
