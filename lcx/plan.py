@@ -30,7 +30,7 @@ from lcx.parallel.mesh import AXES
 from lcx.parallel.temporaries import Temporary, compiled_with_temporaries
 from lcx.parallel.topology import CHIP_MEMORY
 from lcx.spec import SpecError, below, edits, fingerprint
-from lcx.support import sequence_axes, sizes
+from lcx.support_rules.walk import sequence_axes, sizes
 from lcx.training.experiment import Experiment
 from lcx.training.flops import counter, peak, query_halves
 from lcx.training.optimizer import groups

@@ -15,7 +15,7 @@ LCX = (
     ("models",),
     ("objectives", "data"),
     ("training", "inference"),
-    ("support", "support_table", "plan", "serving_plan", "evaluation", "agents", "interop"),
+    ("support_rules", "support", "support_table", "plan", "serving_plan", "evaluation", "agents", "interop"),
 )
 FILES = sorted(file for folder in HOUSE for file in (ROOT / folder).rglob("*.py"))
 

@@ -57,7 +57,8 @@ from lcx.positions.visual import MRopePositions
 from lcx.positions.xpos import XPos
 from lcx.positions.yarn import YaRN
 from lcx.spec import SpecError, edit, edits
-from lcx.support import RULES, broken, sequence_axes, validate
+from lcx.support import RULES, broken, validate
+from lcx.support_rules.walk import sequence_axes
 from lcx.support_table import base, kinds, refusal
 from pallas_kernels.tile_attention.tokens import Tokens
 

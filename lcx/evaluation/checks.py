@@ -14,7 +14,7 @@ from lcx.config_text import first_difference
 from lcx.data.tokenizers import Tokenizer
 from lcx.evaluation.tasks.task import Task
 from lcx.spec import Spec, SpecError, edits
-from lcx.support import reads_rope
+from lcx.support_rules.walk import reads_rope
 from lcx.training.experiment import Experiment
 from lcx.training.run_folder import read_trained
 from lcx.training.step import abstract_model

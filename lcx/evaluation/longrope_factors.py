@@ -22,7 +22,7 @@ from lcx.positions.longrope_search import Factors, search
 from lcx.positions.rope import Rope
 from lcx.positions.yarn import YaRN
 from lcx.spec import SpecError, edit
-from lcx.support import reads_rope
+from lcx.support_rules.walk import reads_rope
 from lcx.training.checkpoint import load_model
 from lcx.training.run_folder import read_config
 from lcx.training.shipped import run_folder

@@ -27,7 +27,8 @@ from lcx.parallel.rules import Rules
 from lcx.parts import parts
 from lcx.positions.linear_bias import LinearBias
 from lcx.spec import edit, edits
-from lcx.support import broken, sequence_axes
+from lcx.support import broken
+from lcx.support_rules.walk import sequence_axes
 from lcx.support_table import base
 from pallas_kernels.tile_attention import reference
 
