@@ -140,6 +140,10 @@ SKIPPING = LogN(original_length=64, skip_layers=1)
             "model.pattern[0].mixer: expected Attention beside model.memory.lora, which is added to its projections",
         ),
         (
+            [(f"{LAYER}.mixer.distances", DimensionGroups(groups=(2, 8, 2), window=64))],
+            "model.pattern[0].mixer.distances: DimensionGroups.groups = (2, 8, 2): expected as many as divide the 4",
+        ),
+        (
             [("data.positions", DenseAndMoved(densest=16, original_length=1 << 21))],
             "steps of 0.0625 at positions as large as 2097152, where those of float32 are 0.125",
         ),

@@ -74,6 +74,9 @@ class Attention(Mixer):
         expected = "None beside a softcap or a distance plan: no method combines them"
         self.check(self.distance_bias is None or not undefined, "distance_bias", expected)
         if self.distances is not None and self.distances.reads_queries:
+            self.check(
+                self.query_scale is None, "query_scale", f"None beside {self.distances}, which sums up queries of any place"
+            )
             alone = "None beside another mask than Causal(), of which it chooses a part"
             self.check(self.mask == Causal(), "distances", alone)
             self.check(

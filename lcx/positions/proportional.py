@@ -20,6 +20,7 @@ class Proportional(FrequencyRule):
     def validate(self):
         super().validate()
         self.check(0 < self.ratio <= 1, "ratio", "a share in (0, 1]")
+        self.check(self.rotary == 1, "rotary", "1, as ratio says which share of the head turns")
         self.check(self.factor >= 1, "factor", "at least 1")
 
     def inverse_frequencies(self, rotary_dim, length):

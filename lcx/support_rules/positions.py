@@ -162,6 +162,11 @@ def regions_turn_by_a_static_rope(experiment: Experiment) -> Iterator[str]:
                 yield f"{where} = {type(part).__name__}: {expected}"
         if isinstance(rule, LengthRule) or (isinstance(rule, FrequencyRule) and rule.sections):
             yield f"{path}.distances turns pairs by {type(rule).__name__}: expected a rope of one axis that no length changes"
+        elif isinstance(rule, FrequencyRule):
+            try:
+                mixer.distances.check_model(experiment.model.depth, mixer.heads, rule.rotated(mixer.head_dim) // 2)
+            except SpecError as error:
+                yield f"{path}.distances: {error}"
 
 
 def positions_are_the_ropes(experiment: Experiment) -> Iterator[str]:
