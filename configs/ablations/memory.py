@@ -24,8 +24,8 @@ the first matrix began larger (0.45 0.31 0.23, 0.58 0.52 0.45, 0.73 0.75 0.75 si
 `needles`, 1,800 steps: full attention 1.00 0.70 0.30, TTT-Linear 1.00 1.00 0.99, Titans MAG 1.00 1.00 0.99, LMM 1.00 1.00
 0.85, DeltaNet 0.95 0.95 0.93, linear attention 0.95 0.96 0.93, gated DeltaNet 0.62 0.56 0.40, RMT 0.94 0.72 0.26, HMT 0.55 0.40
 0.40, Activation Beacon 0.46 0.34 0.33, Infini-attention 0.99 0.95 0.88, Titans MAC 0.21 0.17 0.14, window 0.21 0.12 0.11: MAG
-ahead of LMM and gated DeltaNet, HMT of RMT where it is far, as in the papers; not MAC. `text`, nats a byte at 512 / 8,192: full attention 1.41 1.72, window 1.42
-1.41, gated DeltaNet 1.38 1.37, RMT 1.52 1.49, Titans LMM 1.46 1.94.
+ahead of LMM and gated DeltaNet, HMT of RMT where it is far, as in the papers; not MAC. `text`, nats a byte at 512 / 8,192: full
+attention 1.41 1.72, window 1.42 1.41, gated DeltaNet 1.38 1.37, RMT 1.52 1.49, Titans LMM 1.46 1.94.
 """
 
 import dataclasses
