@@ -16,6 +16,7 @@ from lcx.config_text import render
 from lcx.evaluation.ablation import Ablation, Stopped, run
 from lcx.evaluation.variant_figures import variant_figures
 from lcx.plan import compared, listed, model_figures
+from lcx.spec import SpecError
 from lcx.support import validate
 from lcx.training.experiment import Experiment
 from lcx.training.run_folder import check_config
@@ -25,7 +26,11 @@ def main(arguments: Arguments) -> int:
     ablation = arguments.spec(Ablation)
     for arm in ablation.arms:
         for variant in (None, *ablation.variants):
-            validate(ablation.experiment(arm, variant))
+            name = arm.name if variant is None else f"{arm.name}, {variant.name}"
+            try:
+                validate(ablation.experiment(arm, variant))
+            except SpecError as error:
+                raise SpecError(f"{name}: {error}") from None
     if arguments.dry_run:
         check_config(arguments.run_dir, ablation)
         print(render(ablation), figures(ablation), sep="\n\n")

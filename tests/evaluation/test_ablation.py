@@ -182,3 +182,11 @@ def test_impossible_ablations_are_refused(ablation):
         edit(ablation, "variants", (*ablation.variants, Variant(method="none", scale=2.0, lengths=(32, 64))))
     with pytest.raises(SpecError, match=r"Variant.lengths = \(16, 16\): expected distinct lengths"):
         Variant(method="none", lengths=(16, 16))
+
+
+def test_a_variant_that_cannot_be_measured_is_named(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    config = '--config=config:ablations.positions.zero_shot(only="dynamic YaRN")'
+    rotated = '--config=set:variants[1].edits=(("model.rope", DynamicYaRN(original_length=128)),)'
+    assert program.run(ablate.main, [config, rotated, f"--run_dir={tmp_path}", "--dry_run"]) == 2
+    assert "copier, zero-shot dynamic YaRN x4: model.pattern[0].mixer.cache.keys" in capsys.readouterr().err
