@@ -218,7 +218,7 @@ def test_an_edit_reads_the_parameters_with_another_rope(trained, text, tmp_path)
     ("more", "message"),
     [
         (['--config=set:edits=(("model.rop", None),)'], "Decoder has no field 'rop'"),
-        (['--config=set:edits=(("model.width", 64),)'], "in the checkpoint"),
+        (['--config=set:edits=(("model.width", 64),)'], "expected edits that keep its parameters"),
         (["--config=set:step=2"], f"no checkpoint of step 2; there are [{STEPS}]"),
         (['--config=set:edits=(("data.length", 4096),)'], "Evaluation.edits change data.length: 4096 against 32"),
         (['--config=set:edits=(("objective.z_loss", 1.0),)'], "Evaluation.edits change objective.z_loss: 1.0 against"),
