@@ -3,6 +3,7 @@
 One reads a chunk of the prompts, the other is the loop that answers. No array is made.
 """
 
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -71,10 +72,10 @@ def _programs(serving: Serving, model: DecoderModel, read: Consumed) -> Iterator
     rows = serving.rows
     chunk = jax.ShapeDtypeStruct((rows, serving.chunk), jnp.int32)
     yield f"prefill of {serving.chunk} tokens", feed.lower(model, chunk, chunk, read)
-    made = lambda: nothing_decoded(None, bucket(serving.answer), jnp.zeros(rows, bool))
+    made = jax.eval_shape(lambda read: nothing_decoded(read, bucket(serving.answer), jnp.zeros(rows, bool)), read)
     keys = jax.eval_shape(lambda: jax.vmap(jax.random.key)(jnp.zeros(rows, jnp.uint32)))
     stops, end = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
-    decoding = jax.eval_shape(made).holding(read)
+    decoding = dataclasses.replace(made, read=read)  # with its shardings
     yield "answers, a token", decode.lower(model, decoding, keys, stops, end, Sampling())
 
 

@@ -64,10 +64,6 @@ class Decoding:
     count: Int[Array, "B"]
     stopped: Bool[Array, "B"]
 
-    def holding(self, read: Consumed) -> "Decoding":
-        """The same of rows that have read this."""
-        return dataclasses.replace(self, read=read)
-
 
 def generate(
     model: DecoderModel,
@@ -210,13 +206,11 @@ def decode(
     sampling: Sampling,
 ) -> Decoding:
     """Steps until every row has stopped or `end` steps are done."""
-    step = functools.partial(decode_step, model, keys=keys, stops=stops, sampling=sampling)
+    step = functools.partial(_step, model, keys=keys, stops=stops, sampling=sampling)
     return jax.lax.while_loop(lambda now: (now.n < end) & ~now.stopped.all(), step, decoding)
 
 
-def decode_step(
-    model: DecoderModel, now: Decoding, *, keys: Key[Array, "B"], stops: Int[Array, "n"], sampling: Sampling
-) -> Decoding:
+def _step(model: DecoderModel, now: Decoding, *, keys: Key[Array, "B"], stops: Int[Array, "n"], sampling: Sampling) -> Decoding:
     """The rows after one token more, each chosen and read; those that have stopped stay as they are."""
     logits = model.logits(now.read.last)
     token = sampling.choose(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, now.n))

@@ -1,11 +1,13 @@
 """On a mesh prompts are answered as on one device, each device with its own rows and key heads."""
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
 
 from lcx.attention.mask import Hide, Sink, Window
+from lcx.cache.dense import DenseCache
 from lcx.channels.glu import GLU
 from lcx.inference.generate import generate, prefill
 from lcx.inference.serving import Serving
@@ -19,10 +21,12 @@ from lcx.models.layer import Layer
 from lcx.models.position_table import PositionTable
 from lcx.parallel.mesh import MeshSpec
 from lcx.positions.axial import AxialRope
+from lcx.positions.clex import CLEX
 from lcx.positions.dynamic_ntk import DynamicNTK
 from lcx.positions.long_heads import LongHeads
 from lcx.positions.rope import Rope
 from lcx.positions.self_extend import SelfExtend
+from lcx.serving_plan import serving_compiled
 from lcx.spec import SpecError, edits
 from lcx.support import validate_serving
 from lcx.training.placement import parameter_shardings
@@ -69,6 +73,17 @@ def test_few_prompts_are_padded_to_the_devices_and_rows_stay_whole():
     assert found.ids == alone.ids
     with jax.set_mesh(MeshSpec(context=2).build()), pytest.raises(ValueError, match="rows are shared out over context"):
         generate(model, [[5, 6, 7]], max_new=4)
+
+
+def test_a_learned_rope_is_planned_solved(monkeypatch):
+    """As `generate` uses it: the programs take its frequencies, not its equation. Shapes stand where types say arrays."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    raw = [(f"pattern[{n}].mixer.cache", DenseCache(keys="raw")) for n in range(2)]
+    model = edits(MODEL, [("rope", CLEX(original_length=16, largest=2, steps=2)), *raw])
+    serving = edits(SERVING, [("model", model), ("mesh", MeshSpec(data=2))])
+    validate_serving(serving)
+    found = serving_compiled(serving, jax.devices()[:2])
+    assert found["answers, a token: temporary bytes a device"] > 0 and found["state bytes a device"] > 0
 
 
 LAYER = "model.pattern[0].mixer"
