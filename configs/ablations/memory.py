@@ -2,6 +2,7 @@
 
     python -m experiments.ablate --config=config:ablations.memory.bindings
     python -m experiments.ablate --config=config:ablations.memory.needles
+    python -m experiments.ablate --config=config:ablations.memory.equal_bytes
     python -m experiments.ablate --config=config:ablations.memory.text
     python -m experiments.ablate --config=config:ablations.memory.titans
     python -m experiments.ablate --config='config:ablations.memory.bindings(only="gated DeltaNet")'     # one arm, minutes
@@ -9,9 +10,9 @@
 `bindings`: two layers of width 64, one arm a memory, trained on rows of 128 tokens in which each of 8 letters is bound to a
 digit about four times, and asked for as often. Measured at 128 to 2,048 tokens, 8 to 128 windows of 16 tokens, in which keys
 are bound as many times more. Chance is 0.10. `needles`: the letters are bound once, at the beginning of a row, and asked for
-among other letters, at 32 to 2,048 tokens, one to 64 segments of memories between segments. `text`: the same models trained on
-rows of 512 bytes of source code, one document each, and measured at 512 to 8,192. `titans`: the paper's three ways to join
-memory and attention, and the memory with each of its parts taken away.
+among other letters, at 32 to 2,048 tokens, one to 64 segments of memories between segments. `equal_bytes`: needles, each
+memory of 64 kB. `text`: the same models trained on rows of 512 bytes of source code, one document each, and measured at 512
+to 8,192. `titans`: the paper's three ways to join memory and attention, and the memory with each of its parts taken away.
 
 Expected: a sum of all pairs (linear attention) loses as more is written; forgetting helps, overwriting (delta rules) more. Of
 needles a window knows nothing; Titans (paper) is ahead of gated DeltaNet, HMT (paper) of RMT.
@@ -104,6 +105,11 @@ def needles(steps: int = 1800, only: str | None = None) -> Ablation:
     return _ablation({**_mixers(), **_between()}, steps, only, NEEDLES, DISTANCES)
 
 
+def equal_bytes(steps: int = 1800, only: str | None = None) -> Ablation:
+    """Needles again, each memory as large as 64 kB of state in use allow, of both layers; or only the named arm."""
+    return _ablation(_of_64_kb(), steps, only, NEEDLES, DISTANCES)
+
+
 def text(steps: int = 1000, only: str | None = None) -> Ablation:
     """The same arms on source code; or only the named one."""
     code = lambda split: StandardLibrary(split=split)
@@ -190,4 +196,26 @@ def _between() -> dict:
         "AutoCompressor": (*full, ("model.memory", AutoCompressor(segment=size, slots=4, most=64))),
         "HMT": (*full, ("model.memory", HMT(segment=size, sensory=8, size=DIM))),
         "Activation Beacon": (*full, ("model.memory", ActivationBeacon(window=size, ratio=4))),
+    }
+
+
+def _of_64_kb() -> dict:
+    """Windows hold the newest keys and values of as many tokens; of what their caches hold beyond these nothing is read."""
+    size, full = 2 * WINDOW, _mixer(FULL)
+    delta = lambda **form: _mixer(GatedDeltaNet(heads=6, head_dim=DIM, value_dim=DIM, chunk=WINDOW, **form))
+    memory = lambda **changes: dataclasses.replace(MEMORY, **changes)
+    return {
+        "window": _mixer(dataclasses.replace(FULL, mask=Window(size=64))),
+        "linear attention": delta(rule="sum", decay="none"),
+        "DeltaNet": delta(decay="none"),
+        "gated DeltaNet": delta(),
+        "Infini-attention": _mixer(InfiniAttention(attention=dataclasses.replace(FULL, mask=Chunk(size=WINDOW)))),
+        "TTT-Linear": _mixer(TTT(heads=3, head_dim=DIM, chunk=WINDOW, shared=True, gate=True)),
+        "Titans LMM": _mixer(memory(head_dim=16)),
+        "Titans LMM, one matrix": _mixer(memory(depth=1, network="plain")),
+        "Titans MAG": _mixer(TitansMAG(attention=HELD, memory=memory(heads=1, head_dim=20))),
+        "RMT": (*full, ("model.memory", RMT(segment=size, slots=12))),
+        "AutoCompressor": (*full, ("model.memory", AutoCompressor(segment=size, slots=4, most=16))),
+        "HMT": (*full, ("model.memory", HMT(segment=size, sensory=8, size=DIM, bank=64))),
+        "Activation Beacon": (*full, ("model.memory", ActivationBeacon(window=WINDOW, ratio=4, most=28))),
     }
