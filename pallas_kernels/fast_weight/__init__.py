@@ -14,7 +14,9 @@ tokens being made: with the gradients e_j of a chunk known, W_i = beta_i W_0 + f
     reference.py      the recurrence, token by token
     op.py             a row, chunk by chunk, by XLA or in a kernel
     tpu.py            a group of chunks in one TPU kernel, and its backward pass in another
-    over_mesh.py      the kernel on a mesh
+    gpu.py            a group of chunks of one matrix on a GPU, in one kernel what XLA cannot do at once
+    gpu_carry.py      that kernel, and its backward pass in another
+    over_mesh.py      the kernels on a mesh
     triangular.py     delta rules without substitution
     traced.py         what a chunk costs
 """

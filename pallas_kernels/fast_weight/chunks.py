@@ -26,7 +26,7 @@ class Held(NamedTuple):
 Solve = Callable[[Float[Array, "b b"], Float[Array, "b E"]], Float[Array, "b E"]]
 
 
-def _substituted(lower: Float[Array, "b b"], rows: Float[Array, "b E"]) -> Float[Array, "b E"]:
+def substituted(lower: Float[Array, "b b"], rows: Float[Array, "b E"]) -> Float[Array, "b E"]:
     return jax.scipy.linalg.solve_triangular(
         jnp.eye(len(lower), dtype=lower.dtype) + lower, rows, lower=True, unit_diagonal=True
     )
@@ -44,7 +44,7 @@ def chunk(
     *,
     overshoot: float | None = None,
     held: Held | None = None,
-    solve: Solve = _substituted,
+    solve: Solve = substituted,
 ) -> tuple[Float[Array, "b E"], Weights, Weights | None, Float[Array, "b"], Steps]:
     """(what each token reads, weights and momentum behind the chunk, loss of each token where its gradient was taken, steps).
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.fast_weight import tpu
+from pallas_kernels.fast_weight import gpu, tpu
 from pallas_kernels.fast_weight.chunks import Held, behind, overlap, read
 from pallas_kernels.fast_weight.chunks import chunk as one_chunk
 from pallas_kernels.fast_weight.coefficients import Coefficients, bounded, packed
@@ -20,6 +20,8 @@ from pallas_kernels.fast_weight.over_mesh import Axes, over_mesh
 from pallas_kernels.grouped_scan import chosen, grouped_scan
 from pallas_kernels.target import log_once, platform
 
+Form = Literal["xla", "tpu", "gpu"]
+KERNELS = {"tpu": tpu, "gpu": gpu}
 Builder = Callable[..., Coefficients]
 Gates = tuple[Float[Array, "B T H ..."] | None, ...]
 
@@ -75,14 +77,15 @@ def fast_weight(
     chunk: int,
     kept: int = 4,
     course: Course | None = None,
-    form: Literal["xla", "tpu"] | None = None,
+    form: Form | None = None,
     axes: Axes = ((), ()),
 ) -> tuple[Float[Array, "B T H E"], State, Float[Array, "B T H"]]:
     """(out, state behind the row, loss of each token at the weights where its gradient was taken), float32 or wider.
 
     gates: what `kind.coefficients` makes those of a chunk of, each [B,T,H,...] or None, handed over as [B,H,b,...]. course:
     None is one run through all chunks; else T is a multiple of `chunk`. form: of groups of chunks; None is the kernel where the
-    program is for a TPU whose memory it fits. axes: of the mesh, that share out rows and heads.
+    program is for a TPU whose memory it fits. That for GPUs, which no GPU has timed yet, has to be named, and gives way to XLA
+    where `gpu.refused` says so. axes: of the mesh, that share out rows and heads.
     """
     if chunk < 1 or kept < 1:
         raise ValueError(f"fast_weight: chunk = {chunk}, kept = {kept}: expected at least 1 of each")
@@ -99,8 +102,9 @@ def fast_weight(
         first = None if course is None else course.first
         step = functools.partial(_step, kind, first)
         scan = jax.lax.scan
-        if form == "tpu" or (form is None and _kernel_serves(kind, state, pieces, kept)):
-            scan = functools.partial(_in_kernel, kind, first, axes)
+        form = _form(form, kind, state, pieces, kept)
+        if form != "xla":
+            scan = functools.partial(_in_kernel, form, kind, first, axes)
         state, found = grouped_scan(step, state, (pieces, flags), group=kept, scan=scan)
         join = lambda x: jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], whole * chunk, *x.shape[4:])
         out, loss = jax.tree.map(join, found)
@@ -114,30 +118,34 @@ def fast_weight(
     return tokens_first(outs), state, tokens_first(losses)
 
 
-def _kernel_serves(kind: FastWeight, state: State, pieces: tuple, kept: int) -> bool:
-    if platform() != "tpu":
-        return False
-    refused = tpu.refused(_rule(kind), jax.eval_shape(lambda: _given(kind, None, state, pieces)), kept)
-    log_once("fast_weight: XLA form, " + refused if refused else "fast_weight: TPU kernel")
-    return refused is None
+def _form(asked: Form | None, kind: FastWeight, state: State, pieces: tuple, kept: int) -> Form:
+    form = asked or ("tpu" if platform() == "tpu" else "xla")
+    if form == "xla" or asked == "tpu":
+        return form
+    refused = KERNELS[form].refused(_rule(form, kind), jax.eval_shape(lambda: _given(form, kind, None, state, pieces)), kept)
+    log_once("fast_weight: XLA form, " + refused if refused else f"fast_weight: {form.upper()} kernel")
+    return "xla" if refused else form
 
 
-def _rule(kind: FastWeight) -> tpu.Rule:
-    return tpu.Rule(kind.network, kind.overshoot, kind.norm, platform() != "tpu")
+def _rule(form: Form, kind: FastWeight) -> tpu.Rule:
+    return tpu.Rule(kind.network, kind.overshoot, kind.norm, platform() != form)
 
 
-def _given(kind: FastWeight, first: State | None, state: State, pieces: tuple) -> tpu.Given:
+def _given(form: Form, kind: FastWeight, first: State | None, state: State, pieces: tuple) -> tpu.Given:
     *rows, gates = pieces
-    return tpu.Given(tuple(state), first and tuple(first), kind.fixed, (*rows, packed(kind.coefficients(*gates))))
+    made = kind.coefficients(*gates)
+    made = packed(made) if form == "tpu" else made
+    return tpu.Given(tuple(state), first and tuple(first), kind.fixed, (*rows, made))
 
 
-def _in_kernel(kind: FastWeight, first: State | None, axes: Axes, step: Callable, state: State, parts: tuple):
+def _in_kernel(form: Form, kind: FastWeight, first: State | None, axes: Axes, step: Callable, state: State, parts: tuple):
     """`jax.lax.scan(step, state, parts)` as one kernel."""
     pieces, flags = parts
     n, rows = pieces[0].shape[:2]
     begins, whole, live = (False, True, True) if flags is None else (*flags[:2], flags[2][:, None])
     flags = jnp.stack([jnp.broadcast_to(flag, (n, rows)) for flag in (begins, whole, live)]).astype(jnp.int32)
-    out, loss, after = over_mesh(functools.partial(tpu.group, _rule(kind)), axes)(_given(kind, first, state, pieces), flags)
+    run = over_mesh(functools.partial(KERNELS[form].group, _rule(form, kind)), axes)
+    out, loss, after = run(_given(form, kind, first, state, pieces), flags)
     return State(*after), (out, loss)
 
 

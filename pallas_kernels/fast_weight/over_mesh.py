@@ -13,8 +13,8 @@ Axes = tuple[tuple[str, ...], tuple[str, ...]]  # of a mesh: over rows, over hea
 
 
 def over_mesh(run: Callable, axes: Axes) -> Callable:
-    """`tpu.group` of arrays that the axes of the mesh in use share out; a number of rows or heads that they do not divide
-    is whole on all of them."""
+    """A kernel's `group`, of arrays that the axes of the mesh in use share out; a number of rows or heads that they do not
+    divide is whole on all of them."""
 
     def shared(given: Given, flags: Array):
         mesh = jax.sharding.get_abstract_mesh()
