@@ -16,12 +16,14 @@ setup(
         "grain>=0.2.12",
         "jax>=0.10,<0.13",
         "jaxtyping>=0.3",
+        "jinja2>=3.1",
         "libcst>=1.0",  # fiddle's absl flags import it
         "matplotlib>=3.8",
         "numpy>=2.0",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.20",
         "rich>=13",
+        "safetensors>=0.8",
         "tensorboard>=2.16",
         "tensorstore>=0.1.60",
         "tokenizers>=0.20",
@@ -29,7 +31,6 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "cuda": ["jax[cuda12]>=0.10,<0.13"],
-        "hf": ["huggingface_hub>=0.25", "safetensors>=0.4"],
         "eval": ["lm-eval>=0.4.5"],
         "dev": ["beartype>=0.18", "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.8"],
         "oracles": ["torch>=2.13,<2.15", "transformers>=5,<6"],

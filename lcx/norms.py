@@ -59,7 +59,7 @@ class RMSNormModule(nnx.Module):
     def __call__(self, x: Float[Array, "*n M"]) -> Float[Array, "*n M"]:
         wide = x.astype(jnp.float32)
         scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.spec.eps)
-        return (wide * scale * (self.weight[...] + self.spec.offset)).astype(x.dtype)
+        return (wide * scale * (self.weight[...].astype(jnp.float32) + self.spec.offset)).astype(x.dtype)
 
 
 class LayerNormModule(nnx.Module):

@@ -13,9 +13,9 @@ LCX = (
     ("cache",),
     ("mixers", "channels", "memory"),
     ("models",),
-    ("objectives", "data"),
+    ("objectives", "data", "interop"),
     ("training", "inference"),
-    ("support_rules", "support", "support_table", "plan", "serving_plan", "evaluation", "agents", "interop"),
+    ("support_rules", "support", "support_table", "plan", "serving_plan", "evaluation", "agents"),
 )
 FILES = sorted(file for folder in HOUSE for file in (ROOT / folder).rglob("*.py"))
 

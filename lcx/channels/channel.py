@@ -2,11 +2,16 @@
 
 import abc
 import dataclasses
+from typing import Literal
 
+import jax
 from flax import nnx
 
 from lcx.mixers.mixer import Inherited
 from lcx.spec import Spec
+
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu": lambda x: jax.nn.gelu(x, approximate=False), "gelu_tanh": jax.nn.gelu}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,19 +1,15 @@
 """Gated linear unit: y = (act(x W_gate) * x W_up) W_down. SwiGLU with `silu`, GeGLU with `gelu` (Shazeer 2020)."""
 
 import dataclasses
-from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lcx.channels.channel import Channel
+from lcx.channels.channel import ACTIVATIONS, Activation, Channel
 from lcx.linear import linear
 from lcx.mixers.mixer import Inherited, residual_gain, weight
 from lcx.parallel.rules import shard
-
-_ACTIVATIONS = {"silu": jax.nn.silu, "gelu": lambda x: jax.nn.gelu(x, approximate=False), "gelu_tanh": jax.nn.gelu}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +17,7 @@ class GLU(Channel):
     """hidden: the inner width."""
 
     hidden: int
-    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    activation: Activation = "silu"
     bias: bool = False
 
     def validate(self):
@@ -48,7 +44,7 @@ class GLUModule(nnx.Module):
     def __call__(self, x: Float[Array, "B T M"], tokens: Int[Array, "B T"]):
         rules = self.inherited.rules
         gate, up = self._affine(x, self.gate, self.gate_bias), self._affine(x, self.up, self.up_bias)
-        inner = shard(_ACTIVATIONS[self.spec.activation](gate) * up, rules, "batch", "sequence", "hidden")
+        inner = shard(ACTIVATIONS[self.spec.activation](gate) * up, rules, "batch", "sequence", "hidden")
         y = self._affine(inner, self.down, self.down_bias)
         return shard(y, rules, "batch", "sequence", None), {}
 

@@ -32,6 +32,15 @@ class Tokenizer(Spec, abc.ABC):
     def encode(self, text: str) -> Int[np.ndarray, "T"]:
         """Ids of the whole text, int32. Adds no special token."""
 
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """Ids that end an answer."""
+        return (self.eos,)
+
+    def prompt(self, text: str) -> Int[np.ndarray, "T"]:
+        """Ids of a text that a model continues, with what it expects ahead of one."""
+        return self.encode(text)
+
     @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids; special tokens give nothing."""
@@ -59,14 +68,16 @@ class ByteTokenizer(Tokenizer):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HFTokenizer(Tokenizer):
-    """A `tokenizer.json` of the `tokenizers` library. eos_token and pad_token must be in its vocabulary.
+    """A `tokenizer.json` of the `tokenizers` library. eos_token, pad_token and stop_tokens must be in its vocabulary.
 
-    Truncation and padding that the file asks for are off. A special token spelled out in a text becomes its id.
+    Truncation and padding that the file asks for are off. A special token spelled out in a text becomes its id. Special tokens
+    that the file itself puts around a text are those of prompts. stop_tokens: others than eos_token that end an answer.
     """
 
     path: str
     eos_token: str
     pad_token: str | None = None
+    stop_tokens: tuple[str, ...] = ()
 
     def validate(self):
         self.check(os.path.isfile(self.path), "path", "an existing tokenizer.json")
@@ -78,6 +89,8 @@ class HFTokenizer(Tokenizer):
             token = getattr(self, field)
             known = token is None or self._loaded.token_to_id(token) is not None
             self.check(known, field, f"a token of {self.path}")
+        known = all(self._loaded.token_to_id(token) is not None for token in self.stop_tokens)
+        self.check(known, "stop_tokens", f"tokens of {self.path}")
 
     @property
     def _loaded(self):
@@ -97,6 +110,13 @@ class HFTokenizer(Tokenizer):
 
     def encode(self, text):
         return np.asarray(self._loaded.encode(text, add_special_tokens=False).ids, np.int32)
+
+    @property
+    def stops(self):
+        return (self.eos, *map(self._loaded.token_to_id, self.stop_tokens))
+
+    def prompt(self, text):
+        return np.asarray(self._loaded.encode(text, add_special_tokens=True).ids, np.int32)
 
     def decode(self, ids):
         return self._loaded.decode([int(i) for i in ids], skip_special_tokens=True)

@@ -83,6 +83,11 @@ class Attention(Mixer):
                 self.backend not in KERNELS, "distances", "None beside backends 'tpu' and 'gpu', which have no kernel for it"
             )
 
+    @property
+    def softmax_scale(self) -> float:
+        """The scale of the logits that is in force."""
+        return self.scale or 1 / math.sqrt(self.head_dim)
+
     def build(self, inherited, *, rngs):
         from lcx.mixers.beacon_attention import BeaconAttentionModule
 
@@ -170,7 +175,7 @@ class AttentionModule(MixerModule):
         q = q.astype(x.dtype)
         options = {
             "mask": self.mask,
-            "scale": self._scale,
+            "scale": self.spec.softmax_scale,
             "softcap": spec.softcap,
             "bias": spec.distance_bias,
             "backend": spec.backend,
@@ -185,7 +190,7 @@ class AttentionModule(MixerModule):
             before, state = state, spec.cache.append(state, k, v, info, frequencies)
             if distances is not None and distances.plan.reads_queries:
                 options["distances"] = dataclasses.replace(distances, summed=True)
-                how = {"distances": distances, "scale": self._scale, "softcap": spec.softcap}
+                how = {"distances": distances, "scale": self.spec.softmax_scale, "softcap": spec.softcap}
                 keys = lambda k, v, info, new: sum_up(k, v, tokens_of(info), new, **how)
                 state = spec.cache.rewrite(state, before, keys)
             out, lse = spec.cache.attend(state, q, info, frequencies=frequencies, rules=rules, **options)
@@ -211,10 +216,6 @@ class AttentionModule(MixerModule):
             raise ValueError("attention: its model's rope is learned: expected its frequencies in `place`")
         return place.frequencies
 
-    @property
-    def _scale(self) -> float:
-        return self.spec.scale or 1 / math.sqrt(self.spec.head_dim)
-
     def _queries(self, x):
         return self._project(x, self.query, self.query_bias, self.query_norm, "heads")
 
@@ -235,7 +236,7 @@ class AttentionModule(MixerModule):
         """What heads find beside persistent keys and sinks; q: before any rotation."""
         if self.spec.persistent:
             held = info.segments != PADDING, self.persistent_keys[...], self.persistent_values[...]
-            out, lse = with_persistent(out, lse, q, *held, scale=self._scale, softcap=self.spec.softcap)
+            out, lse = with_persistent(out, lse, q, *held, scale=self.spec.softmax_scale, softcap=self.spec.softcap)
         return out if self.sinks is None else with_sinks(out, lse, self.sinks[...])
 
     def _output(self, out, x):

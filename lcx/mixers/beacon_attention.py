@@ -69,7 +69,7 @@ class BeaconAttentionModule(AttentionModule):
         turned = lambda y, info, side: (
             y if frequencies is None else rotate(y, info.positions, frequencies, side=side).astype(y.dtype)
         )
-        options = {"scale": self._scale, "softcap": self.spec.softcap, "backend": self.spec.backend}
+        options = {"scale": self.spec.softmax_scale, "softcap": self.spec.softcap, "backend": self.spec.backend}
         if state is None:
             options |= {"rules": rules, "communication": self.inherited.communication}
         call = sharded_attend if state is None else attend

@@ -142,7 +142,7 @@ class TransformerXLModule(AttentionModule):
         if state is None and (scaled or (frequencies is not None and frequencies.by_length)):
             info = dataclasses.replace(info, lengths=lengths_of(info))
         content, turned, added = self._asking(x, info, frequencies, place)
-        options = {"scale": self._scale, "softcap": attention.softcap, "bias": attention.distance_bias}
+        options = {"scale": attention.softmax_scale, "softcap": attention.softcap, "bias": attention.distance_bias}
         options |= {"backend": attention.backend}
         if state is None:
             call, cache, broken = sharded_attend, DenseCache(keys="raw"), None
@@ -186,7 +186,7 @@ class TransformerXLModule(AttentionModule):
             angles = self.recurrence.clamp * self._sinusoids.inv_freq
             farthest = jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)]), jnp.float32)
             of_head = jnp.einsum("m,mhd->hd", farthest, matrix, precision="highest")
-            added = self._scale * jnp.einsum("bthd,hd->bth", placed, of_head, precision="highest")
+            added = self.spec.softmax_scale * jnp.einsum("bthd,hd->bth", placed, of_head, precision="highest")
         return content, jnp.concatenate([content, turned], axis=-1), added
 
     @property

@@ -85,6 +85,20 @@ class Parallel(Residual):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelTwoNorms(Residual):
+    """Both parts read the stream, each through a norm of its own (GPT-NeoX, 2022)."""
+
+    norms = 2
+
+    def join(self, x, mixer, channel, norms):
+        return x + mixer(norms[0](x)) + channel(norms[1](x))
+
+    @classmethod
+    def examples(cls):
+        return (cls(),)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DeepNorm(InParts):
     """norm(alpha x + mixer(x)) (Wang et al. 2022). For a decoder of N layers: alpha = (2N) ** 0.25, gain = (8N) ** -0.25.
 

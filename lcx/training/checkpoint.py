@@ -18,6 +18,8 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
 
+from lcx.interop import hf
+from lcx.interop.folder import Folder, is_folder
 from lcx.models.decoder import Decoder
 from lcx.parallel.mesh import MeshSpec
 from lcx.spec import Spec, SpecError
@@ -101,7 +103,10 @@ def folder(run_dir: Path | str) -> Path:
 
 
 def latest(run_dir: Path | str) -> int | None:
-    """The newest complete step of a run, or the step of a shipped model, or None. Reads only."""
+    """The newest complete step of a run, or the step of a shipped model, or None; 0 for a checkpoint folder of
+    `transformers`. Reads only."""
+    if is_folder(run_dir):
+        return 0
     if not folder(run_dir).is_dir():
         return shipped.step(Path(run_dir))
     with _manager(run_dir, create=False) as manager:
@@ -117,6 +122,8 @@ def restore_params(run_dir: Path | str, target: Any, *, step: int | None = None)
     if newest is None:
         raise SpecError(f"{folder(run_dir)}: no checkpoint")
     step = newest if step is None else step
+    if is_folder(run_dir) and step == newest:
+        return hf.restore(Folder(Path(run_dir)), target)
     if shipped.step(Path(run_dir)) == step:
         return shipped.restore(Path(run_dir), target)
     if not folder(run_dir).is_dir():

@@ -29,7 +29,7 @@ from lcx.training.experiment import Experiment
 from lcx.training.flops import counter
 from lcx.training.metrics import Meter, Pending
 from lcx.training.placement import host_rows, place_batch
-from lcx.training.run_folder import check_config, claim, read_config, record_start
+from lcx.training.run_folder import check_config, claim, read_trained, record_start
 from lcx.training.shipped import run_folder
 from lcx.training.step import TrainState, TrainStep, abstract_model
 from lcx.training.trainable import added_paths, joined, parted
@@ -205,7 +205,7 @@ def _initial(experiment: Experiment, step: TrainStep) -> Any:
     run_dir, target = run_folder(experiment.init_from), step.abstract_state().params
     added = added_paths(step.abstract)
     if added:
-        held = nnx.to_flat_state(abstract_model(read_config(run_dir).model)[1])
+        held = nnx.to_flat_state(abstract_model(read_trained(run_dir).model)[1])
         added -= {path for path, _ in held}
     if not added:
         return restore_params(run_dir, target)

@@ -23,9 +23,11 @@ import jax
 
 from lcx.config import build, dumps, load_file
 from lcx.config_text import first_difference, render
+from lcx.interop.folder import is_folder
 from lcx.parallel.hosts import check_shared
 from lcx.spec import Spec, SpecError, fingerprint
 from lcx.training import shipped
+from lcx.training.pretrained import pretrained
 
 CONFIG = "config.json"
 LOCK = "lock"
@@ -50,8 +52,8 @@ def open_run(path: Path | str, spec: Spec) -> Path:
 
 def check_config(path: Path, spec: Spec) -> None:
     """Raises SpecError for a folder of another config, of a shipped model or of other files. Reads only."""
-    held = _held(path)
     check_not_shipped(path)
+    held = _held(path)
     if held is None and _contents(path) - _NO_RUN_YET:
         raise SpecError(f"run folder {path}: holds files but no {CONFIG}; give a new or empty --run_dir")
     changed = None if held is None else first_difference(held, spec)
@@ -63,7 +65,12 @@ def check_config(path: Path, spec: Spec) -> None:
 
 
 def check_not_shipped(path: Path) -> None:
-    """Raises SpecError for the folder of a shipped model, which no run changes."""
+    """Raises SpecError for the folder of a shipped model, or one of `transformers`, which no run changes."""
+    if is_folder(path):
+        raise SpecError(
+            f"run folder {path}: holds a checkpoint of transformers, which stays as it is; to train on from it, give another "
+            f"--run_dir, with init_from={path}"
+        )
     if (path / shipped.WEIGHTS).is_file():
         raise SpecError(
             f"run folder {path}: holds a shipped model ({shipped.WEIGHTS}), which stays as it is; to train on from it, give "
@@ -116,8 +123,12 @@ def read_config(path: Path | str) -> Spec:
 
 
 def read_trained(model: Path | str) -> Spec:
-    """The config of a trained model: of its run folder, or a shipped one by name. Raises SpecError as `read_config`."""
+    """The config of a trained model: of its run folder, a shipped one by name, or a checkpoint folder of `transformers`.
+
+    Raises SpecError as `read_config`."""
     folder = shipped.run_folder(model)
+    if is_folder(folder):
+        return pretrained(folder)
     if not (folder / CONFIG).is_file():
         wanted = f"expected the folder of a training run, or a shipped model ({', '.join(shipped.names())})"
         raise SpecError(f"model {str(model)!r}: the folder holds no {CONFIG}: {wanted}")

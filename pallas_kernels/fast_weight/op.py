@@ -84,8 +84,8 @@ def fast_weight(
 
     gates: what `kind.coefficients` makes those of a chunk of, each [B,T,H,...] or None, handed over as [B,H,b,...]. course:
     None is one run through all chunks; else T is a multiple of `chunk`. form: of groups of chunks; None is the kernel where the
-    program is for a TPU whose memory it fits. That for GPUs, which no GPU has timed yet, has to be named, and gives way to XLA
-    where `gpu.refused` says so. axes: of the mesh, that share out rows and heads.
+    program is for a TPU whose memory it fits. That for GPUs, which no GPU has timed yet, has to be named. axes: of the mesh,
+    that share out rows and heads. Raises ValueError where the GPU kernel is named and `gpu.refused` has a reason.
     """
     if chunk < 1 or kept < 1:
         raise ValueError(f"fast_weight: chunk = {chunk}, kept = {kept}: expected at least 1 of each")
@@ -123,6 +123,8 @@ def _form(asked: Form | None, kind: FastWeight, state: State, pieces: tuple, kep
     if form == "xla" or asked == "tpu":
         return form
     refused = KERNELS[form].refused(_rule(form, kind), jax.eval_shape(lambda: _given(form, kind, None, state, pieces)), kept)
+    if asked and refused:
+        raise ValueError(f"fast_weight: form = {asked!r}: {refused}")
     log_once("fast_weight: XLA form, " + refused if refused else f"fast_weight: {form.upper()} kernel")
     return "xla" if refused else form
 

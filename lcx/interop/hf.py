@@ -1,0 +1,208 @@
+"""Decoders from checkpoint folders of `transformers`, and folders from decoders.
+
+Tensors go one at a time from the file to where the mesh has them, so that a host holds one beside the model. What comes out of
+a folder and what goes into one are the same numbers: a folder that is read and written again has the same tensors, bit by bit.
+"""
+
+import functools
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+from lcx.interop.families import family_for, family_of
+from lcx.interop.families.family import Config, Family, same_model
+from lcx.interop.folder import BESIDE, CONFIG, INDEX, SINGLE, Folder
+from lcx.interop.tensors import Part, Tensor
+from lcx.models.decoder import Decoder
+from lcx.spec import SpecError
+
+HEAD = "lm_head.weight"
+SHARD = 2 << 30  # bytes of a file that is written
+NUMBERS = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+_log = logging.getLogger(__name__)
+
+
+def read_decoder(folder: Folder) -> tuple[Decoder, int]:
+    """(the decoder of a folder, the window that it is for). Raises SpecError for what is not known."""
+    config = Config(folder.config)
+    family = family_of(config)
+    spec, window = family.decoder(config), family.length(config)
+    if config.unread:
+        _log.info("%s: nothing reads %s", folder.path / CONFIG, ", ".join(config.unread))
+    return spec, window
+
+
+def restore(folder: Folder, target: Any) -> Any:
+    """The parameters of a folder in the shapes, dtypes and shardings of `target`, a pure dict of shapes.
+
+    Raises SpecError that names the first tensor which is missing, left over, or of another shape, and the first parameter that
+    the folder does not hold; nothing is then read.
+    """
+    tensors = _checked(folder)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(target)
+    wanted = {_path(path): leaf for path, leaf in leaves}
+    _check_parameters(folder, tensors, wanted)
+    held: dict[tuple, jax.Array] = {}
+    for tensor in tensors:
+        for part, piece in tensor.taken(folder.read(tensor.name)):
+            leaf = wanted[part.path]
+            piece = np.ascontiguousarray(piece.astype(leaf.dtype))
+            if part.period is None:
+                held[part.path] = jax.device_put(piece, leaf.sharding)
+            else:
+                stack = held[part.path] if part.path in held else _empty(leaf.shape, leaf.dtype, leaf.sharding)
+                held[part.path] = _with_layer(stack, piece, part.period, leaf.sharding)
+    return jax.tree_util.tree_unflatten(structure, [held[_path(path)] for path, _ in leaves])
+
+
+def write(model: nnx.Module, spec: Decoder, window: int, target: Path, *, like: Path | None = None, dtype: str) -> None:
+    """A checkpoint folder of a model, in a new folder `target` that is there as a whole or not at all.
+
+    like: a folder whose tokenizer and generation files are copied, and whose config.json stays where it says the same model.
+    dtype: of all tensors. Raises SpecError for a model that no family can say.
+    """
+    source = None if like is None else Folder(like)
+    family, entries = _said(spec, window, source)
+    entries = entries | {"dtype": dtype}
+    entries.pop("torch_dtype", None)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        made.chmod(0o755)
+        _write_tensors(made, family.tensors(spec), _numbers(model), NUMBERS[dtype])
+        (made / CONFIG).write_text(json.dumps(entries, indent=2) + "\n")
+        for name in BESIDE if source is not None else ():
+            if (source.path / name).is_file():
+                shutil.copyfile(source.path / name, made / name)
+        made.rename(target)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+
+
+def _said(spec: Decoder, window: int, source: Folder | None) -> tuple[Family, dict[str, Any]]:
+    """The family of a model and its config.json: the source's own where it says the same."""
+    if source is None:
+        return family_for(spec, window)
+    config = Config(source.config)
+    family = family_of(config)
+    if family.length(config) == window and same_model(family.decoder(config), spec) is None:
+        return family, dict(source.config)
+    found, entries = family_for(spec, window, family)
+    kept = {key: source.config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in source.config}
+    return found, entries | kept
+
+
+def _checked(folder: Folder) -> list[Tensor]:
+    """The tensors to read. Raises SpecError unless the folder holds these, and nothing else that a model could be made of."""
+    config = Config(folder.config)
+    family = family_of(config)
+    spec = family.decoder(config)
+    wanted = {tensor.name: tensor for tensor in family.tensors(spec)}
+    folder.check_numbers()
+    there = {name: held for name, held in folder.tensors.items() if not name.endswith(family.ignored)}
+    for name, tensor in wanted.items():
+        if name not in there:
+            raise SpecError(f"{folder.path}: tensor {name} of shape {tensor.shape} is missing, which {CONFIG} asks for")
+        if there[name].shape != tensor.shape:
+            raise SpecError(f"{there[name].file}: tensor {name} of shape {there[name].shape}: expected {tensor.shape}")
+    surplus = sorted(set(there) - set(wanted))
+    if surplus == [HEAD] and spec.head == "tied":
+        table = next(name for name, tensor in wanted.items() if tensor.parts[0].path == ("embedding",))
+        if np.array_equal(folder.read(HEAD), folder.read(table), equal_nan=True):
+            return list(wanted.values())
+        raise SpecError(f"{there[HEAD].file}: tensor {HEAD}: expected that of {table}, as tie_word_embeddings says")
+    if surplus:
+        raise SpecError(f"{there[surplus[0]].file}: tensor {surplus[0]}: nothing of the model that {CONFIG} says")
+    return list(wanted.values())
+
+
+def _check_parameters(folder: Folder, tensors: list[Tensor], wanted: Mapping[tuple, Any]) -> None:
+    """Raises SpecError unless the tensors hold the parameters that are wanted."""
+    found: dict[tuple, tuple[int, ...]] = {}
+    for tensor in tensors:
+        for part in tensor.parts:
+            layers = () if part.period is None else (max(part.period + 1, found.get(part.path, (0,))[0]),)
+            found[part.path] = (*layers, *part.shape(tensor.split))
+    for path in sorted(found.keys() | wanted.keys(), key=str):
+        asked = tuple(wanted[path].shape) if path in wanted else "absent"
+        if found.get(path) != asked:
+            name = "/".join(map(str, path))
+            raise SpecError(
+                f"{folder.path}: parameter {name} is {found.get(path, 'absent')} in the folder, {asked} in the model"
+            )
+
+
+def _path(path: tuple) -> tuple[str | int, ...]:
+    return tuple(key.key for key in path)
+
+
+@functools.cache
+def _filled(shape: tuple[int, ...], dtype: Any, sharding: Any):
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
+
+
+def _empty(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
+    return _filled(shape, dtype, sharding)()
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _written(stack: jax.Array, layer: jax.Array, period: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, layer, period, 0)
+
+
+def _with_layer(stack: jax.Array, layer: np.ndarray, period: int, sharding: Any) -> jax.Array:
+    """The stack with one layer of it; the old one is consumed. The layer lies as the stack does."""
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        own = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))
+    else:
+        own = sharding
+    return _written(stack, jax.device_put(np.ascontiguousarray(layer), own), jnp.int32(period))
+
+
+def _numbers(model: nnx.Module) -> dict[tuple, jax.Array]:
+    return {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model)))}
+
+
+def _write_tensors(folder: Path, tensors: Iterator[Tensor], numbers: Mapping[tuple, jax.Array], dtype: Any) -> None:
+    """Files of about `SHARD` bytes, and their index where there are several. One file is held at a time."""
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    kept: list[Tensor] = list(tensors)
+    size = 0
+    for tensor in kept:
+        bytes_of = int(np.prod(tensor.shape)) * np.dtype(dtype).itemsize
+        if shards[-1] and size + bytes_of > SHARD:
+            shards.append({})
+            size = 0
+        shards[-1][tensor.name] = tensor.shape
+        size += bytes_of
+    named = {tensor.name: tensor for tensor in kept}
+    places: dict[str, str] = {}
+    for n, shard in enumerate(shards, 1):
+        file = SINGLE if len(shards) == 1 else f"model-{n:05}-of-{len(shards):05}.safetensors"
+        arrays = {name: _joined(named[name], numbers, dtype) for name in shard}
+        save_file(arrays, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(shard, file)
+    if len(shards) > 1:
+        total = sum(int(np.prod(t.shape)) for t in kept) * np.dtype(dtype).itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _joined(tensor: Tensor, numbers: Mapping[tuple, jax.Array], dtype: Any) -> np.ndarray:
+    def piece(part: Part) -> np.ndarray:
+        array = numbers[part.path]
+        return np.asarray(array if part.period is None else array[part.period]).astype(dtype)
+
+    return np.ascontiguousarray(tensor.joined({part.path: piece(part) for part in tensor.parts}))

@@ -1,0 +1,151 @@
+"""Folders that are not whole, or of a model that is not known, are refused in a line that names the tensor, file or key."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from golden import GOLDEN, loaded
+from safetensors.numpy import load_file, save_file
+
+from lcx.interop import hf
+from lcx.interop.folder import Folder, is_folder
+from lcx.parallel.mesh import MeshSpec
+from lcx.spec import SpecError, edits
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shutil.copytree(GOLDEN / "qwen2", tmp_path / "qwen2")
+    return tmp_path / "qwen2"
+
+
+def edit_tensors(folder, change):
+    arrays = load_file(folder / "model.safetensors")
+    change(arrays)
+    save_file(arrays, folder / "model.safetensors")
+
+
+def edit_config(folder, **entries):
+    config = json.loads((folder / "config.json").read_text()) | entries
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+
+
+def refused(folder):
+    with pytest.raises(SpecError) as found:
+        loaded(folder, MeshSpec().build(jax.devices()[:1]))
+    return str(found.value)
+
+
+Q, HEAD = "model.layers.1.self_attn.q_proj.weight", "lm_head.weight"
+
+TENSORS = [
+    (lambda held: held.pop(Q), f"tensor {Q} of shape (16, 16) is missing"),
+    (lambda held: held.update({Q: held[Q][:8]}), f"tensor {Q} of shape (8, 16): expected (16, 16)"),
+    (lambda held: held.update({Q: held[Q].astype(np.int8)}), f"tensor {Q} of dtype I8: expected one of F32"),
+    (lambda held: held.update(extra=held[Q]), "tensor extra: nothing of the model that config.json says"),
+]
+
+
+@pytest.mark.parametrize(("change", "line"), TENSORS)
+def test_a_tensor_that_is_wrong_is_named(folder, change, line):
+    edit_tensors(folder, change)
+    assert line in refused(folder)
+
+
+CONFIGS = [
+    ({"model_type": "mamba"}, "model_type = 'mamba', architectures = ['Qwen2ForCausalLM']: expected one of llama"),
+    ({"hidden_size": ...}, "hidden_size is missing"),
+    ({"hidden_act": "relu2"}, "hidden_act = 'relu2': expected one of silu"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config: expected none"),
+    ({"rope_parameters": {"rope_type": "su", "rope_theta": 1e4}}, "rope_type = 'su': expected one of default"),
+    ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope entry low_freq_factor is missing"),
+    ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "beta_fast": 3}}, "rope entry beta_fast = 3 beside"),
+    ({"layer_types": ["full_attention"]}, "layer_types[1] = missing"),
+    ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types[1] = 'chunked_attention'"),
+]
+
+
+@pytest.mark.parametrize(("entries", "line"), CONFIGS)
+def test_a_config_that_is_not_known_is_named(folder, entries, line):
+    edit_config(folder, **entries)
+    assert line in refused(folder)
+
+
+def test_a_truncated_file_is_named_with_its_first_tensor(folder):
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-10])
+    assert "the file is truncated, tensor model." in refused(folder)
+    file.write_bytes(whole[:100])
+    assert "should be a header: the file is truncated" in refused(folder)
+    file.write_bytes(b"\x05\0\0\0\0\0\0\0hello")
+    assert "no safetensors file" in refused(folder)
+    file.unlink()
+    assert "no tensors: expected model.safetensors" in refused(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    assert "pytorch_model.bin, which is pickled and not read" in refused(folder)
+
+
+def test_an_index_and_its_files_agree(tmp_path):
+    folder = tmp_path / "llama2"
+    shutil.copytree(GOLDEN / "llama2", folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    first, second = sorted(set(index["weight_map"].values()))
+    write = lambda places: (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    name = next(name for name, file in index["weight_map"].items() if file == first)
+    write(index["weight_map"] | {name: second})
+    assert f"tensor {name}, which model.safetensors.index.json has in {second}" in refused(folder)
+    write(index["weight_map"] | {"more": second})
+    assert "no tensor more" in refused(folder)
+    write({})
+    assert "no weight_map" in refused(folder)
+    write(index["weight_map"])
+    (folder / second).unlink()
+    assert "there is no such file" in refused(folder)
+
+
+def test_a_head_beside_a_tied_table_is_that_table(tmp_path):
+    """Some checkpoints hold both; another head is refused, not left out."""
+    folder = tmp_path / "tied"
+    shutil.copytree(GOLDEN / "llama-linear", folder)
+    edit_tensors(folder, lambda held: held.update({HEAD: held["model.embed_tokens.weight"]}))
+    loaded(folder, MeshSpec().build(jax.devices()[:1]))
+    edit_tensors(folder, lambda held: held.update({HEAD: 2 * held[HEAD]}))
+    assert "lm_head.weight: expected that of model.embed_tokens.weight, as tie_word_embeddings says" in refused(folder)
+
+
+def test_a_folder_lies_on_a_mesh_as_it_does_on_one_device():
+    """Heads and hidden channels over two axes, layers of a stack put one by one into their shares."""
+    _, wanted = loaded(GOLDEN / "llama2", MeshSpec().build(jax.devices()[:1]))
+    mesh = MeshSpec(fsdp=2, tensor=2).build()
+    _, found = loaded(GOLDEN / "llama2", mesh)
+    assert found.slots[0].mixer.query.sharding.shard_shape((2, 16, 4, 6)) == (2, 8, 2, 6)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), found, wanted)
+
+
+def test_a_folder_under_another_model_names_the_parameter():
+    spec, _ = hf.read_decoder(Folder(GOLDEN / "llama2"))
+    with pytest.raises(SpecError, match=r"parameter head is \(16, 40\) in the folder, absent in the model"):
+        loaded(GOLDEN / "llama2", MeshSpec().build(jax.devices()[:1]), edits(spec, [("head", "tied")]))
+
+
+def test_a_model_that_no_family_has_is_not_written(tmp_path):
+    spec, model = loaded(GOLDEN / "llama2", MeshSpec().build(jax.devices()[:1]))
+    for changes, line in (
+        ([("pattern[0].mixer.sinks", "learned")], "pattern[0].mixer.sinks"),
+        ([("rope", None)], "rope = None"),
+        ([("embed_scale", 2.0)], "embed_scale"),
+    ):
+        with pytest.raises(SpecError, match="no family of transformers is like it") as found:
+            hf.write(model, edits(spec, changes), 24, tmp_path / "out", dtype="float32")
+        assert line in str(found.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_a_folder(tmp_path):
+    assert is_folder(GOLDEN / "llama2")
+    assert not is_folder(tmp_path)
+    (tmp_path / "config.json").write_text('{"root": {}}')
+    assert not is_folder(tmp_path)
