@@ -14,8 +14,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from lcx.config_text import render
-from lcx.inference.generate import Consumed, decode, feed, nothing_decoded, nothing_read
-from lcx.inference.sampling import Sampling
+from lcx.inference.decoding import Asked, decode, nothing_decoded
+from lcx.inference.reading import Consumed, feed, nothing_read
+from lcx.inference.sampling import SamplingRows
 from lcx.inference.serving import Serving
 from lcx.inference.shapes import bucket
 from lcx.models.decoder import DecoderModel
@@ -74,9 +75,12 @@ def _programs(serving: Serving, model: DecoderModel, read: Consumed) -> Iterator
     yield f"prefill of {serving.chunk} tokens", feed.lower(model, chunk, chunk, read)
     made = jax.eval_shape(lambda read: nothing_decoded(read, bucket(serving.answer), jnp.zeros(rows, bool)), read)
     keys = jax.eval_shape(lambda: jax.vmap(jax.random.key)(jnp.zeros(rows, jnp.uint32)))
-    stops, end = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+    whole, share = jax.ShapeDtypeStruct((rows,), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.float32)
+    sampling = SamplingRows(temperature=share, top_k=whole, top_p=share, min_p=share)
+    stops, end = jax.ShapeDtypeStruct((rows, 1), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
     decoding = dataclasses.replace(made, read=read)  # with its shardings
-    yield "answers, a token", decode.lower(model, decoding, keys, stops, end, Sampling())
+    asked = Asked(key=keys, sampling=sampling, stops=stops, made=whole, limit=whole)
+    yield "answers, a token", decode.lower(model, decoding, asked, end)
 
 
 def _abstract_model(serving: Serving, mesh: Mesh) -> DecoderModel:

@@ -12,8 +12,9 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from lcx.data.tokenizers import Tokenizer
+from lcx.inference.decoding import checked_seed
 from lcx.inference.forward import embeddings, token_logprobs
-from lcx.inference.generate import Generated, Until, checked_seed, generate
+from lcx.inference.generate import Generated, Until, generate
 from lcx.inference.placed import padded_positions
 from lcx.inference.requests import (
     Embed,

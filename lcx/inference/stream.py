@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from lcx.data.tokenizers import Tokenizer
-from lcx.inference.generate import checked_seed, feed, prefill
+from lcx.inference.decoding import checked_seed
+from lcx.inference.reading import feed, prefill
 from lcx.inference.sampling import Sampling
 from lcx.models.decoder import DecoderModel, settled
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcx.inference.generate import ASK_EVERY, Consumed, feed, generate
+from lcx.inference.generate import ASK_EVERY, generate
+from lcx.inference.reading import Consumed, feed
 from lcx.inference.sampling import Sampling
 from lcx.inference.shapes import bucket
 from lcx.models.decoder import rebuild
@@ -122,7 +123,7 @@ def test_ties_go_to_the_lowest_ids():
         ([[1, 260]], {}, "token id 260: expected an id of the model's vocabulary, 0 to 259"),
         ([[-1]], {}, "token id -1"),
         ([[1]], {"seeds": [-1]}, r"seed = -1: expected 0 to 2\^32 - 1"),
-        ([[1]], {"seeds": [1, 2]}, "2 seeds and 1 conditions for 1 prompts"),
+        ([[1]], {"seeds": [1, 2]}, "2 seeds, 1 conditions and 1 samplings for 1 prompts"),
     ],
 )
 def test_what_cannot_be_generated_is_refused(model, prompts, options, message):

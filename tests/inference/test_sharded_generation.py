@@ -9,7 +9,8 @@ from flax import nnx
 from lcx.attention.mask import Hide, Sink, Window
 from lcx.cache.dense import DenseCache
 from lcx.channels.glu import GLU
-from lcx.inference.generate import generate, prefill
+from lcx.inference.generate import generate
+from lcx.inference.reading import prefill
 from lcx.inference.serving import Serving
 from lcx.memory.activation_beacon import ActivationBeacon
 from lcx.memory.rmt import RMT

@@ -4,9 +4,11 @@
 
 Beside the folder that `save_pretrained` writes lies answers.npz: tokens [2, LONG] and their float64 logits, each row alone; and
 for the first SHORT and all LONG tokens of row 0 the NEW tokens that greedy decoding adds. Every window ends between the two.
+CHAT also has a tokenizer of characters and a chat template; chat.json holds what `apply_chat_template` makes of messages.
 Written with transformers 5.24.0 and torch 2.13.0.
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -14,6 +16,18 @@ import numpy as np
 
 GOLDEN = Path(__file__).parent / "golden" / "hf"
 SHORT, LONG, NEW, WINDOW = 11, 41, 5, 24
+CHAT = "llama3.1"
+TEMPLATE = """{{ bos_token }}{% for message in messages %}
+{% if message.role not in ("system", "user", "assistant") %}{{ raise_exception("no role " + message.role) }}{% endif %}
+<{{ message.role[0] }}>{{ message.content | trim }}{{ eos_token }}
+{%- endfor %}
+{%- if add_generation_prompt %}<a>{% endif %}"""
+MESSAGES = [
+    {"role": "system", "content": "be kind "},
+    {"role": "user", "content": "hi there"},
+    {"role": "assistant", "content": "hello"},
+    {"role": "user", "content": " bye"},
+]
 SIZES = {
     "vocab_size": 40,
     "hidden_size": 16,
@@ -74,6 +88,39 @@ def configs() -> dict:
     }
 
 
+def tokenizer():
+    """One of characters, which puts <s> ahead of a prompt."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    marks = ["<s>", "</s>", "<u>", "<a>"]
+    vocabulary = {token: n for n, token in enumerate([*marks, "<unk>", " ", "\n", *"abcdefghijklmnopqrstuvwxyz.,!?"])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    made.decoder = decoders.Fuse()
+    made.add_special_tokens(marks)
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", chat_template=TEMPLATE)
+
+
+def write_chat(folder: Path) -> None:
+    """The tokenizer of a golden folder, and what its template makes of messages."""
+    made = tokenizer()
+    made.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text()) | {"bos_token_id": 0, "eos_token_id": 1}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
+    render = lambda messages, answer: made.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
+    answers = {
+        "messages": MESSAGES,
+        "asked": render(MESSAGES, True),
+        "whole": render(MESSAGES[:3], False),
+        "prompt": made("hi, you").input_ids,
+        "plain": made("hi, you", add_special_tokens=False).input_ids,
+    }
+    (folder / "chat.json").write_text(json.dumps(answers, indent=1) + "\n")
+
+
 def write(name: str, folder: Path) -> None:
     """One golden folder, the same in every call."""
     import torch
@@ -108,6 +155,7 @@ def main() -> None:
     shutil.rmtree(GOLDEN, ignore_errors=True)
     for name in configs():
         write(name, GOLDEN / name)
+    write_chat(GOLDEN / CHAT)
 
 
 if __name__ == "__main__":
