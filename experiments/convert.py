@@ -1,8 +1,11 @@
-"""Writes a trained run as a folder to ship: config, weights in one file, log and training curve.
+"""Writes a trained model as a folder: of the package's own form, or a checkpoint folder that `transformers` reads.
 
-python -m experiments.convert --run_dir=runs/reader --to=lcx/assets/reader
+    python -m experiments.convert --run_dir=runs/reader --to=lcx/assets/reader                 # config, weights, curve
+    python -m experiments.convert --run_dir=runs/tuned --to=out --format=hf --dtype=bfloat16   # config.json, safetensors
+    python -m experiments.convert --run_dir=models/llama-3-8b --to=out --format=hf             # a checkpoint folder again
 
---to is a new folder; --run_dir may name a shipped model. Exit status: 0 written, 2 refused.
+--run_dir is a run, a shipped model or a checkpoint folder; --to a new folder. With --format=hf --config may edit what
+config.json says, the rope for example, as long as the parameters stay. Exit status: 0 written, 2 refused.
 """
 
 from pathlib import Path
@@ -10,7 +13,11 @@ from pathlib import Path
 from absl import flags
 
 from experiments.program import Arguments, launch
+from lcx.data.tokenizers import HFTokenizer
 from lcx.evaluation.report import curve
+from lcx.interop import hf
+from lcx.interop.families import family_for
+from lcx.interop.folder import is_folder
 from lcx.spec import SpecError
 from lcx.training.checkpoint import latest, load_model
 from lcx.training.experiment import Experiment
@@ -20,25 +27,44 @@ from lcx.training.shipped import export, run_folder
 
 def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("to", None, "folder to write", flag_values=values)
+    flags.DEFINE_enum(
+        "format", "lcx", ["lcx", "hf"], "lcx: as a model of the package; hf: for transformers", flag_values=values
+    )
+    dtypes, where = sorted(hf.NUMBERS), "of --format=hf; default:"
+    flags.DEFINE_enum("dtype", None, dtypes, f"of the tensors {where} the model's compute", flag_values=values)
+    flags.DEFINE_integer("window", None, f"max_position_embeddings {where} as trained", lower_bound=1, flag_values=values)
 
 
 def main(arguments: Arguments) -> None:
-    experiment, target = arguments.spec(Experiment, read=read_trained), arguments.flags.to
+    asked = arguments.flags
+    experiment, target = arguments.spec(Experiment, read=read_trained), asked.to
     if target is None:
         raise SpecError("--to is missing: expected the folder to write")
     if Path(target).exists():
         raise SpecError(f"--to={target}: exists already: expected a new folder")
-    folder = run_folder(arguments.run_dir)
+    if asked.format == "lcx" and (asked.dtype, asked.window) != (None, None):
+        raise SpecError("--dtype and --window: expected --format=hf beside them")
+    folder, window = run_folder(arguments.run_dir), asked.window or experiment.data.length
+    if asked.format == "lcx" and is_folder(folder):
+        raise SpecError(f"{folder}: a checkpoint folder, which is read where it stands: expected --format=hf")
+    if asked.format == "hf":
+        family_for(experiment.model, window)
     model = load_model(folder, experiment.model)
     if arguments.dry_run:
         print(f"would write {folder} at step {latest(folder)} to {target}")
         return
     try:
-        Path(target).mkdir(parents=True)
+        if asked.format == "lcx":
+            Path(target).mkdir(parents=True)
+            size = export(model, latest(folder), folder, target)
+            curve(f"{target}/curve.png", f"{target}/metrics.jsonl")
+        else:
+            tokenizer = experiment.data.tokenizer
+            like = Path(tokenizer.path).parent if isinstance(tokenizer, HFTokenizer) else None
+            options = {"like": like, "dtype": asked.dtype or experiment.model.compute}
+            size = hf.write(model, experiment.model, window, Path(target), **options)
     except OSError as error:
         raise SpecError(f"--to={target}: cannot be made: {error.strerror}") from None
-    size = export(model, latest(folder), folder, target)
-    curve(f"{target}/curve.png", f"{target}/metrics.jsonl")
     print(f"{target}: {size:,} bytes of weights")
 
 

@@ -36,12 +36,21 @@ from lcx.config import ONLY_PARTS, accepted_at, assign, build, load_file, sugges
 from lcx.config_text import NoSuchPart, parse
 from lcx.data.recall import TaskDoesNotFit
 from lcx.data.sources import SourceError
+from lcx.inference.requests import WindowOverflow
+from lcx.interop.chat import ChatError
 from lcx.parallel.topology import quiet_without_tpu
 from lcx.spec import Spec, SpecError, describe, matches
 from lcx.training.metrics import TrainingDiverged
 from lcx.training.run_folder import read_config
 
-REFUSALS = (SpecError, SourceError, TaskDoesNotFit, flags.Error)  # faults of the command line, the config or the data it names
+REFUSALS = (  # faults of the command line, the config or the data it names
+    SpecError,
+    SourceError,
+    TaskDoesNotFit,
+    WindowOverflow,
+    ChatError,
+    flags.Error,
+)
 FAILURES = (TrainingDiverged,)  # what may happen to a run that was right to start, and needs no traceback
 Kind = TypeVar("Kind", bound=Spec)
 Define = Callable[[flags.FlagValues], None]

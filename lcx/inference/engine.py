@@ -163,10 +163,8 @@ class Engine:
         for rows in (self.read_rows, 2 * self.read_rows):
             made = jax.eval_shape(functools.partial(self._empty, rows, [0] * rows))
             shapes.append([x.shape for x in jax.tree.leaves(made)])
-        differing = [
-            [n for n, pair in enumerate(zip(*both, strict=True)) if pair[0] != pair[1]] for both in zip(*shapes, strict=True)
-        ]
-        return tuple(axes[0] for axes in differing)
+        differ = lambda one, other: next(n for n, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)
+        return tuple(map(differ, *shapes))
 
 
 @dataclasses.dataclass

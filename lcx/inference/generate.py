@@ -74,7 +74,7 @@ def generate(
         if end < max_new:
             made = _rows(decoding, max_new)
             ended = [u is not None and u(row.ids) for u, row in zip(until, made, strict=False)]
-            stopped = np.asarray(decoding.stopped) | np.pad(ended, (0, rows - len(asked)))
+            stopped = np.asarray(decoding.stopped) | np.pad(ended, (0, rows - len(ended)))
             if stopped.all():
                 break
             decoding = dataclasses.replace(decoding, stopped=jnp.asarray(stopped))

@@ -90,6 +90,10 @@ class LocalModel:
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text).tolist()
 
+    def prompt(self, text: str) -> list[int]:
+        """Ids of a text that stands at the beginning, with what the tokenizer puts ahead of one."""
+        return self.tokenizer.prompt(text).tolist()
+
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids)
 
@@ -147,7 +151,7 @@ class LocalModel:
         seeds = range(len(prompts)) if seeds is None else seeds
         until = [None] * len(prompts) if until is None else until
         found: dict[int, Generated] = {}
-        options = {"max_new": max_new, "sampling": sampling, "stop": (self.tokenizer.eos,)}
+        options = {"max_new": max_new, "sampling": sampling, "stop": self.tokenizer.stops}
         for members, _, _ in self._batches(prompts, extra=max_new):
             own = {"seeds": [seeds[n] for n in members], "until": [until[n] for n in members]}
             own["placed"] = None if placed is None else [placed[n] for n in members]
@@ -185,13 +189,13 @@ class LocalModel:
     def _checked(self, request: Any) -> list[list[int]]:
         """The ids of every text of a request that can be served."""
         if isinstance(request, Embed):
-            rows = [self.encode(text) for text in request.texts]
+            rows = [self.prompt(text) for text in request.texts]
             for row in rows:
                 self._fit(len(row), 0)
             return rows
         if not isinstance(request, Gen | Score):
             raise Unsupported(request, self.caps)
-        prompt = self.encode(request.prompt)
+        prompt = self.prompt(request.prompt)
         if isinstance(request, Score):
             rows = [self.encode(text) for text in request.continuations]
             self._fit(len(prompt), max(map(len, rows), default=0))

@@ -3,7 +3,7 @@
     [{"role": "system" | "user" | "assistant" | ..., "content": "..."}, ...]
 
 Templates run in Jinja's sandbox with what `transformers` gives them: `bos_token` and its like, `tools`,
-`add_generation_prompt`, `raise_exception`, `strftime_now`, `tojson` without HTML escapes. The text holds its special tokens already.
+`add_generation_prompt`, `raise_exception`, `strftime_now`, `tojson` without HTML escapes. The text holds its special tokens.
 """
 
 import dataclasses

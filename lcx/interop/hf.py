@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 
 from lcx.interop.families import family_for, family_of
 from lcx.interop.families.family import Config, Family, same_model
-from lcx.interop.folder import BESIDE, CONFIG, INDEX, SINGLE, Folder
+from lcx.interop.folder import BESIDE, CONFIG, INDEX, SINGLE, Folder, is_folder
 from lcx.interop.tensors import Part, Tensor
 from lcx.models.decoder import Decoder
 from lcx.spec import SpecError
@@ -41,6 +41,14 @@ def read_decoder(folder: Folder) -> tuple[Decoder, int]:
     if config.unread:
         _log.info("%s: nothing reads %s", folder.path / CONFIG, ", ".join(config.unread))
     return spec, window
+
+
+def narrow(folder: Folder) -> set[tuple]:
+    """Parameters that the folder holds in bfloat16."""
+    config = Config(folder.config)
+    family, held = family_of(config), folder.tensors
+    tensors = family.tensors(family.decoder(config))
+    return {part.path for t in tensors if t.name in held and held[t.name].dtype == "BF16" for part in t.parts}
 
 
 def restore(folder: Folder, target: Any) -> Any:
@@ -66,13 +74,13 @@ def restore(folder: Folder, target: Any) -> Any:
     return jax.tree_util.tree_unflatten(structure, [held[_path(path)] for path, _ in leaves])
 
 
-def write(model: nnx.Module, spec: Decoder, window: int, target: Path, *, like: Path | None = None, dtype: str) -> None:
-    """A checkpoint folder of a model, in a new folder `target` that is there as a whole or not at all.
+def write(model: nnx.Module, spec: Decoder, window: int, target: Path, *, like: Path | None = None, dtype: str) -> int:
+    """A checkpoint folder of a model in a new folder `target`, which is there as a whole or not at all; the bytes of tensors.
 
     like: a folder whose tokenizer and generation files are copied, and whose config.json stays where it says the same model.
     dtype: of all tensors. Raises SpecError for a model that no family can say.
     """
-    source = None if like is None else Folder(like)
+    source = Folder(like) if like is not None and is_folder(like) else None
     family, entries = _said(spec, window, source)
     entries = entries | {"dtype": dtype}
     entries.pop("torch_dtype", None)
@@ -82,13 +90,14 @@ def write(model: nnx.Module, spec: Decoder, window: int, target: Path, *, like: 
         made.chmod(0o755)
         _write_tensors(made, family.tensors(spec), _numbers(model), NUMBERS[dtype])
         (made / CONFIG).write_text(json.dumps(entries, indent=2) + "\n")
-        for name in BESIDE if source is not None else ():
-            if (source.path / name).is_file():
-                shutil.copyfile(source.path / name, made / name)
+        for name in BESIDE if like is not None else ():
+            if (like / name).is_file():
+                shutil.copyfile(like / name, made / name)
         made.rename(target)
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
         raise
+    return sum(file.stat().st_size for file in target.glob("*.safetensors"))
 
 
 def _said(spec: Decoder, window: int, source: Folder | None) -> tuple[Family, dict[str, Any]]:

@@ -142,11 +142,17 @@ def load_model(run_dir: Path | str, spec: Decoder, *, step: int | None = None, m
     """The trained model of a run for evaluation, on `mesh` (default: one device), under `spec`.
 
     The spec may be an edit of the one that was trained (another rope, mask, cache) as long as its parameters are the same.
+    Those that a folder of `transformers` holds in bfloat16 stay so in a model that computes in it.
     """
     mesh = MeshSpec().build(jax.local_devices()) if mesh is None else mesh
     graph, state = abstract_model(spec)
-    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    target = jax.tree.map(place, nnx.to_pure_dict(state), parameter_shardings(state, spec.rules, mesh))
+    narrow = hf.narrow(Folder(Path(run_dir))) if is_folder(run_dir) and spec.compute == "bfloat16" else set()
+
+    def place(path, leaf, sharding):
+        dtype = "bfloat16" if tuple(key.key for key in path) in narrow else leaf.dtype
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
+
+    target = jax.tree_util.tree_map_with_path(place, nnx.to_pure_dict(state), parameter_shardings(state, spec.rules, mesh))
     return bind(graph, state, restore_params(run_dir, target, step=step))
 
 

@@ -91,7 +91,7 @@ def test_what_is_logged_stands_above_the_text(trained, capsys, monkeypatch):
     [
         (["--prompt="], "--prompt is empty"),
         (["--prompt=a", "--step=7"], f"no checkpoint of step 7; there are [{STEPS}]"),
-        (["--prompt=a", "--top_k=3"], "Sampling.temperature = 0.0: expected positive where top_k or top_p is set"),
+        (["--prompt=a", "--top_k=3"], "Sampling.temperature = 0.0: expected positive where top_k, top_p or min_p is set"),
         (["--prompt=a", "--max_new=0"], "--max_new=0: expected a positive integer"),
         (["--prompt=a", "--max_new=abc"], "--max_new=abc: expected a positive integer"),
     ],

@@ -13,16 +13,10 @@ from lcx.inference.sampling import Sampling
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 250, n).tolist() for n in (3, 30, 1, 17, 9, 21)]
 HOT = Sampling(temperature=1.0, top_k=40, top_p=0.9, min_p=0.01)
+KINDS = [(5, Sampling(), 0), (12, HOT, 2), (7, HOT, 0), (1, Sampling(), 0), (9, HOT, 3), (4, Sampling(), 0)]
 ASKS = [
     Ask(prompt, max_new=new, sampling=sampling, seed=seed, top=top)
-    for prompt, new, sampling, seed, top in zip(
-        PROMPTS,
-        (5, 12, 7, 1, 9, 4),
-        (Sampling(), HOT, HOT, Sampling(), HOT, Sampling()),
-        range(6),
-        (0, 2, 0, 0, 3, 0),
-        strict=True,
-    )
+    for seed, (prompt, (new, sampling, top)) in enumerate(zip(PROMPTS, KINDS, strict=True))
 ]
 
 

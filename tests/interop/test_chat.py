@@ -1,0 +1,79 @@
+"""Chat templates give the text of `transformers`; a folder's tokenizer gives its ids."""
+
+import json
+import shutil
+
+import pytest
+from golden import GOLDEN
+
+from lcx.interop.chat import ChatError, ChatTemplate, chat_template
+from lcx.interop.folder import Folder
+from lcx.spec import SpecError
+from lcx.training.pretrained import pretrained, tokenizer_of
+
+FOLDER = GOLDEN / "llama3.1"
+CHAT = json.loads((FOLDER / "chat.json").read_text())
+
+
+def test_text_is_that_of_transformers():
+    template = chat_template(FOLDER)
+    assert template.render(CHAT["messages"]) == CHAT["asked"]
+    assert template.render(CHAT["messages"][:3], answer=False) == CHAT["whole"]
+
+
+def test_ids_are_those_of_transformers():
+    tokenizer = tokenizer_of(Folder(FOLDER))
+    assert tokenizer.prompt("hi, you").tolist() == CHAT["prompt"]
+    assert tokenizer.encode("hi, you").tolist() == CHAT["plain"]
+    assert tokenizer.decode(CHAT["prompt"]) == "hi, you"
+    assert tokenizer.stops == (1, 2)  # of the tokenizer and the generation config
+
+
+def test_turns_tell_what_the_model_said():
+    pieces = chat_template(FOLDER).turns(CHAT["messages"])
+    assert pieces == [("<s><s>be kind</s><u>hi there</s><a>", False), ("hello</s>", True)]
+    changes = ChatTemplate("{% for m in messages %}{{ loop.last }}{{ m.content }}{% endfor %}")
+    with pytest.raises(ChatError, match=r"messages\[1\]: the chat template writes what stands before it otherwise"):
+        changes.turns(CHAT["messages"][1:3])
+
+
+@pytest.mark.parametrize(
+    ("messages", "line"),
+    [
+        ([], "messages are empty"),
+        ([{"role": "user"}], "expected an object with role and content"),
+        ([{"role": "tool", "content": "x"}], "the chat template refuses them: no role tool"),
+    ],
+)
+def test_messages_that_are_refused(messages, line):
+    with pytest.raises(ChatError, match=line):
+        chat_template(FOLDER).render(messages)
+
+
+def test_a_template_cannot_reach_out():
+    with pytest.raises(ChatError, match="unsafe"):
+        ChatTemplate("{{ messages.__class__.__mro__ }}").render([{"role": "user", "content": ""}])
+
+
+def test_folders_without_a_part_are_refused(tmp_path):
+    shutil.copytree(GOLDEN / "llama2", tmp_path / "a")
+    with pytest.raises(SpecError, match=r"no chat_template\.jinja, and no chat_template"):
+        chat_template(tmp_path / "a")
+    with pytest.raises(SpecError, match=r"tokenizer\.json: there is no such file"):
+        pretrained(tmp_path / "a")
+    (tmp_path / "a" / "tokenizer_config.json").write_text('{"chat_template": "{% for"}')
+    with pytest.raises(SpecError, match="the chat template is no Jinja template"):
+        chat_template(tmp_path / "a")
+    shutil.copyfile(FOLDER / "tokenizer.json", tmp_path / "a" / "tokenizer.json")
+    with pytest.raises(SpecError, match="no eos_token"):
+        pretrained(tmp_path / "a")
+
+
+def test_older_forms_of_a_template(tmp_path):
+    shutil.copytree(FOLDER, tmp_path / "a")
+    source = (FOLDER / "chat_template.jinja").read_text()
+    (tmp_path / "a" / "chat_template.jinja").unlink()
+    settings = json.loads((FOLDER / "tokenizer_config.json").read_text())
+    settings |= {"bos_token": {"content": "<s>", "lstrip": False}, "chat_template": [{"name": "default", "template": source}]}
+    (tmp_path / "a" / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert chat_template(tmp_path / "a").render(CHAT["messages"]) == CHAT["asked"]

@@ -1,0 +1,84 @@
+"""A checkpoint folder goes through the programs: generated from, talked with, measured, trained on, converted."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from golden import GOLDEN
+
+from experiments import convert, evaluate, generate, train
+from experiments.program import run
+from lcx.interop.folder import Folder
+
+FOLDER = GOLDEN / "llama3.1"
+
+
+def told(main, *argv, capsys, status=0):
+    assert run(main, [*argv]) == status
+    out, err = capsys.readouterr()
+    return out if status == 0 else err
+
+
+def test_generate_continues_and_talks(capsys, monkeypatch):
+    flags = (f"--run_dir={FOLDER}", "--max_new=6")
+    one = told(generate.main, *flags, "--prompt=hi, you", capsys=capsys)
+    assert one.startswith("hi, you") and len(one) > len("hi, you\n")
+    stop = one[len("hi, you") + 2]
+    cut = told(generate.main, *flags, "--prompt=hi, you", f"--stop={stop}", capsys=capsys)
+    assert cut == one[: one.index(stop, len("hi, you"))] + "\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\nand you\n"))
+    talk = told(generate.main, *flags, "--chat", "--system=be kind", "--window=100", capsys=capsys)
+    assert talk.strip() and talk.count("\n") >= 2  # an answer a message
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--prompt=" + "a" * 190, "--max_new=10"], "prompt of 191 tokens + 10 new ones: expected at most window = 192"),
+        (["--prompt=a", "--system=b"], "--system: expected --chat beside it"),
+        (["--prompt=a", "--chat"], "--prompt: expected none beside --chat"),
+        (["--prompt=a", "--stop="], "--stop is empty"),
+        (["--prompt=a", "--min_p=2.0", "--temperature=1.0"], "min_p = 2.0: expected a share"),
+    ],
+)
+def test_what_cannot_be_generated(argv, line, capsys):
+    assert line in told(generate.main, f"--run_dir={FOLDER}", *argv, capsys=capsys, status=2)
+
+
+def test_convert_writes_the_folder_again_with_another_rope(tmp_path, capsys):
+    out = f"--to={tmp_path}/out"
+    told(convert.main, f"--run_dir={FOLDER}", "--format=hf", out, capsys=capsys)
+    before, after = Folder(FOLDER), Folder(tmp_path / "out")
+    assert before.config == after.config
+    for name in before.tensors:
+        np.testing.assert_array_equal(before.read(name), after.read(name))
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+    assert all((FOLDER / name).read_bytes() == (tmp_path / "out" / name).read_bytes() for name in names)
+    line = told(convert.main, f"--run_dir={FOLDER}", f"--to={tmp_path}/no", capsys=capsys, status=2)
+    assert "a checkpoint folder, which is read where it stands: expected --format=hf" in line
+    line = told(convert.main, "--run_dir=reader", "--format=hf", f"--to={tmp_path}/no", capsys=capsys, status=2)
+    assert "embed_mixer" in line and not (tmp_path / "no").exists()
+
+
+def test_a_folder_is_trained_on_measured_and_written_back(tmp_path, capsys):
+    """Fine-tuned on text under another rope and a longer window, then a checkpoint folder again that says so."""
+    base = f"config:recipes.extend_hf.extended({str(FOLDER)!r}, factor=2.0, steps=12)"
+    source = 'set:data.mixture[0].rows.source=StandardLibrary(split="heldout")'
+    flags = [f"--config={base}", f"--config={source}"]
+    told(train.main, *flags, f"--run_dir={tmp_path}/run", capsys=capsys)
+    told(convert.main, f"--run_dir={tmp_path}/run", "--format=hf", f"--to={tmp_path}/out", "--window=384", capsys=capsys)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["max_position_embeddings"] == 384
+    assert config["rope_scaling"]["rope_type"] == "yarn" and config["rope_scaling"]["factor"] == 2.0
+    out = told(generate.main, f"--run_dir={tmp_path}/out", "--prompt=hi", "--max_new=3", capsys=capsys)
+    assert out.startswith("hi")
+    told(
+        evaluate.main,
+        f"--config=config:recipes.extend_hf.measured(model='{tmp_path}/out', lengths=(64, 256))",
+        f"--run_dir={tmp_path}/measured",
+        capsys=capsys,
+    )
+    assert (tmp_path / "measured" / "table.md").is_file()
+    line = told(train.main, *flags, f"--run_dir={tmp_path}/out", capsys=capsys, status=2)
+    assert "holds a checkpoint of transformers, which stays as it is" in line
