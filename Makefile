@@ -15,7 +15,7 @@ $(VENV)/.tpu: $(VENV)/.dev  # the TPU compiler, which runs on any Linux machine
 	touch $@
 
 $(VENV)/.oracles: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet 'torch==2.13.0' 'transformers>=5,<6' einops einx tensordict assoc-scan
+	$(BIN)/python -m pip install --quiet 'torch==2.13.0' 'transformers>=5,<6' peft openai uvicorn einops einx tensordict assoc-scan
 	$(BIN)/python -m pip install --quiet --no-deps 'ringattention==0.1.2' 'titans-pytorch==0.5.1'
 	touch $@
 

@@ -67,8 +67,8 @@ class Engine:
         self._read = self._empty(self.rows, [0] * self.rows)
         self._axes = self._rows_axes()
 
-    def submit(self, ask: Ask) -> int:
-        """The number under which its pieces come. Raises WindowOverflow or ValueError for what cannot be served."""
+    def check(self, ask: Ask) -> None:
+        """Raises WindowOverflow or ValueError for what cannot be served."""
         if len(ask.prompt) == 0 or ask.max_new < 1:
             raise ValueError(
                 f"prompt of {len(ask.prompt)} tokens, max_new = {ask.max_new}: expected at least one token of each"
@@ -81,6 +81,10 @@ class Engine:
         if not 0 <= ask.top <= vocab:
             raise ValueError(f"top = {ask.top}: expected 0 to the {vocab} ids of the vocabulary")
         checked_seed(ask.seed)
+
+    def submit(self, ask: Ask) -> int:
+        """The number under which its pieces come. Raises as `check`."""
+        self.check(ask)
         number = next(self._numbers)
         self._waiting.append((number, ask))
         return number

@@ -1,0 +1,251 @@
+"""The HTTP interface, as OpenAI's clients speak it: /v1/models, /v1/completions, /v1/chat/completions, and /health (ASGI)."""
+
+import contextlib
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from lcx.data.tokenizers import Tokenizer
+from lcx.inference.engine import Ask, Piece
+from lcx.inference.requests import WindowOverflow
+from lcx.inference.text import Unfolding
+from lcx.interop.chat import ChatError, ChatTemplate
+from lcx.serving.requests import Refused, Wanted, chat, completion
+from lcx.serving.worker import Answer, Busy, Failed, Worker
+
+
+def build_app(worker: Worker, tokenizer: Tokenizer, template: ChatTemplate | None, name: str) -> Starlette:
+    """name: of the model. template: None where it has none; chats are then refused."""
+    service = _Service(worker, tokenizer, template, name)
+    routes = [
+        Route("/health", service.health),
+        Route("/v1/models", service.models),
+        Route("/v1/models/{model:path}", service.model),
+        Route("/v1/completions", service.completions, methods=["POST"]),
+        Route("/v1/chat/completions", service.chat, methods=["POST"]),
+    ]
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_):
+        yield
+        worker.close()
+
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={Refused: _refused})
+
+
+class _Service:
+    def __init__(self, worker: Worker, tokenizer: Tokenizer, template: ChatTemplate | None, name: str):
+        self.worker, self.tokenizer, self.template, self.name = worker, tokenizer, template, name
+        self.began = int(time.time())
+
+    async def health(self, _: Request) -> Response:
+        return JSONResponse({"status": "ok", "unfinished": self.worker.unfinished})
+
+    async def models(self, _: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._described()]})
+
+    async def model(self, request: Request) -> Response:
+        if (asked := request.path_params["model"]) != self.name:
+            raise Refused(f"model = {asked!r}: expected {self.name}", "model", status=404, code="model_not_found")
+        return JSONResponse(self._described())
+
+    async def completions(self, request: Request) -> Response:
+        wanted = completion(await _body(request), (self.name,))
+        texts = [one if isinstance(one, tuple) else tuple(self.tokenizer.prompt(one).tolist()) for one in wanted.prompts]
+        return await self._answer(wanted, texts, _Completion(self.name, self.tokenizer, wanted))
+
+    async def chat(self, request: Request) -> Response:
+        wanted = chat(await _body(request), (self.name,))
+        if self.template is None:
+            raise Refused("the model has no chat template: expected a request for /v1/completions")
+        try:
+            text = self.template.render(wanted.messages, tools=wanted.tools)
+        except ChatError as error:
+            raise Refused(str(error), "messages") from None
+        return await self._answer(
+            wanted, [tuple(self.tokenizer.encode(text).tolist())], _Chat(self.name, self.tokenizer, wanted)
+        )
+
+    def _described(self) -> dict[str, Any]:
+        return {"id": self.name, "object": "model", "created": self.began, "owned_by": "lcx", "max_model_len": self.window}
+
+    @property
+    def window(self) -> int:
+        return self.worker.engine.window
+
+    async def _answer(self, wanted: Wanted, prompts: Sequence[tuple[int, ...]], form: "_Form") -> Response:
+        asks = [self._ask(wanted, prompt, wanted.seed + n) for prompt in prompts for n in range(wanted.n)]
+        try:
+            answers = self.worker.submit(asks)
+        except WindowOverflow as error:
+            raise Refused(str(error), form.prompt, code="context_length_exceeded") from None
+        except ValueError as error:
+            raise Refused(str(error), form.prompt) from None
+        except Busy as error:
+            raise Refused(str(error), status=429, code="rate_limit_exceeded") from None
+        except Failed as error:
+            raise Refused(f"the engine failed: {error}", status=500) from None
+        told = [_Told(answer, self.tokenizer, wanted.stop) for answer in answers]
+        used = sum(map(len, prompts))
+        if wanted.stream:
+            return StreamingResponse(_streamed(form, told, used, wanted.usage), media_type="text/event-stream")
+        try:
+            choices = [form.whole(n, await one.all()) for n, one in enumerate(told)]
+        except Failed as error:
+            raise Refused(f"the engine failed: {error}", status=500) from None
+        finally:
+            for one in told:
+                one.answer.cancel()
+        return JSONResponse(form.head(form.kind) | {"choices": choices, "usage": _usage(used, told)})
+
+    def _ask(self, wanted: Wanted, prompt: tuple[int, ...], seed: int) -> Ask:
+        new = wanted.max_new if wanted.max_new is not None else max(1, self.window - len(prompt))
+        return Ask(prompt, new, wanted.sampling, seed % (1 << 32), self.tokenizer.stops, wanted.top or 0)
+
+
+class _Told:
+    """An answer as text. Its pieces are (text, tokens, finish), text that a stop string ends, tokens that are whole."""
+
+    def __init__(self, answer: Answer, tokenizer: Tokenizer, stops: tuple[str, ...]):
+        self.answer, self.text = answer, Unfolding(tokenizer, stops)
+        self.count, self.finish = 0, None
+
+    async def pieces(self) -> AsyncIterator[tuple[str, list[tuple], str | None]]:
+        async for piece in self.answer:
+            before = self.text.needed
+            text = self.text.add(piece.ids)
+            taken = self.text.needed - before if self.text.stops else len(piece.ids)
+            if self.text.stopped or piece.finish is not None:
+                text += self.text.end()
+                self.finish = "stop" if self.text.stopped else piece.finish
+            self.count += taken
+            yield text, _tokens(piece, taken), self.finish
+            if self.finish is not None:
+                self.answer.cancel()
+                return
+
+    async def all(self) -> tuple[str, list[tuple], str | None]:
+        text, tokens = [], []
+        async for piece, more, _ in self.pieces():
+            text.append(piece)
+            tokens += more
+        return "".join(text), tokens, self.finish
+
+
+class _Form:
+    """How a kind of request is answered: `whole` is a choice, `part` one of a stream."""
+
+    kind: str
+    part_kind: str
+    prefix: str
+    prompt: str
+
+    def __init__(self, name: str, tokenizer: Tokenizer, wanted: Wanted):
+        self.name, self.tokenizer, self.wanted = name, tokenizer, wanted
+        self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
+
+    def head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.name}
+
+    def word(self, token: int) -> str:
+        return self.tokenizer.decode([token])
+
+
+class _Completion(_Form):
+    kind = part_kind = "text_completion"
+    prefix, prompt = "cmpl", "prompt"
+
+    def whole(self, n: int, told: tuple) -> dict[str, Any]:
+        text, tokens, finish = told
+        return {"index": n, "text": text, "finish_reason": finish, "logprobs": self._logprobs(tokens)}
+
+    def part(self, n: int, told: tuple, first: bool) -> dict[str, Any]:
+        return self.whole(n, told)
+
+    def _logprobs(self, tokens: list[tuple]) -> dict[str, Any] | None:
+        if self.wanted.top is None:
+            return None
+        words = [self.word(token) for token, _, _ in tokens]
+        places = [sum(map(len, words[:i])) for i in range(len(words))]
+        tops = [{self.word(i): x for i, x in top} for _, _, top in tokens] if self.wanted.top else None
+        return {
+            "tokens": words,
+            "token_logprobs": [logprob for _, logprob, _ in tokens],
+            "top_logprobs": tops,
+            "text_offset": places,
+        }
+
+
+class _Chat(_Form):
+    kind, part_kind = "chat.completion", "chat.completion.chunk"
+    prefix, prompt = "chatcmpl", "messages"
+
+    def whole(self, n: int, told: tuple) -> dict[str, Any]:
+        text, tokens, finish = told
+        message = {"role": "assistant", "content": text}
+        return {"index": n, "message": message, "finish_reason": finish, "logprobs": self._logprobs(tokens)}
+
+    def part(self, n: int, told: tuple, first: bool) -> dict[str, Any]:
+        text, tokens, finish = told
+        delta = ({"role": "assistant"} if first else {}) | {"content": text}
+        return {"index": n, "delta": delta, "finish_reason": finish, "logprobs": self._logprobs(tokens)}
+
+    def _logprobs(self, tokens: list[tuple]) -> dict[str, Any] | None:
+        if self.wanted.top is None:
+            return None
+        one = lambda token, logprob: {
+            "token": self.word(token),
+            "logprob": logprob,
+            "bytes": list(self.word(token).encode()),
+        }
+        content = [one(token, x) | {"top_logprobs": [one(*pair) for pair in top]} for token, x, top in tokens]
+        return {"content": content, "refusal": None}
+
+
+async def _streamed(form: _Form, told: Sequence[_Told], used: int, usage: bool) -> AsyncIterator[str]:
+    """Server-sent events of all choices, one after the other."""
+    event = lambda body: f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+    try:
+        for n, one in enumerate(told):
+            first = True
+            async for piece in one.pieces():
+                yield event(form.head(form.part_kind) | {"choices": [form.part(n, piece, first)]})
+                first = False
+        if usage:
+            yield event(form.head(form.part_kind) | {"choices": [], "usage": _usage(used, told)})
+        yield "data: [DONE]\n\n"
+    except Failed as error:
+        yield event({"error": {"message": f"the engine failed: {error}", "type": "server_error", "param": None, "code": None}})
+    finally:
+        for one in told:
+            one.answer.cancel()
+
+
+def _tokens(piece: Piece, taken: int) -> list[tuple]:
+    tops = piece.tops or [[]] * len(piece.ids)
+    return list(zip(piece.ids, piece.logprobs, tops, strict=True))[:taken]
+
+
+def _usage(used: int, told: Sequence[_Told]) -> dict[str, int]:
+    made = sum(one.count for one in told)
+    return {"prompt_tokens": used, "completion_tokens": made, "total_tokens": used + made}
+
+
+async def _body(request: Request) -> Any:
+    try:
+        return json.loads(await request.body())
+    except ValueError as error:
+        raise Refused(f"the body is no JSON: {error}") from None
+
+
+async def _refused(_: Request, error: Refused) -> Response:
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    said = {"message": str(error), "type": kind, "param": error.param, "code": error.code}
+    return JSONResponse({"error": said}, status_code=error.status)
