@@ -33,7 +33,15 @@ setup(
         "cuda": ["jax[cuda12]>=0.10,<0.13"],
         "eval": ["lm-eval>=0.4.5"],
         "serve": ["starlette>=0.40", "uvicorn>=0.30"],
-        "dev": ["beartype>=0.18", "httpx>=0.27", "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.8", "starlette>=0.40"],
+        "dev": [
+            "beartype>=0.18",
+            "httpx>=0.27",
+            "hypothesis>=6.100",
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "ruff>=0.8",
+            "starlette>=0.40",
+        ],
         "oracles": ["torch>=2.13,<2.15", "transformers>=5,<6"],
     },
 )

@@ -166,12 +166,29 @@ class JsonLines(Source):
             raise SourceError(f"{place}: not JSON: {error}") from None
         if not isinstance(value, dict) or self.field not in value:
             found = ", ".join(value) if isinstance(value, dict) else type(value).__name__
-            raise SourceError(f"{place}: no text field {self.field!r}; it has {found}")
-        if not isinstance(value[self.field], str):
-            raise SourceError(f"{place}: field {self.field!r} is of type {type(value[self.field]).__name__}: expected text")
-        if not value[self.field]:
+            raise SourceError(f"{place}: no field {self.field!r}; it has {found}")
+        return self._value(value[self.field], place)
+
+    def _value(self, value: Any, place: str) -> str:
+        """A field's value as the text of a document."""
+        if not isinstance(value, str):
+            raise SourceError(f"{place}: field {self.field!r} is of type {type(value).__name__}: expected text")
+        if not value:
             raise SourceError(f"{place}: field {self.field!r} is empty; a document needs text")
-        return value[self.field]
+        return value
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatLines(JsonLines):
+    """`JsonLines` whose `field` is a list of messages, objects with role and content; a document is that list as JSON."""
+
+    field: str = "messages"
+
+    def _value(self, value: Any, place: str) -> str:
+        messages = isinstance(value, list) and len(value) > 0 and all(isinstance(message, dict) for message in value)
+        if not messages:
+            raise SourceError(f"{place}: field {self.field!r}: expected a list of messages, at least one")
+        return json.dumps(value)
 
 
 def _open(path: str) -> BinaryIO:

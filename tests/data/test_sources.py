@@ -43,8 +43,8 @@ def test_text_folder(tmp_path):
     ("line", "message"),
     [
         (b"{", "line 3: not JSON"),
-        (b"[1]", "line 3: no text field 'text'; it has list"),
-        (b'{"txt": "a"}', "line 3: no text field 'text'; it has txt"),
+        (b"[1]", "line 3: no field 'text'; it has list"),
+        (b'{"txt": "a"}', "line 3: no field 'text'; it has txt"),
         (b'{"text": 3}', "line 3: field 'text' is of type int: expected text"),
         (b'{"text": ""}', "line 3: field 'text' is empty"),
         (b'{"text": "\xff"}', "line 3: not UTF-8 at byte 10"),

@@ -82,3 +82,15 @@ def test_a_folder_is_trained_on_measured_and_written_back(tmp_path, capsys):
     assert (tmp_path / "measured" / "table.md").is_file()
     line = told(train.main, *flags, f"--run_dir={tmp_path}/out", capsys=capsys, status=2)
     assert "holds a checkpoint of transformers, which stays as it is" in line
+
+
+def test_a_folder_learns_to_answer(tmp_path, capsys):
+    """Fine-tuned on one conversation until it says what it was told, then served from its own folder."""
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "well, you"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": talk}))
+    base = f"config:recipes.chat_hf.tuned({str(FOLDER)!r}, chats='{tmp_path}/chats.jsonl', steps=60, length=48, batch_size=1)"
+    flags = [f"--config={base}", "--config=set:optimizer.learning_rate.peak=0.02", f"--run_dir={tmp_path}/run"]
+    told(train.main, *flags, capsys=capsys)
+    prompt = "<u>hi</s><a>"
+    out = told(generate.main, f"--run_dir={tmp_path}/run", f"--prompt={prompt}", "--max_new=12", capsys=capsys)
+    assert out == f"{prompt}well, you\n"
