@@ -3,9 +3,10 @@
     python -m experiments.convert --run_dir=runs/reader --to=lcx/assets/reader                 # config, weights, curve
     python -m experiments.convert --run_dir=runs/tuned --to=out --format=hf --dtype=bfloat16   # config.json, safetensors
     python -m experiments.convert --run_dir=models/llama-3-8b --to=out --format=hf             # a checkpoint folder again
+    python -m experiments.convert --run_dir=runs/lora --to=adapter --format=peft               # what LoRA adds, for its base
 
---run_dir is a run, a shipped model or a checkpoint folder; --to a new folder. With --format=hf --config may edit what
-config.json says, the rope for example, as long as the parameters stay. Exit status: 0 written, 2 refused.
+--run_dir is a run, a shipped model or a checkpoint folder; --to a new folder; --format=hf has LoRA merged, and may have
+another rope: --config edits what config.json says, as long as the parameters stay. Exit status: 0 written, 2 refused.
 """
 
 from pathlib import Path
@@ -15,10 +16,11 @@ from absl import flags
 from experiments.program import Arguments, launch
 from lcx.data.tokenizers import HFTokenizer
 from lcx.evaluation.report import curve
-from lcx.interop import hf
+from lcx.interop import hf, peft
 from lcx.interop.families import family_for
 from lcx.interop.folder import is_folder
-from lcx.spec import SpecError
+from lcx.models.decoder import merged
+from lcx.spec import SpecError, edit
 from lcx.training.checkpoint import latest, load_model
 from lcx.training.experiment import Experiment
 from lcx.training.run_folder import read_trained
@@ -28,7 +30,7 @@ from lcx.training.shipped import export, run_folder
 def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("to", None, "folder to write", flag_values=values)
     flags.DEFINE_enum(
-        "format", "lcx", ["lcx", "hf"], "lcx: as a model of the package; hf: for transformers", flag_values=values
+        "format", "lcx", ["lcx", "hf", "peft"], "of the package, for transformers, or for peft", flag_values=values
     )
     dtypes, where = sorted(hf.NUMBERS), "of --format=hf; default:"
     flags.DEFINE_enum("dtype", None, dtypes, f"of the tensors {where} the model's compute", flag_values=values)
@@ -42,13 +44,20 @@ def main(arguments: Arguments) -> None:
         raise SpecError("--to is missing: expected the folder to write")
     if Path(target).exists():
         raise SpecError(f"--to={target}: exists already: expected a new folder")
-    if asked.format == "lcx" and (asked.dtype, asked.window) != (None, None):
+    if asked.format != "hf" and (asked.dtype, asked.window) != (None, None):
         raise SpecError("--dtype and --window: expected --format=hf beside them")
     folder, window = run_folder(arguments.run_dir), asked.window or experiment.data.length
     if asked.format == "lcx" and is_folder(folder):
         raise SpecError(f"{folder}: a checkpoint folder, which is read where it stands: expected --format=hf")
     if asked.format == "hf":
-        family_for(experiment.model, window)
+        family_for(edit(experiment.model, "lora", None), window)
+    base = None
+    if asked.format == "peft":
+        base = experiment.init_from and Path(experiment.init_from)
+        if base is None or not is_folder(base):
+            raise SpecError(
+                f"Experiment.init_from = {experiment.init_from!r}: expected a checkpoint folder, whose adapter it is"
+            )
     model = load_model(folder, experiment.model)
     if arguments.dry_run:
         print(f"would write {folder} at step {latest(folder)} to {target}")
@@ -58,11 +67,14 @@ def main(arguments: Arguments) -> None:
             Path(target).mkdir(parents=True)
             size = export(model, latest(folder), folder, target)
             curve(f"{target}/curve.png", f"{target}/metrics.jsonl")
+        elif asked.format == "peft":
+            size = peft.write(model, base, Path(target))
         else:
             tokenizer = experiment.data.tokenizer
             like = Path(tokenizer.path).parent if isinstance(tokenizer, HFTokenizer) else None
             options = {"like": like, "dtype": asked.dtype or experiment.model.compute}
-            size = hf.write(model, experiment.model, window, Path(target), **options)
+            whole = merged(model)
+            size = hf.write(whole, whole.spec, window, Path(target), **options)
     except OSError as error:
         raise SpecError(f"--to={target}: cannot be made: {error.strerror}") from None
     print(f"{target}: {size:,} bytes of weights")

@@ -8,7 +8,20 @@ import pytest
 ROOT = Path(__file__).parents[1]
 HOUSE = ("pallas_kernels", "lcx", "configs", "experiments", "tpu_scripts")
 LCX = (
-    ("spec", "record", "batch", "parallel", "linear", "norms", "parts", "advice", "config", "config_text", "side_by_side"),
+    (
+        "spec",
+        "record",
+        "batch",
+        "parallel",
+        "linear",
+        "lora",
+        "norms",
+        "parts",
+        "advice",
+        "config",
+        "config_text",
+        "side_by_side",
+    ),
     ("positions", "attention"),
     ("cache",),
     ("mixers", "channels", "memory"),

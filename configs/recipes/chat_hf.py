@@ -1,8 +1,10 @@
 """A checkpoint folder of `transformers` fine-tuned on conversations, by its own chat template; answers alone are learned.
 
-    python -m experiments.train --config="config:recipes.chat_hf.tuned('models/llama-3-8b', chats='chats.jsonl')" --run_dir=runs/a
-    python -m experiments.generate --run_dir=runs/a --chat
-    python -m experiments.convert --run_dir=runs/a --format=hf --to=models/llama-8b-tuned
+    F=models/llama-3-8b-instruct      # config.json, *.safetensors, tokenizer.json, chat_template.jinja
+    python -m experiments.train --config="config:recipes.chat_hf.tuned('$F', chats='chats.jsonl')" --run_dir=runs/tuned
+    python -m experiments.train --config="config:recipes.chat_hf.adapted('$F', chats='chats.jsonl')" --run_dir=runs/lora
+    python -m experiments.generate --run_dir=runs/lora --chat
+    python -m experiments.convert --run_dir=runs/lora --format=hf --to=models/merged     # or --format=peft, the adapter
 
 `chats.jsonl` holds {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]} a line.
 `docs/models.md` walks through it.
@@ -13,7 +15,8 @@ from pathlib import Path
 from lcx.data.chats import Chats
 from lcx.data.pipeline import Pipeline, Weighted
 from lcx.data.sources import ChatLines
-from lcx.spec import edit
+from lcx.lora import OF_ATTENTION, LoRA
+from lcx.spec import edit, edits
 from lcx.training.checkpoint import Checkpointing
 from lcx.training.experiment import Experiment
 from lcx.training.optimizer import AdamW
@@ -37,3 +40,15 @@ def tuned(folder: str, chats: str, steps: int = 200, length: int | None = None, 
         checkpoint=Checkpointing(every=100),
         init_from=folder,
     )
+
+
+def adapted(
+    folder: str, chats: str, rank: int = 16, steps: int = 200, length: int | None = None, batch_size: int = 8
+) -> Experiment:
+    """`tuned`, of LoRA alone: on every projection of attention and channels that the folder's layers have."""
+    base = tuned(folder, chats, steps, length, batch_size)
+    of_channels = set.intersection(*(set(layer.channel.matrices) for layer in base.model.pattern))
+    projections = (*OF_ATTENTION, *(name for name in ("gate", "up", "down") if name in of_channels))
+    lora = LoRA(rank=rank, projections=projections, scale=2.0 * rank, dropout=0.05)
+    rate = ("optimizer.learning_rate.peak", 2e-4)
+    return edits(base, [("model.lora", lora), ("trainable", ("*/lora/*",)), rate])

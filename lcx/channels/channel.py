@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 from flax import nnx
@@ -16,7 +16,9 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu": lambda x: jax.nn.gelu(x, approximate
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Channel(Spec, abc.ABC):
-    """Base of every channel mixer."""
+    """Base of every channel mixer. matrices: of the projections that LoRA may be added to."""
+
+    matrices: ClassVar[tuple[str, ...]] = ()
 
     @abc.abstractmethod
     def build(self, inherited: Inherited, *, rngs: nnx.Rngs) -> nnx.Module:

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from lcx.channels.channel import ACTIVATIONS, Activation, Channel
 from lcx.linear import linear
+from lcx.lora import lora_pairs
 from lcx.mixers.mixer import Inherited, residual_gain, weight
 from lcx.parallel.rules import shard
 
@@ -15,6 +16,8 @@ from lcx.parallel.rules import shard
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GLU(Channel):
     """hidden: the inner width."""
+
+    matrices = ("gate", "up", "down")
 
     hidden: int
     activation: Activation = "silu"
@@ -38,16 +41,20 @@ class GLUModule(nnx.Module):
         self.gate = weight(rngs, (M, F), ("width", "hidden"), fan_in=M, gain=inherited.gain)
         self.up = weight(rngs, (M, F), ("width", "hidden"), fan_in=M, gain=inherited.gain)
         self.down = weight(rngs, (F, M), ("hidden", "width"), fan_in=F, gain=residual_gain(inherited))
+        self.lora = lora_pairs(inherited.lora, {name: getattr(self, name) for name in spec.matrices}, inherited.rules, rngs)
         zeros = lambda size, axis: nnx.Param(jnp.zeros((size,)), axes=(axis,)) if spec.bias else None
         self.gate_bias, self.up_bias, self.down_bias = zeros(F, "hidden"), zeros(F, "hidden"), zeros(M, "width")
 
     def __call__(self, x: Float[Array, "B T M"], tokens: Int[Array, "B T"]):
         rules = self.inherited.rules
-        gate, up = self._affine(x, self.gate, self.gate_bias), self._affine(x, self.up, self.up_bias)
+        gate, up = self._affine(x, "gate"), self._affine(x, "up")
         inner = shard(ACTIVATIONS[self.spec.activation](gate) * up, rules, "batch", "sequence", "hidden")
-        y = self._affine(inner, self.down, self.down_bias)
+        y = self._affine(inner, "down")
         return shard(y, rules, "batch", "sequence", None), {}
 
-    def _affine(self, x, matrix, bias):
+    def _affine(self, x, name: str):
+        matrix, bias = getattr(self, name), getattr(self, f"{name}_bias")
         y = linear(x, matrix, self.inherited.rules, gradient_sum=self.inherited.gradient_sum)
+        if self.lora is not None and name in self.lora:
+            y = y + self.lora[name](x)
         return y if bias is None else y + bias[...].astype(x.dtype)

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from lcx.channels.channel import ACTIVATIONS, Activation, Channel
 from lcx.linear import linear
+from lcx.lora import lora_pairs
 from lcx.mixers.mixer import Inherited, residual_gain, weight
 from lcx.parallel.rules import shard
 
@@ -15,6 +16,8 @@ from lcx.parallel.rules import shard
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MLP(Channel):
     """hidden: the inner width."""
+
+    matrices = ("up", "down")
 
     hidden: int
     activation: Activation = "gelu"
@@ -36,15 +39,19 @@ class MLPModule(nnx.Module):
         M, F = inherited.width, spec.hidden
         self.up = weight(rngs, (M, F), ("width", "hidden"), fan_in=M, gain=inherited.gain)
         self.down = weight(rngs, (F, M), ("hidden", "width"), fan_in=F, gain=residual_gain(inherited))
+        self.lora = lora_pairs(inherited.lora, {name: getattr(self, name) for name in spec.matrices}, inherited.rules, rngs)
         self.up_bias = nnx.Param(jnp.zeros((F,)), axes=("hidden",))
         self.down_bias = nnx.Param(jnp.zeros((M,)), axes=("width",))
 
     def __call__(self, x: Float[Array, "B T M"], tokens: Int[Array, "B T"]):
         rules = self.inherited.rules
-        inner = ACTIVATIONS[self.spec.activation](self._affine(x, self.up, self.up_bias))
-        y = self._affine(shard(inner, rules, "batch", "sequence", "hidden"), self.down, self.down_bias)
+        inner = ACTIVATIONS[self.spec.activation](self._affine(x, "up"))
+        y = self._affine(shard(inner, rules, "batch", "sequence", "hidden"), "down")
         return shard(y, rules, "batch", "sequence", None), {}
 
-    def _affine(self, x, matrix, bias):
+    def _affine(self, x, name: str):
+        matrix, bias = getattr(self, name), getattr(self, f"{name}_bias")
         y = linear(x, matrix, self.inherited.rules, gradient_sum=self.inherited.gradient_sum)
+        if self.lora is not None and name in self.lora:
+            y = y + self.lora[name](x)
         return y + bias[...].astype(x.dtype)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lcx.memory.lora import LoRA
+from lcx.lora import OF_ATTENTION, LoRA
 from lcx.memory.model_memory import added
 from lcx.memory.segment_memory import SegmentMemory, SegmentMemoryModule, pushed
 
@@ -32,6 +32,8 @@ class ICAE(SegmentMemory):
         super().validate()
         self.check(self.slots >= 1, "slots", "at least 1")
         self.check(self.most >= self.slots, "most", f"at least slots = {self.slots}")
+        plain = set(self.lora.projections) <= set(OF_ATTENTION) and self.lora.dropout == 0
+        self.check(plain, "lora", "projections of attention alone, and no dropout")
 
     @property
     def around(self):

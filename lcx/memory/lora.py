@@ -1,31 +1,12 @@
-"""LoRA (Hu et al. 2021): a product of two thin matrices is added to projections of attention, W + scale / rank down up."""
-
-import dataclasses
-from typing import Literal
+"""LoRA of an encoder (ICAE): the additions of `lcx.lora` beside a decoder that stays as it is, summed into a copy of it."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lcx.lora import LoRA
 from lcx.memory.model_memory import added
 from lcx.parallel.gathered import logical_axes
-from lcx.spec import Spec
-
-Projection = Literal["query", "key", "value", "output"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoRA(Spec):
-    """rank: of the product. projections: which have one. scale: of it, the paper's alpha."""
-
-    rank: int
-    projections: tuple[Projection, ...] = ("query", "value")
-    scale: float = 1.0
-
-    def validate(self):
-        self.check(self.rank >= 1, "rank", "at least 1")
-        self.check(len(set(self.projections)) == len(self.projections) >= 1, "projections", "distinct ones, at least one")
-        self.check(self.scale > 0, "scale", "a positive number")
 
 
 class LoRAModule(nnx.Module):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from lcx.memory.lora import LoRA
+from lcx.lora import LoRA
 from lcx.memory.model_memory import ModelMemory
 
 Vectors = tuple[Float[Array, "B p M"], Bool[Array, "B p"]]

@@ -19,6 +19,7 @@ from lcx.batch import PADDING, Batch, TokenInfo, lengths_of
 from lcx.cache.cache import Cache
 from lcx.cache.dense import DenseCache
 from lcx.linear import linear
+from lcx.lora import OF_ATTENTION, lora_pairs
 from lcx.mixers.mixer import Inherited, Mixer, MixerModule, Place, residual_gain, weight
 from lcx.norms import RMSNorm
 from lcx.parallel.rules import shard
@@ -130,6 +131,8 @@ class AttentionModule(MixerModule):
         self.key = weight(rngs, (M, K, D), ("width", "kv_heads", None), fan_in=M)
         self.value = weight(rngs, (M, K, D), ("width", "kv_heads", None), fan_in=M, gain=inherited.gain)
         self.output = weight(rngs, (H, D, M), ("heads", None, "width"), fan_in=H * D, gain=residual_gain(inherited))
+        projections = {name: getattr(self, name) for name in OF_ATTENTION}
+        self.lora = lora_pairs(inherited.lora, projections, inherited.rules, rngs)
         zeros = lambda shape, axes: nnx.Param(jnp.zeros(shape), axes=axes)
         self.query_bias = zeros((H, D), ("heads", None)) if spec.bias != "none" else None
         self.key_bias = zeros((K, D), ("kv_heads", None)) if spec.bias != "none" else None
@@ -217,15 +220,18 @@ class AttentionModule(MixerModule):
         return place.frequencies
 
     def _queries(self, x):
-        return self._project(x, self.query, self.query_bias, self.query_norm, "heads")
+        return self._project(x, "query", self.query_norm, "heads")
 
     def _keys(self, x):
         """Keys, and values."""
-        k = self._project(x, self.key, self.key_bias, self.key_norm, "kv_heads")
-        return k, self._project(x, self.value, self.value_bias, None, "kv_heads")
+        k = self._project(x, "key", self.key_norm, "kv_heads")
+        return k, self._project(x, "value", None, "kv_heads")
 
-    def _project(self, x, matrix, bias, norm, heads):
+    def _project(self, x, name: str, norm, heads: str):
+        matrix, bias = getattr(self, name), getattr(self, f"{name}_bias")
         y = linear(x, matrix, self.inherited.rules, gradient_sum=self.inherited.gradient_sum)
+        if self.lora is not None and name in self.lora:
+            y = y + self.lora[name](x)
         if bias is not None:
             y = y + bias[...].astype(x.dtype)
         if norm is not None:
@@ -242,6 +248,8 @@ class AttentionModule(MixerModule):
     def _output(self, out, x):
         gradient_sum = self.inherited.gradient_sum
         y = linear(out.astype(x.dtype), self.output, self.inherited.rules, contracted=2, gradient_sum=gradient_sum)
+        if self.lora is not None and "output" in self.lora:
+            y = y + self.lora["output"](out.astype(x.dtype))
         if self.output_bias is not None:
             y = y + self.output_bias[...].astype(x.dtype)
         return shard(y, self.inherited.rules, "batch", "sequence", None)

@@ -19,6 +19,7 @@ from lcx.attention.communication import Communication
 from lcx.attention.mask import Mask
 from lcx.batch import Batch
 from lcx.linear import GradientSum
+from lcx.lora import LoRA
 from lcx.memory.activation_beacon import ActivationBeacon
 from lcx.parallel.rules import Rules
 from lcx.positions.frequencies import Frequencies, FrequencyRule
@@ -34,7 +35,8 @@ class Inherited:
 
     channel_chunk: tokens of a row of a device that channel mixers see at a time; None is all. gradient_sum: of `linear`.
     documents: the most that a row holds, which mixers that count chunks from a document's start make room for. beacons: those
-    of which attention keeps keys and values. hides: what attention lets through, beside its own mask.
+    of which attention keeps keys and values. hides: what attention lets through, beside its own mask. lora: what is added to
+    projections.
     """
 
     width: int
@@ -49,6 +51,7 @@ class Inherited:
     documents: int = 1
     beacons: ActivationBeacon | None = None
     hides: Mask | None = None
+    lora: LoRA | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

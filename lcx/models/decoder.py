@@ -18,6 +18,7 @@ from lcx.attention.all_gather import AllGather
 from lcx.attention.communication import Communication
 from lcx.batch import Batch, lengths_of
 from lcx.linear import GradientSum, wide_product
+from lcx.lora import OF_ATTENTION, LoRA
 from lcx.memory.activation_beacon import ActivationBeacon
 from lcx.memory.model_memory import ModelMemory
 from lcx.mixers.attention import Attention
@@ -64,7 +65,8 @@ class Decoder(Spec):
     queries meet keys where the sequence is sharded. gradient_sum: what devices sum the gradients of projections in, `compute`
     or float32, which sends twice the bytes of bfloat16 (docs/numerics.md). documents: the most that a row holds; only mixers
     that count chunks from a document's start, and some kinds of `memory`, make room for them. memory: the model reads segment
-    after segment, window after window or chunk after chunk, and this is what it knows of those before.
+    after segment, window after window or chunk after chunk, and this is what it knows of those before. lora: thin additions to
+    projections of all layers.
     """
 
     vocab: int
@@ -87,6 +89,7 @@ class Decoder(Spec):
     gradient_sum: GradientSum = "compute"
     documents: int = 1
     memory: ModelMemory | None = None
+    lora: LoRA | None = None
 
     def validate(self):
         for field in ("vocab", "width", "periods", "documents"):
@@ -97,6 +100,20 @@ class Decoder(Spec):
         self.check(self.channel_chunk is None or self.channel_chunk >= 1, "channel_chunk", "at least 1 token, or None")
         divides = self.unroll == "all" or (self.unroll >= 1 and self.periods % self.unroll == 0)
         self.check(divides, "unroll", f"'all', or a divisor of periods = {self.periods}")
+
+        if self.lora is not None:
+            self._check_lora(self.lora)
+
+    def _check_lora(self, lora: LoRA) -> None:
+        of_channels = [name for name in lora.projections if name not in OF_ATTENTION]
+        for n, layer in enumerate(self.pattern):
+            if len(of_channels) < len(lora.projections):
+                plain = type(layer.mixer) is Attention and not isinstance(self.memory, ActivationBeacon)
+                self.check(plain, "lora", f"projections of channels alone: pattern[{n}].mixer is no plain attention")
+            there = set(of_channels) <= set(layer.channel.matrices)
+            self.check(there, "lora", f"projections that pattern[{n}].channel has: {', '.join(layer.channel.matrices)}")
+        whole = self.channel_chunk is None or not of_channels or lora.dropout == 0
+        self.check(whole, "channel_chunk", "None beside lora.dropout in channels, whose chunks would all leave out the same")
 
     def rope_of(self, mixer: Attention) -> FrequencyRule | None:
         """The rule by which one of the model's attention mixers rotates; None where it does not."""
@@ -129,8 +146,9 @@ class DecoderModel(nnx.Module):
             documents=spec.documents,
             beacons=spec.memory if isinstance(spec.memory, ActivationBeacon) else None,
             hides=None if spec.memory is None else spec.memory.hides,
+            lora=spec.lora,
         )
-        outside = dataclasses.replace(inherited, beacons=None, hides=None)  # of the layers
+        outside = dataclasses.replace(inherited, beacons=None, hides=None, lora=None)  # of the layers
         self.rope = _learned_rope(spec, rngs)
         self.embedding = weight(rngs, (spec.vocab, spec.width), ("vocab", "width"), fan_in=spec.width)
         self.position_table = spec.position_table.build(spec.width, rngs=rngs) if spec.position_table else None
@@ -264,6 +282,23 @@ def rebuild(model: DecoderModel, spec: Decoder) -> DecoderModel:
         differing = sorted(map(str, set(shapes(wanted).items()) ^ set(shapes(held).items())))
         raise SpecError(f"rebuild: the edited spec has other parameters, first {differing[0]}")
     return nnx.merge(graph, held)
+
+
+def merged(model: DecoderModel) -> DecoderModel:
+    """A decoder without LoRA that gives what this one does: the products are added to the projections."""
+    lora = model.spec.lora
+    if lora is None:
+        return model
+    held = dict(nnx.to_flat_state(nnx.state(model)))
+    for path in [path for path in held if path[-1] == "down" and "lora" in path]:
+        *at, _, name, _ = path
+        pair = [held.pop((*path[:-1], part))[...] for part in ("down", "up")]
+        product = jax.vmap(lambda down, up: jnp.tensordot(down, up, axes=1, precision="highest"))(*pair)
+        base = held[(*at, name)]
+        held[(*at, name)] = base.replace((base[...] + lora.scale / lora.rank * product).astype(base.dtype))
+    spec = dataclasses.replace(model.spec, lora=None)
+    graph, _ = nnx.split(nnx.eval_shape(lambda: spec.build(rngs=nnx.Rngs(0))))
+    return nnx.merge(graph, nnx.from_flat_state(held))
 
 
 def _stack(layer: Layer, inherited: Inherited, periods: int, rngs: nnx.Rngs):

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from lcx.batch import Batch
+from lcx.lora import with_dropout
 from lcx.models.decoder import Decoder
 from lcx.objectives.objective import Objective
 from lcx.record import record
@@ -145,7 +146,11 @@ class TrainStep:
         return TrainState(params=params, optimizer=optimizer, step=state.step + 1), {"sums": sums, "values": values}
 
     def _total(self, params, batch, key):
-        total, weight, sums = self.objective.loss(self.model(params), batch, key)
+        model, lora = self.model(params), self.spec.lora
+        if lora is not None and lora.dropout:
+            key, own = jax.random.split(key)
+            model = with_dropout(model, own)
+        total, weight, sums = self.objective.loss(model, batch, key)
         return total, sums | {"weight": weight, "total_sum": total}
 
     def _build(self):

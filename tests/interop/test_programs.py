@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from golden import GOLDEN
+from safetensors.numpy import load_file
 
 from experiments import convert, evaluate, generate, train
 from experiments.program import run
@@ -94,3 +95,31 @@ def test_a_folder_learns_to_answer(tmp_path, capsys):
     prompt = "<u>hi</s><a>"
     out = told(generate.main, f"--run_dir={tmp_path}/run", f"--prompt={prompt}", "--max_new=12", capsys=capsys)
     assert out == f"{prompt}well, you\n"
+
+
+def test_an_adapter_is_trained_merged_and_written(tmp_path, capsys):
+    """LoRA alone is trained; merged it is the same model in a folder; the adapter has each projection's two matrices."""
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "well"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": talk}))
+    given = f"{str(FOLDER)!r}, chats='{tmp_path}/chats.jsonl', rank=2, steps=12, length=48, batch_size=1"
+    flags = [f"--config=config:recipes.chat_hf.adapted({given})", f"--run_dir={tmp_path}/run"]
+    told(train.main, *flags, "--config=set:optimizer.learning_rate.peak=0.01", capsys=capsys)
+    run_dir = f"--run_dir={tmp_path}/run"
+    told(convert.main, run_dir, "--format=hf", f"--to={tmp_path}/merged", capsys=capsys)
+    changed = [
+        name
+        for name in Folder(FOLDER).tensors
+        if not np.array_equal(Folder(FOLDER).read(name), Folder(tmp_path / "merged").read(name))
+    ]
+    assert len(changed) == 2 * 7 and all("_proj" in name for name in changed)
+    ask = ["--prompt=<u>hi</s><a>", "--max_new=6"]
+    texts = [told(generate.main, f"--run_dir={tmp_path}/{name}", *ask, capsys=capsys) for name in ("run", "merged")]
+    assert texts[0] == texts[1]
+    told(convert.main, run_dir, "--format=peft", f"--to={tmp_path}/adapter", capsys=capsys)
+    held = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    first = "base_model.model.model.layers.0.self_attn.q_proj"
+    assert held[f"{first}.lora_A.weight"].shape == (2, 16) and held[f"{first}.lora_B.weight"].shape == (24, 2)
+    said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert said["target_modules"] == sorted(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down"))
+    line = told(convert.main, f"--run_dir={FOLDER}", "--format=peft", f"--to={tmp_path}/no", capsys=capsys, status=2)
+    assert "model.lora = None: expected a model with LoRA" in line

@@ -10,8 +10,8 @@ import test_families as families
 from flax import nnx
 
 from lcx.batch import Batch, causal_info
+from lcx.lora import LoRA
 from lcx.memory.icae import ICAE
-from lcx.memory.lora import LoRA
 from lcx.objectives.autoencoding import Autoencoding
 
 GOLDEN = Path(__file__).parent / "golden"

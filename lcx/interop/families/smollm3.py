@@ -27,4 +27,8 @@ class SmolLM3(LlamaLike):
     def config(self, spec: Decoder, window):
         turns = [int(layer.mixer.rope != "none") for layer in spec.pattern] * spec.periods
         windows = any(isinstance(layer.mixer.mask, Window) for layer in spec.pattern)
-        return super().config(spec, window) | (layer_types(spec) if windows else {}) | {"no_rope_layers": turns}
+        return (
+            super().config(spec, window)
+            | (layer_types(spec) if windows else {})
+            | {"no_rope_layers": turns, "pad_token_id": None}
+        )

@@ -1,0 +1,71 @@
+"""LoRA as an adapter folder of `peft`: adapter_config.json and adapter_model.safetensors, beside the folder of its base."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+from lcx.interop.families import family_of
+from lcx.interop.families.family import Config
+from lcx.interop.folder import Folder
+from lcx.models.decoder import DecoderModel
+from lcx.spec import SpecError
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def write(model: DecoderModel, base: Path, target: Path) -> int:
+    """The adapter of a model whose base is the checkpoint folder `base`; the bytes of its tensors.
+
+    Raises SpecError for a model without LoRA, or an addition to a part of a matrix, which the base has in one with others.
+    """
+    lora = model.spec.lora
+    if lora is None:
+        raise SpecError("model.lora = None: expected a model with LoRA, of which an adapter is made")
+    config = Config(Folder(base).config)
+    family = family_of(config)
+    held = {tuple(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model))}
+    arrays: dict[str, np.ndarray] = {}
+    modules: set[str] = set()
+    for tensor in family.tensors(family.decoder(config)):
+        for part in tensor.parts:
+            *at, name = map(str, part.path)
+            down, up = (held.get((*at, "lora", name, end)) for end in ("down", "up"))
+            if down is None or up is None or tensor.name.endswith(".bias"):
+                continue
+            if len(tensor.parts) > 1:
+                raise SpecError(f"model.lora: {name} is a part of {tensor.name} in {base}: expected projections of their own")
+            module = tensor.name.removesuffix(".weight")
+            place = f"base_model.model.{module}"
+            thin = np.asarray(down[part.period], np.float32)
+            arrays[f"{place}.lora_A.weight"] = np.ascontiguousarray(thin.reshape(-1, lora.rank).T)
+            wide = np.asarray(up[part.period], np.float32).reshape(lora.rank, -1)
+            arrays[f"{place}.lora_B.weight"] = np.ascontiguousarray(wide.T)
+            modules.add(module.rpartition(".")[2])
+    said = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "r": lora.rank,
+        "lora_alpha": lora.scale,
+        "lora_dropout": lora.dropout,
+        "target_modules": sorted(modules),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        made.chmod(0o755)
+        save_file(arrays, made / TENSORS, metadata={"format": "pt"})
+        (made / CONFIG).write_text(json.dumps(said, indent=2) + "\n")
+        made.rename(target)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+    return (target / TENSORS).stat().st_size
