@@ -10,6 +10,7 @@ import sys
 
 BENCHES = {
     "Training step beside Hugging Face Llama on torch, CPU, float32": "lcx.training.bench",
+    "Prefill, decoding and loading beside transformers on torch, CPU, float32": "lcx.inference.bench",
     "Memory of the chunked head": "lcx.objectives.bench",
     "Tile attention": "pallas_kernels.tile_attention.bench",
     "Distance plans beside plain attention": "lcx.positions.bench",

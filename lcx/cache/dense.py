@@ -19,6 +19,7 @@ from lcx.parallel.rules import Rules, shard
 from lcx.positions.frequencies import Frequencies
 from lcx.positions.rotate import rotate
 from lcx.record import record
+from pallas_kernels.target import platform
 
 
 @record
@@ -112,9 +113,14 @@ class DenseCache(Cache):
         slots = jax.tree.map(write, state.info, info)
         if frequencies is not None and frequencies.by_length:
             slots = grown(slots, info)
+        written = lambda held: (write(held[0], k), write(held[1], v))
+        if k.shape[1] == 1 and platform() == "cpu":  # behind a loop XLA writes in place; fused with readers it copies for each
+            k, v = jax.lax.fori_loop(0, real.any().astype(jnp.int32), lambda _, held: written(held), (state.k, state.v))
+        else:
+            k, v = written((state.k, state.v))
         return DenseState(
-            k=write(state.k, k),
-            v=write(state.v, v),
+            k=k,
+            v=v,
             info=slots,
             used=jnp.minimum(count, length),
             overflow=state.overflow + jnp.maximum(count - length, 0),

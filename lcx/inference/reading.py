@@ -82,7 +82,7 @@ def nothing_read(
 ) -> Consumed:
     """Rows that have room for `length` tokens each, on the ambient mesh as the model's rules say."""
     last, seen = jnp.zeros((rows, model.spec.width), model.spec.compute), jnp.zeros(rows, jnp.int32)
-    state = model.init_state(rows, length)
+    state = model.apart(model.init_state(rows, length))
     return Consumed(last=last, state=state, seen=seen, most=most, following=following, since=since)
 
 

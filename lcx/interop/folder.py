@@ -4,18 +4,20 @@
     model.safetensors                all tensors; or several files and model.safetensors.index.json, which says what is where
     tokenizer.json, tokenizer_config.json, chat_template.jinja
 
-Opening reads headers alone. A tensor is read through a memory map that is closed behind it, so that no more than one is held.
+Opening reads headers alone. A tensor is read through a memory map of its own, which is closed with it.
 Nothing is ever unpickled.
 """
 
 import dataclasses
 import functools
 import json
+import math
+import mmap
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from lcx.spec import SpecError
 
@@ -31,17 +33,23 @@ BESIDE = (  # what belongs to the tokenizer and to generation, copied as it is
     "chat_template.jinja",
     "generation_config.json",
 )
-FLOATS = ("F32", "BF16", "F16", "F64")
+FLOATS = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16, "F64": np.float64}
 
 
 @dataclasses.dataclass(frozen=True)
 class Held:
-    """A tensor of a folder. dtype: safetensors' word for it."""
+    """A tensor of a folder. dtype: safetensors' word for it. end: where it ends in the file, in bytes."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
     end: int
+
+
+def forget(view: np.ndarray) -> None:
+    """Lets go of the memory that a view of a file took; what is read of it again comes from the file again."""
+    if isinstance(view.base, mmap.mmap):
+        view.base.madvise(mmap.MADV_DONTNEED)
 
 
 def is_folder(path: Path | str) -> bool:
@@ -105,12 +113,13 @@ class Folder:
         return found
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor, copied out of its file."""
+        """A tensor as a view of its file, which stays mapped as long as the view is held. Of floats alone."""
         held = self.tensors[name]
+        dtype = np.dtype(FLOATS[held.dtype])
+        start = held.end - math.prod(held.shape) * dtype.itemsize
         try:
-            with safe_open(held.file, "np") as file:
-                return file.get_tensor(name)
-        except (SafetensorError, OSError, TypeError, ValueError) as error:
+            return np.memmap(held.file, dtype, "r", start, held.shape) if math.prod(held.shape) else np.zeros(held.shape, dtype)
+        except (OSError, ValueError) as error:
             raise SpecError(f"{held.file}: tensor {name} cannot be read: {error}") from None
 
     def check_numbers(self) -> None:

@@ -1,7 +1,8 @@
 """Decoders from checkpoint folders of `transformers`, and folders from decoders.
 
-Tensors go one at a time from the file to where the mesh has them, so that a host holds one beside the model. What comes out of
-a folder and what goes into one are the same numbers: a folder that is read and written again has the same tensors, bit by bit.
+Tensors go one at a time, in blocks, from the file to where the mesh has them: a host holds a few blocks beside the model. What
+comes out of a folder and what goes into one are the same numbers: a folder that is read and written again has the same tensors,
+bit by bit.
 """
 
 import functools
@@ -9,7 +10,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ from safetensors.numpy import save_file
 
 from lcx.interop.families import family_for, family_of
 from lcx.interop.families.family import Config, Family, same_model
-from lcx.interop.folder import BESIDE, CONFIG, INDEX, SINGLE, Folder, is_folder
+from lcx.interop.folder import BESIDE, CONFIG, INDEX, SINGLE, Folder, forget, is_folder
 from lcx.interop.tensors import Part, Tensor
 from lcx.models.decoder import Decoder
 from lcx.spec import SpecError
 
 HEAD = "lm_head.weight"
 SHARD = 2 << 30  # bytes of a file that is written
+BLOCK = 32 << 20  # bytes of a tensor that are on their way at a time
 NUMBERS = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 _log = logging.getLogger(__name__)
 
@@ -63,14 +65,11 @@ def restore(folder: Folder, target: Any) -> Any:
     _check_parameters(folder, tensors, wanted)
     held: dict[tuple, jax.Array] = {}
     for tensor in tensors:
-        for part, piece in tensor.taken(folder.read(tensor.name)):
+        array = folder.read(tensor.name)
+        for part, piece in tensor.taken(array):
             leaf = wanted[part.path]
-            piece = np.ascontiguousarray(piece.astype(leaf.dtype))
-            if part.period is None:
-                held[part.path] = jax.device_put(piece, leaf.sharding)
-            else:
-                stack = held[part.path] if part.path in held else _empty(leaf.shape, leaf.dtype, leaf.sharding)
-                held[part.path] = _with_layer(stack, piece, part.period, leaf.sharding)
+            whole = held[part.path] if part.path in held else _empty(leaf.shape, leaf.dtype, leaf.sharding)
+            held[part.path] = _filled_in(whole, piece, part.period, leaf.sharding, lambda array=array: forget(array))
     return jax.tree_util.tree_unflatten(structure, [held[_path(path)] for path, _ in leaves])
 
 
@@ -167,17 +166,37 @@ def _empty(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _written(stack: jax.Array, layer: jax.Array, period: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, layer, period, 0)
+def _written(whole: jax.Array, block: jax.Array, at: tuple[jax.Array, ...]) -> jax.Array:
+    return jax.lax.dynamic_update_slice(whole, block, at)
 
 
-def _with_layer(stack: jax.Array, layer: np.ndarray, period: int, sharding: Any) -> jax.Array:
-    """The stack with one layer of it; the old one is consumed. The layer lies as the stack does."""
-    if isinstance(sharding, jax.sharding.NamedSharding):
-        own = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))
-    else:
-        own = sharding
-    return _written(stack, jax.device_put(np.ascontiguousarray(layer), own), jnp.int32(period))
+def _filled_in(whole: jax.Array, piece: np.ndarray, period: int | None, sharding: Any, done: Callable[[], None]) -> jax.Array:
+    """A parameter with the piece in its place, or in the place of a layer, written in blocks; the old one is consumed."""
+    if period is not None:
+        piece = piece[None]
+    strides = [0 if period is not None and axis == 0 else stride for axis, stride in enumerate(piece.strides)]
+    along = int(np.argmax(strides))  # the axis that blocks of the file are cut along
+    rows = max(1, BLOCK // max(1, piece.nbytes // max(1, piece.shape[along])))
+    for start in range(0, piece.shape[along], rows):
+        block = piece[(slice(None),) * along + (slice(start, start + rows),)].astype(whole.dtype)
+        at = [start if axis == along else 0 for axis in range(piece.ndim)]
+        if period is not None:
+            at[0] = period
+        block = jax.device_put(np.ascontiguousarray(block), _of_block(sharding, along, period))
+        whole = _written(whole, block, tuple(map(jnp.int32, at)))
+        done()
+    return whole
+
+
+def _of_block(sharding: Any, along: int, period: int | None) -> Any:
+    """A block lies as the parameter does, but that it is whole along the axis that it is cut from, and in its layer."""
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return sharding
+    spec = list(sharding.spec)
+    for axis in {along} | ({0} if period is not None else set()):
+        if axis < len(spec):
+            spec[axis] = None
+    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
 
 
 def _numbers(model: nnx.Module) -> dict[tuple, jax.Array]:

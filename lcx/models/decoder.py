@@ -191,6 +191,13 @@ class DecoderModel(nnx.Module):
                 aux.append(block_aux)
             return x, (None if states is None else tuple(new), join_aux(*aux))
 
+        if state is not None and isinstance(state["layers"], list):
+            states = []
+            for n, given in enumerate(state["layers"]):
+                blocks = jax.tree.map(lambda p, n=n: p[n], slots)
+                x, (new, aux) = period(x, (blocks, given, jnp.int32(n * len(slots))))
+                states.append(new)
+            return x, {"embed": embed_state, "layers": states}, aux
         policy = REMAT[self.spec.remat]
         body = period if policy is None else jax.checkpoint(period, prevent_cse=False, policy=policy)
         given = None if state is None else state["layers"]
@@ -212,6 +219,14 @@ class DecoderModel(nnx.Module):
         layers = tuple(jax.tree.map(stack, slot.init_state(batch_size, length)) for slot in first)
         embed = None if self.embed_mixer is None else self.embed_mixer.init_state(batch_size, length)
         return {"embed": shared_rows(embed, self.spec.rules), "layers": layers}
+
+    def apart(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A state whose layers are not stacked, where all periods are unrolled: what is written to one leaves the others where
+        they lie. Auxiliary values that come with it are of the last period alone."""
+        if self.spec.unroll != "all" or self.spec.memory is not None:
+            return state
+        periods = [jax.tree.map(lambda leaf, n=n: leaf[n], state["layers"]) for n in range(self.spec.periods)]
+        return state | {"layers": periods}
 
     def _entered(self, batch: Batch, state: Any, place: Place) -> tuple[Float[Array, "B T M"], Any]:
         """What the first layer reads, and the state of the embeddings' mixer."""

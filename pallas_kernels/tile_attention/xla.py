@@ -7,6 +7,8 @@ is a plain matrix product and no matrix of scores is transposed (delta and the w
     s = k q^T,   p = exp(s - lse),   ds = p (v dout^T - delta),   dv += p dout,   dk += ds q,   dq^T += k^T ds
 Products are taken in the dtype of the inputs and summed in float32; the softmax is float32.
 A row that sees nothing gives out = 0, lse = -inf and zero gradients.
+
+Few queries, as of a token that is decoded, see all keys at once: nothing is cut up, and keys are read once where they lie.
 """
 
 import functools
@@ -32,6 +34,10 @@ from pallas_kernels.tile_attention.tiling import (
     uncut,
 )
 from pallas_kernels.tile_attention.tokens import Along, Bias, Mask, Tokens, distance
+
+FEW = 8  # queries
+SCORES = 1 << 26  # numbers: of few queries at once
+TOGETHER = 8  # key heads, at most, that one product takes
 
 
 class Sizes(NamedTuple):
@@ -74,6 +80,8 @@ def forward(
         options = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias and bias._replace(slopes=slopes)}
         return tuple(_together(x, q.shape[0]) for x in forward(*given, tiles=tiles, sizes=sizes, **options))
     plan = Plan(mask, scale, softcap, bias and bias.along, sizes or choose_sizes(q.shape, k.shape))
+    if tiles is None and sizes is None and q.shape[1] <= FEW and q[..., 0].size * k.shape[1] <= SCORES:
+        return _few(plan, q, k, v, bias and bias.slopes, q_tokens, k_tokens)
     T, K, (q_size, k_size, rows) = q.shape[1], k.shape[2], plan.sizes
     q = cut(_scaled(plan, q), q_size, rows, K)
     k, v = (cut(x, k_size, rows, K) for x in (k, v))
@@ -81,6 +89,46 @@ def forward(
     q_tokens, k_tokens = cut_tokens(q_tokens, q_size, rows), cut_tokens(k_tokens, k_size, rows)
     out, lse = jax.lax.map(lambda group: _forward_group(plan, *group), (q, k, v, slopes, q_tokens, k_tokens, tiles))
     return uncut(out, q_size, T), uncut(lse, q_size, T)
+
+
+def _few(plan, q, k, v, slopes, q_tokens, k_tokens):
+    """`forward` of few queries, all keys at once."""
+    (B, T, H, _), K = q.shape, k.shape[2]
+    heads = lambda x: jnp.moveaxis(x.reshape(B, T, K, H // K, *x.shape[3:]), 1, 3).reshape(B, K, -1, *x.shape[3:])
+    slopes = None if slopes is None else heads(slopes)
+    s = _logits(plan, _keys_met(heads(_scaled(plan, q)), k), q.dtype)
+    s = _biased(plan, s, slopes, q_tokens.rows(), k_tokens.columns(), 2)
+    s = _hide(s, plan.mask.visible(q_tokens.rows(), k_tokens.columns()), 2)
+    top = s.max(axis=-1)
+    p = jnp.exp(s - top[..., None])
+    total = p.sum(axis=-1)
+    out = _values_met(p.astype(v.dtype), v)
+    blind = sees_nothing(top, total)
+    out = jnp.where(blind[..., None], 0, out / total[..., None])
+    lse = jnp.where(blind, -jnp.inf, top + jnp.log(total))
+    back = lambda x: jnp.moveaxis(x.reshape(B, K, H // K, T, *x.shape[3:]), 3, 1).reshape(B, T, H, *x.shape[3:])
+    return back(out), back(lse)
+
+
+def _keys_met(q, k):
+    """[R, K, n, S] of q [R, K, n, D] and k [R, S, K, D], which lies as it is: of few heads in one product, queries of the
+    others' channels being 0."""
+    K = k.shape[2]
+    if K > TOGETHER:
+        return _dot("rknd,rskd->rkns", q, k)
+    apart = jnp.eye(K, dtype=q.dtype)[:, None, :, None] * q[:, :, :, None]
+    found = _dot("rnc,rsc->rns", apart.reshape(len(q), -1, K * q.shape[3]), k.reshape(*k.shape[:2], -1))
+    return found.reshape(*q.shape[:3], -1)
+
+
+def _values_met(p, v):
+    """[R, K, n, E] of p [R, K, n, S] and v [R, S, K, E]."""
+    K = v.shape[2]
+    if K > TOGETHER:
+        return _dot("rkns,rske->rkne", p, v)
+    found = _dot("rns,rsc->rnc", p.reshape(len(p), -1, p.shape[3]), v.reshape(*v.shape[:2], -1))
+    found = found.reshape(*p.shape[:3], K, -1)
+    return jnp.einsum("rknke->rkne", found)
 
 
 def choose_sizes(q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> Sizes:
