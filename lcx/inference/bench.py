@@ -93,7 +93,7 @@ def of_lcx(case: Case) -> Callable[[], float]:
     whole = jnp.full(1, NEW, jnp.int32)
     options = {"sampling": sampling_rows([Sampling()]), "stops": jnp.asarray(stop_rows([()]))}
     asked = Asked(key=keys_of([0]), made=0 * whole, limit=1000 * whole, **options)
-    held = [prefill(model, [ids], 1, 1024, 2048)]
+    held = [prefill(model, [ids], 1, 8 * NEW, 2048)]  # for all measurements
 
     def once() -> float:
         made = decode(model, nothing_decoded(held.pop(), NEW, jnp.zeros(1, bool)), asked, jnp.int32(NEW))

@@ -82,6 +82,7 @@ def keys_of(seeds: Sequence[int]) -> Key[Array, "B"]:
 @functools.partial(jax.jit, donate_argnames="decoding")
 def decode(model: DecoderModel, decoding: Decoding, asked: Asked, end: Int[Array, ""]) -> Decoding:
     """Steps until every row has stopped or `end` steps are done."""
+    model = model.in_blocks()
     return jax.lax.while_loop(
         lambda now: (now.n < end) & ~now.stopped.all(), functools.partial(_step, model, asked=asked), decoding
     )

@@ -155,6 +155,7 @@ class DecoderModel(nnx.Module):
         self.embed_mixer = spec.embed_mixer.build(outside, rngs=rngs) if spec.embed_mixer else None
         self.slots = nnx.List([_stack(layer, inherited, spec.periods, rngs) for layer in spec.pattern])
         self.final_norm = spec.final_norm.build(spec.width)
+        self.blocks = None  # of `in_blocks`
         untied = spec.head == "untied"
         self.head = weight(rngs, (spec.width, spec.vocab), ("width", "vocab"), fan_in=spec.width) if untied else None
 
@@ -193,8 +194,9 @@ class DecoderModel(nnx.Module):
 
         if state is not None and isinstance(state["layers"], list):
             states = []
+            blocks_of = self.blocks or self._blocks()
             for n, given in enumerate(state["layers"]):
-                blocks = jax.tree.map(lambda p, n=n: p[n], slots)
+                blocks = blocks_of[n]
                 x, (new, aux) = period(x, (blocks, given, jnp.int32(n * len(slots))))
                 states.append(new)
             return x, {"embed": embed_state, "layers": states}, aux
@@ -219,6 +221,17 @@ class DecoderModel(nnx.Module):
         layers = tuple(jax.tree.map(stack, slot.init_state(batch_size, length)) for slot in first)
         embed = None if self.embed_mixer is None else self.embed_mixer.init_state(batch_size, length)
         return {"embed": shared_rows(embed, self.spec.rules), "layers": layers}
+
+    def in_blocks(self) -> "DecoderModel":
+        """A copy that has the parameters of each period apart, for a loop around it that would cut them out again and again."""
+        if self.spec.unroll != "all" or self.spec.memory is not None:
+            return self
+        model = nnx.merge(*nnx.split(self))
+        model.blocks = nnx.data(model._blocks())
+        return model
+
+    def _blocks(self) -> list[tuple[nnx.Module, ...]]:
+        return [jax.tree.map(lambda p, n=n: p[n], tuple(self.slots)) for n in range(self.spec.periods)]
 
     def apart(self, state: dict[str, Any]) -> dict[str, Any]:
         """A state whose layers are not stacked, where all periods are unrolled: what is written to one leaves the others where
