@@ -62,7 +62,7 @@ def figures(experiment: Experiment) -> dict[str, Any]:
     _, state = abstract_model(model)
     rows, length = data.batch_size, data.length
     step = experiment.training_step(AbstractMesh(tuple(sizes(experiment.mesh).values()), AXES))
-    held, count = step.abstract_state(), counter(model, state, step.trained)
+    held, count = step.abstract_state(), counter(model, state, step.trained, experiment.objective.drawn_ratios)
     trained, _ = parted(held.params, step.trained)
     work, full = count.documents(rows, length), count.full(rows, length)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(held.params))

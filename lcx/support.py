@@ -16,6 +16,7 @@ from lcx.data.pipeline import Pipeline, Weighted
 from lcx.data.recall import TaskDoesNotFit
 from lcx.data.sources import Source, SourceError, StandardLibrary
 from lcx.inference.serving import Serving
+from lcx.memory.hmt import HMT
 from lcx.parallel.mesh import AXES
 from lcx.spec import SpecError, below
 from lcx.support_rules.memories import (
@@ -93,6 +94,8 @@ def validate_serving(serving: Serving) -> None:
     names = {"data.length": "length", "data.batch_size": "rows"}
     for sentence in (sentence for rule in RULES.values() if rule not in _OF_TRAINING for sentence in rule(read)):
         raise SpecError(re.sub("|".join(map(re.escape, names)), lambda found: names[found[0]], sentence))
+    if isinstance(serving.model.memory, HMT) and serving.model.memory.query == "ahead":
+        raise SpecError("model.memory.query = 'ahead': expected 'behind', as tokens of an answer are not known ahead of it")
     for path, mixer in attentions(serving):
         if mixer.distances is not None and mixer.distances.reads_queries and serving.mesh.size > 1:
             raise SpecError(f"{path}.distances = {mixer.distances}: expected one that chooses by distance on several devices")

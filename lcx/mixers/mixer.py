@@ -1,7 +1,8 @@
 """The contract of a token mixer: `mixer(x[B,T,M], batch, state=None, *, place=Place()) -> (y, state, aux)`.
 
 Parallel form = chunked form = step form; packed equals separate; padding changes nothing; perturbing token t leaves every
-output before t unchanged. With a state, `batch` is the next chunk and padding tokens consume nothing of it.
+output before t unchanged. With a state, `batch` is the next chunk and padding tokens consume nothing of it; a segment is one
+document's, and none that comes later has the same.
 """
 
 import abc

@@ -61,9 +61,7 @@ class SegmentedModel(DecoderModel):
         if state is None:
             return self._whole_rows(batch)
         if self.memory.ahead:
-            raise ValueError(
-                "decoder.memory.query = 'ahead': expected 'behind' in generation, where later tokens are not known"
-            )
+            raise ValueError("model.memory.query = 'ahead': expected 'behind' in generation, where later tokens are not known")
         return self._more(batch, state)
 
     def _whole_rows(self, batch: Batch):

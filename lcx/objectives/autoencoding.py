@@ -36,7 +36,7 @@ class Autoencoding(LanguageModeling):
         both = other * weight + self.share * count
         sums = {name: other * value for name, value in sums.items()}
         sums["loss_sum"] += self.share * back
-        sums |= {"weight": both, "reconstruction_sum": back * both / count}
+        sums |= {"weight": both, "reconstruction_sum": back * both / jnp.maximum(count, 1)}
         return other * total + self.share * back, both, sums
 
     @classmethod

@@ -32,6 +32,14 @@ class BeaconModeling(LanguageModeling):
         many = self.weights is None or (len(self.weights) == len(self.ratios) and min(self.weights) >= 0 < sum(self.weights))
         self.check(many, "weights", f"None, or a weight for each of ratios = {self.ratios}")
 
+    @property
+    def drawn_ratios(self):
+        weights = self.weights or (1.0,) * len(self.ratios)
+        shares: dict[int, float] = {}
+        for ratio, weight in zip(self.ratios, weights, strict=True):
+            shares[ratio] = shares.get(ratio, 0.0) + weight / sum(weights)
+        return shares
+
     def loss(self, model, batch, key):
         """Raises ValueError for a model without beacons."""
         memory = model.spec.memory

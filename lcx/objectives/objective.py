@@ -24,6 +24,11 @@ class Objective(Spec, abc.ABC):
 
     free: ClassVar[tuple[str, ...]] = ()
 
+    @property
+    def drawn_ratios(self) -> Mapping[int, float] | None:
+        """Ratios of beacons that it draws, with the share of windows of each; None where it draws none."""
+        return None
+
     @abc.abstractmethod
     def loss(self, model: nnx.Module, batch: Batch, key: Any) -> tuple[Float[Array, ""], Float[Array, ""], Sums]:
         """(total, weight, sums): the sum to minimise, its normaliser, and further sums for `report`, all over `batch`.

@@ -2,7 +2,8 @@
 
 Two conventions, always side by side. Masked: real (not padding) tokens and visible pairs. Full: every token and every pair of
 the square T x T, as most reports count, which at long context overstates what was needed. A multiplication and an
-addition are two operations; a backward pass is two forward passes; recomputation is not counted.
+addition are two operations; a backward pass is two forward passes; recomputation is not counted, nor what an objective does
+beside a pass over its batch (autoencoding tells texts back in another).
 """
 
 import dataclasses
@@ -110,8 +111,14 @@ class Counter:
         return 3 * self.forward(work) - work.tokens * (self.per_token - self.trained_per_token) - without
 
 
-def counter(spec: Decoder, state: nnx.State, trained: Collection[Path] | None = None) -> Counter:
-    """The counter of a decoder; `state` may be abstract. trained: paths of the parameters that are trained, None all.
+def counter(
+    spec: Decoder,
+    state: nnx.State,
+    trained: Collection[Path] | None = None,
+    ratios: Mapping[int, float] | None = None,
+) -> Counter:
+    """The counter of a decoder; `state` may be abstract. trained: paths of the parameters that are trained, None all. ratios:
+    of beacons, with the share of windows that each is drawn for; None is the memory's own.
 
     Pairs that gists hide are counted. Raises TypeError for a mixer whose FLOPs are not known here.
     """
@@ -128,8 +135,9 @@ def counter(spec: Decoder, state: nnx.State, trained: Collection[Path] | None = 
     learned = {path: size for path, size in matrices.items() if trained is None or path in trained}
     recurrent = sum(times * token_flops(mixer, spec.width) for mixer, times in mixers)
     if isinstance(spec.memory, ActivationBeacon):
-        per_token = [_with_beacons(spec.memory, held) + recurrent for held in (matrices, learned)]
-        return Counter(per_token[0], _pairs_with_beacons(spec.memory, per_pair), per_token[1])
+        shares = ratios or {spec.memory.ratio: 1.0}
+        per_token = [_with_beacons(spec.memory, held, shares) + recurrent for held in (matrices, learned)]
+        return Counter(per_token[0], _pairs_with_beacons(spec.memory, per_pair, shares), per_token[1])
     if isinstance(spec.memory, TTTE2E):
         per_token = [2 * sum(held.values()) + recurrent for held in (matrices, learned)]
         return _with_steps(spec, Counter(per_token[0], per_pair, per_token[1]), matrices)
@@ -174,24 +182,24 @@ def _with_steps(spec: Decoder, read: Counter, matrices: Mapping[Path, int]) -> C
     return Counter(read.per_token + step, both, read.trained_per_token + step, detached)
 
 
-def _with_beacons(memory: ActivationBeacon, matrices: Mapping[Path, int]) -> int:
-    """A beacon for `ratio` tokens goes through the layers, by its own projections where it has them; the head reads none."""
+def _with_beacons(memory: ActivationBeacon, matrices: Mapping[Path, int], shares: Mapping[int, float]) -> int:
+    """A beacon for so many tokens goes through the layers, by its own projections where it has them; the head reads none."""
     layers = {path: count for path, count in matrices.items() if path[0] not in ("head", "embedding", "memory")}
     own = {path for path in layers if str(path[-1]).startswith("beacon_")}
     tokens = sum(count for path, count in matrices.items() if path not in own and path[0] != "memory")
     beacons = sum(count for path, count in layers.items() if path[-1] not in memory.own)
-    return 2 * tokens + round(2 * beacons / memory.ratio)
+    return 2 * tokens + round(2 * beacons * sum(share / ratio for ratio, share in shares.items() if ratio))
 
 
-def _pairs_with_beacons(memory: ActivationBeacon, per_pair: Mapping[Mask, int]) -> dict[Mask, int]:
-    """Tokens and beacons of a window see half of its pairs, and all beacons of windows before."""
-    size, more = memory.window, 1 + 1 / memory.ratio
-    flops = sum(per_pair.values())
-    far = max(1, round(flops * more / memory.ratio))
+def _pairs_with_beacons(memory: ActivationBeacon, per_pair: Mapping[Mask, int], shares: Mapping[int, float]) -> dict[Mask, int]:
+    """Tokens and beacons of a window see half of its pairs, and beacons, or tokens that stay (ratio 0), of windows before."""
+    size, flops, mean = memory.window, sum(per_pair.values()), lambda of: sum(share * of(r) for r, share in shares.items())
+    more, kept = lambda ratio: 1 + (1 / ratio if ratio else 0), lambda ratio: 1 / max(ratio, 1)
+    far = max(1, round(flops * mean(more) * mean(kept)))
     back = {ChunksBack(size=size): far, ChunksBack(size=size, farther=True): far}
     if memory.most is not None:  # of tokens that the newest beacons stand for
-        back = {Beyond(size=size) & Within(size=size + memory.most * memory.ratio): far}
-    return {Chunk(size=size): round(flops * more**2), **back}
+        back = {Beyond(size=size) & Within(size=size + round(memory.most / mean(kept))): far}
+    return {Chunk(size=size): round(flops * mean(lambda ratio: more(ratio) ** 2)), **back}
 
 
 @functools.singledispatch

@@ -110,7 +110,7 @@ class _Run:
         self.experiment, self.step, self.checkpoints = experiment, step, checkpoints
         self.batches, self.hosts, self.run_dir = batches, hosts, run_dir
         self.tokens = tokens  # of the run so far, where they were counted
-        self.counter = counter(experiment.model, step.abstract, step.trained)
+        self.counter = counter(experiment.model, step.abstract, step.trained, experiment.objective.drawn_ratios)
         self.shards = math.prod(step.mesh.shape[axis] for axis in experiment.model.rules.sequence)
 
     def go(self, state: TrainState, start: int, stop: "_Stop", stack: contextlib.ExitStack) -> TrainResult:

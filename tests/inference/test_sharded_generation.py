@@ -13,6 +13,7 @@ from lcx.inference.generate import generate
 from lcx.inference.reading import prefill
 from lcx.inference.serving import Serving
 from lcx.memory.activation_beacon import ActivationBeacon
+from lcx.memory.hmt import HMT
 from lcx.memory.rmt import RMT
 from lcx.mixers.attention import Attention
 from lcx.mixers.delta_net import GatedDeltaNet
@@ -108,6 +109,7 @@ BEACON = ActivationBeacon(window=16, ratio=4)
             "by AxialRope",
         ),
         ([("model.memory", BEACON)], "model.pattern[2].mixer: expected Attention beside model.memory, an ActivationBeacon"),
+        ([("model.memory", HMT(segment=4, size=4, query="ahead"))], "model.memory.query = 'ahead': expected 'behind'"),
         ([("model.memory", RMT(segment=4, slots=2)), ("model.rope", DynamicNTK(original_length=8))], "that no length changes"),
         ([(f"{LAYER}.mask", Hide(query_role=1, key_role=0))], "hides roles, but no part of this config gives its tokens one"),
     ],

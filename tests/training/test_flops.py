@@ -26,6 +26,7 @@ from lcx.mixers.ttt import TTT
 from lcx.models.decoder import Decoder
 from lcx.models.layer import Layer
 from lcx.models.position_table import PositionTable
+from lcx.objectives.beacon_modeling import BeaconModeling
 from lcx.positions.dimension_groups import DimensionGroups
 from lcx.positions.long_heads import LongHeads
 from lcx.spec import edit, edits
@@ -188,6 +189,14 @@ def test_reading_with_beacons():
     head = 2 * MODEL.vocab * MODEL.width
     assert found.per_token == (3 * plain.per_token - head) // 2
     assert counter(spec, state, trained_paths(state, ("*beacon_*",))).trained_per_token == 3 * (8 * 16 + 8 * 8)
+    shares = BeaconModeling(ratios=(1, 2, 0), weights=(1.0, 2.0, 1.0)).drawn_ratios
+    assert shares == {1: 0.25, 2: 0.5, 0: 0.25}
+    drawn = counter(spec, state, ratios=shares)
+    assert drawn.per_token - counter(spec, state).per_token == 0  # 1/4 of ratio 1 and 1/2 of ratio 2 make half a beacon a token
+    flops = sum(plain.per_pair.values())
+    near, far = 0.25 * 4 + 0.5 * 2.25 + 0.25, 1.5 * (0.25 + 0.5 * 0.5 + 0.25)
+    assert drawn.per_pair[Chunk(size=4)] == round(near * flops)
+    assert drawn.per_pair[ChunksBack(size=4)] == round(far * flops)
     (flops,) = plain.per_pair.values()
     far = 3 * flops // 4
     assert found.per_pair == {Chunk(size=4): 9 * flops // 4, ChunksBack(size=4): far, ChunksBack(size=4, farther=True): far}
