@@ -5,6 +5,8 @@
     python -m experiments.generate --run_dir=reader --prompt='def main('     # a model that comes with the package
     python -m experiments.generate --run_dir=models/llama-3.1-8b-instruct --chat --temperature=0.7     # a checkpoint folder
 
+    ... --tensor=8     # on eight devices, heads shared out
+
 Another rope or cache than the trained one is an edit, the parameters stay:
     --config=config_file:runs/quick/config.json --config='set:model.rope=YaRN(factor=4.0, original_length=256)' --window=1024
 
@@ -15,18 +17,23 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 from absl import flags
+from jax.sharding import Mesh
 
 from experiments.program import Arguments, launch
 from lcx.config_text import render
 from lcx.data.tokenizers import HFTokenizer, Tokenizer
 from lcx.inference.requests import WindowOverflow
 from lcx.inference.sampling import Sampling
+from lcx.inference.serving import Serving
 from lcx.inference.stream import stream, text_of
 from lcx.interop.chat import ChatTemplate, chat_template
+from lcx.models.decoder import Decoder
+from lcx.parallel.mesh import MeshSpec
 from lcx.plan import listed, model_figures
 from lcx.spec import SpecError
-from lcx.support import validate
+from lcx.support import check_devices, validate, validate_serving
 from lcx.training.checkpoint import load_model
 from lcx.training.experiment import Experiment
 from lcx.training.run_folder import read_trained
@@ -36,6 +43,7 @@ DEFAULT = 256  # new tokens
 
 
 def define(values: flags.FlagValues) -> None:
+    define_mesh(values)
     flags.DEFINE_string("prompt", None, "text to continue; default: standard input", flag_values=values)
     flags.DEFINE_bool("chat", False, "answer messages by the chat template, a line each", flag_values=values)
     flags.DEFINE_string("system", None, "the first message of a chat, of the system", flag_values=values)
@@ -63,6 +71,7 @@ def main(arguments: Arguments) -> None:
         raise SpecError("--system: expected --chat beside it")
     if asked.chat and asked.prompt is not None:
         raise SpecError("--prompt: expected none beside --chat, which reads messages from standard input")
+    mesh = mesh_of(asked, experiment.model, window)
     if arguments.dry_run:
         print(f"{render(experiment.model, 'model')}\n{render(sampling, 'sampling')}\n")
         print(listed(model_figures(experiment.model, (window,))))
@@ -77,8 +86,8 @@ def main(arguments: Arguments) -> None:
     options = {"sampling": sampling, "seed": asked.seed, "stop": tokenizer.stops}
     if not asked.chat:
         new(ids)
-    model = load_model(run_folder(arguments.run_dir), experiment.model, step=asked.step)
-    answer = lambda ids: text_of(stream(model, ids, max_new=new(ids), **options), tokenizer, asked.stop)
+    model = load_model(run_folder(arguments.run_dir), experiment.model, step=asked.step, mesh=mesh)
+    answer = lambda ids: text_of(stream(model, ids, max_new=new(ids), mesh=mesh, **options), tokenizer, asked.stop)
     if template is not None:
         _chat(answer, template, tokenizer, asked.system)
         return
@@ -88,6 +97,24 @@ def main(arguments: Arguments) -> None:
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
+
+
+def define_mesh(values: flags.FlagValues) -> None:
+    """Flags of the devices that share a model's answers out."""
+    for axis, what in {"data": "rows", "fsdp": "rows and parameters", "tensor": "heads and hidden channels"}.items():
+        flags.DEFINE_integer(axis, 1, f"devices that share out {what}", lower_bound=1, flag_values=values)
+
+
+def mesh_of(asked: flags.FlagValues, model: Decoder, window: int, rows: int = 1) -> Mesh | None:
+    """The mesh that the flags ask for, None for one device. Raises SpecError where the model does not lie on it."""
+    spec = MeshSpec(data=asked.data, fsdp=asked.fsdp, tensor=asked.tensor)
+    if spec.size == 1:
+        return None
+    rows = 1 << (max(rows, spec.data * spec.fsdp) - 1).bit_length()
+    serving = Serving(model=model, rows=rows, prompt=window, answer=1, mesh=spec)
+    validate_serving(serving)
+    check_devices(serving, jax.device_count())
+    return spec.build()
 
 
 def template_of(tokenizer: Tokenizer) -> ChatTemplate:

@@ -10,7 +10,7 @@ that are refilled as they finish. A field that is not served is refused by its n
 
 from absl import flags
 
-from experiments.generate import template_of
+from experiments.generate import define_mesh, mesh_of, template_of
 from experiments.program import Arguments, launch
 from lcx.config_text import render
 from lcx.data.tokenizers import HFTokenizer
@@ -25,6 +25,7 @@ from lcx.training.shipped import run_folder
 
 
 def define(values: flags.FlagValues) -> None:
+    define_mesh(values)
     flags.DEFINE_string("host", "127.0.0.1", "address to listen at; 0.0.0.0 is every one", flag_values=values)
     flags.DEFINE_integer("port", 8000, "to listen at", lower_bound=0, upper_bound=65535, flag_values=values)
     flags.DEFINE_string("name", None, "of the model; default: as --run_dir", flag_values=values)
@@ -41,6 +42,7 @@ def main(arguments: Arguments) -> None:
     experiment = arguments.spec(Experiment, read=read_trained)
     validate(experiment)
     window = asked.window or experiment.data.length
+    mesh = mesh_of(asked, experiment.model, window, asked.rows)
     if arguments.dry_run:
         print(f"{render(experiment.model, 'model')}\n")
         print(listed(model_figures(experiment.model, (window,))))
@@ -57,8 +59,8 @@ def main(arguments: Arguments) -> None:
         template = template_of(tokenizer) if isinstance(tokenizer, HFTokenizer) else None
     except SpecError:
         template = None  # chats are refused, completions are not
-    model = load_model(run_folder(arguments.run_dir), experiment.model, step=asked.step)
-    engine = Engine(model, window=window, rows=asked.rows, chunk=asked.chunk, burst=asked.burst)
+    model = load_model(run_folder(arguments.run_dir), experiment.model, step=asked.step, mesh=mesh)
+    engine = Engine(model, window=window, rows=asked.rows, chunk=asked.chunk, burst=asked.burst, mesh=mesh)
     name = asked.name or arguments.run_dir.name
     app = build_app(Worker(engine, asked.waiting), tokenizer, template, name)
     print(f"{name}: window of {window:,} tokens, {engine.rows} rows, http://{asked.host}:{asked.port}/v1", flush=True)

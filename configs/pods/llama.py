@@ -18,7 +18,8 @@ from lcx.objectives.language_modeling import LanguageModeling
 from lcx.parallel.layout import Zigzag
 from lcx.parallel.mesh import MeshSpec
 from lcx.parallel.rules import Rules
-from lcx.spec import edits
+from lcx.positions.yarn import YaRN
+from lcx.spec import edit, edits
 from lcx.training.experiment import Experiment
 from lcx.training.optimizer import AdamW
 from lcx.training.schedules import Cosine
@@ -50,6 +51,16 @@ def llama3_8b_1m() -> Experiment:
     return _pod(llama.llama3_8b(), 1 << 20, MeshSpec(fsdp=16, context=16))
 
 
+def llama3_8b_128k_extended(folder: str | None = None) -> Experiment:
+    """Llama-3-8B from 8,192 to 131,072 tokens by YaRN on `v5e:16x16`, four rows; from a checkpoint folder."""
+    return _extended(16.0, MeshSpec(data=4, fsdp=8, context=8), folder)
+
+
+def llama3_8b_1m_extended(folder: str | None = None) -> Experiment:
+    """Llama-3-8B from 8,192 to 1,048,576 tokens by YaRN on `v5e:16x16`; from a checkpoint folder."""
+    return _extended(128.0, MeshSpec(fsdp=16, context=16), folder)
+
+
 def llama3_8b_4m() -> Experiment:
     """Llama-3-8B at 4,194,304 tokens on `v5p:4x8x8`."""
     return _pod(llama.llama3_8b(), 4 << 20, MeshSpec(fsdp=16, context=16))
@@ -73,3 +84,9 @@ def llama3_70b_1m() -> Experiment:
 def lwm_7b_1m() -> Experiment:
     """The last stage of LWM (2024): Llama-2-7B at 1,048,576 tokens, base 5e7, on `v4:8x8x8`."""
     return _pod(llama.llama2_7b(base=5e7), 1 << 20, MeshSpec(fsdp=16, context=32), parts=5)
+
+
+def _extended(factor: float, mesh: MeshSpec, folder: str | None) -> Experiment:
+    rope = YaRN(factor=factor, original_length=8192, base=500000.0)
+    model = edit(llama.llama3_8b(), "rope", rope)
+    return edit(_pod(model, round(8192 * factor), mesh), "init_from", folder)

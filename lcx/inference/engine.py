@@ -6,6 +6,7 @@ bursts, and then takes a row that is free. Each row has its own sampling, seed, 
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -15,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from lcx.inference.decoding import Asked, checked_seed, decode, keys_of, nothing_decoded, stop_rows
 from lcx.inference.reading import Consumed, feed, nothing_read, padded_rows
@@ -50,22 +52,33 @@ class Piece(NamedTuple):
 
 class Engine:
     """Answers requests with one model. window: the most tokens of a prompt and its answer. chunk: of a prompt, read at a time.
-    On a mesh the rows are shared out as the model's rules say."""
+    mesh: over which rows and heads are shared out as the model's rules say; None is one device."""
 
-    def __init__(self, model: DecoderModel, *, window: int, rows: int = 8, chunk: int = 512, burst: int = 8):
+    def __init__(
+        self,
+        model: DecoderModel,
+        *,
+        window: int,
+        rows: int = 8,
+        chunk: int = 512,
+        burst: int = 8,
+        mesh: Mesh | None = None,
+    ):
         for name, value in (("window", window), ("rows", rows), ("chunk", chunk), ("burst", burst)):
             if value < 1:
                 raise ValueError(f"engine: {name} = {value}: expected at least 1")
-        self.model, self.window, self.chunk, self.burst = settled(model), window, chunk, burst
+        self.model, self.window, self.chunk, self.burst, self.mesh = settled(model), window, chunk, burst, mesh
         rules = model.spec.rules
-        self.rows, self.read_rows = padded_rows(rows, rules), padded_rows(1, rules)
+        with self._on_mesh():
+            self.rows, self.read_rows = padded_rows(rows, rules), padded_rows(1, rules)
         self.room = bucket(window)
         self._waiting: collections.deque[tuple[int, Ask]] = collections.deque()
         self._numbers = itertools.count()
         self._held: list[_Row | None] = [None] * self.rows
         self._reading: _Reading | None = None
-        self._read = self._empty(self.rows, [0] * self.rows)
-        self._axes = self._rows_axes()
+        with self._on_mesh():
+            self._read = self._empty(self.rows, [0] * self.rows)
+            self._axes = self._rows_axes()
 
     def check(self, ask: Ask) -> None:
         """Raises WindowOverflow or ValueError for what cannot be served."""
@@ -102,8 +115,9 @@ class Engine:
 
     def step(self) -> list[Piece]:
         """Reads a chunk of a waiting prompt, decodes a burst of every row, and tells what came of it."""
-        self._read_on()
-        return self._decode_on() if any(self._held) else []
+        with self._on_mesh():
+            self._read_on()
+            return self._decode_on() if any(self._held) else []
 
     def run(self, asks: Sequence[Ask]) -> Iterator[Piece]:
         """The pieces of all requests as they come; their numbers count from 0 in the order of `asks`."""
@@ -111,6 +125,9 @@ class Engine:
         while self.busy:
             for piece in self.step():
                 yield piece._replace(number=order[piece.number])
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def _read_on(self) -> None:
         if self._reading is None and self._waiting and None in self._held:

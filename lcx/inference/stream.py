@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from jax.sharding import Mesh
+
 from lcx.data.tokenizers import Tokenizer
 from lcx.inference.engine import Ask, Engine
 from lcx.inference.sampling import Sampling
@@ -18,9 +20,11 @@ def stream(
     seed: int = 0,
     stop: Sequence[int] = (),
     chunk: int = 512,
+    mesh: Mesh | None = None,
 ) -> Iterator[int]:
-    """Up to `max_new` tokens after the prompt, ended by any id of `stop`; the arguments are those of `generate`."""
-    engine = Engine(model, window=max(1, len(prompt) + max_new), rows=1, chunk=chunk, burst=1)
+    """Up to `max_new` tokens after the prompt, ended by any id of `stop`; the arguments are those of `generate`.
+    mesh: see `Engine`."""
+    engine = Engine(model, window=max(1, len(prompt) + max_new), rows=1, chunk=chunk, burst=1, mesh=mesh)
     for piece in engine.run([Ask(prompt, max_new, sampling, seed, stop)]):
         yield from piece.ids
 
