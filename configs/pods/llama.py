@@ -52,8 +52,8 @@ def llama3_8b_1m() -> Experiment:
 
 
 def llama3_8b_128k_extended(folder: str | None = None) -> Experiment:
-    """Llama-3-8B from 8,192 to 131,072 tokens by YaRN on `v5e:16x16`, four rows; from a checkpoint folder."""
-    return _extended(16.0, MeshSpec(data=4, fsdp=8, context=8), folder)
+    """Llama-3-8B from 8,192 to 131,072 tokens by YaRN on `v5e:16x16`; from a checkpoint folder."""
+    return _extended(16.0, MeshSpec(fsdp=16, context=16), folder)
 
 
 def llama3_8b_1m_extended(folder: str | None = None) -> Experiment:

@@ -107,9 +107,9 @@ def lines_plot(path: Path, panels: Sequence[Lines], *, series: str, style: str) 
     """Values over length with 95 % intervals: a colour and mark for each value of `series`; of `style`, the first is drawn in
     full lines, others dashed with hollow marks. Each is moved a little along the axis, so that none hides another.
     """
-    figure = _figure(4.4 * len(panels), 4.0)
-    axes = figure.subplots(1, len(panels), squeeze=False)
     names, styles = ([*dict.fromkeys(row[field] for panel in panels for row in panel.rows)] for field in (series, style))
+    figure = _figure(max(4.4 * len(panels), 1.8 * min(4, len(names))), 4.0)  # the legend has up to four columns
+    axes = figure.subplots(1, len(panels), squeeze=False)
     drawn = {}
     for axis, panel in zip(axes[0], panels, strict=True):
         lengths = sorted({row["length"] for row in panel.rows})

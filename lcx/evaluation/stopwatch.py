@@ -7,9 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
-
-COMPILE = "/jax/core/compile/backend_compile_duration"  # JAX's name of the event
+from lcx.inference.compilations import Compilations
 
 
 class Stopwatch:
@@ -23,23 +21,23 @@ class Stopwatch:
         self.seconds: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
         if path is not None and path.exists():
             self.seconds |= {owner: collections.Counter(spent) for owner, spent in json.loads(path.read_text()).items()}
-        self._compiled = 0.0
+        self._heard = Compilations()
 
     def __enter__(self) -> "Stopwatch":
-        jax.monitoring.register_event_duration_secs_listener(self._hear)
+        self._heard.listen()
         return self
 
     def __exit__(self, *_) -> None:
-        jax.monitoring.unregister_event_duration_listener(self._hear)
+        self._heard.close()
 
     @contextlib.contextmanager
     def on(self, owner: str, kind: str) -> Iterator[None]:
         """Times the block as `kind`, less the compilation inside it, which counts as `compile`."""
-        begin, compiled = time.perf_counter(), self._compiled
+        begin, compiled = time.perf_counter(), self._heard.seconds
         try:
             yield
         finally:
-            took, compiling = time.perf_counter() - begin, self._compiled - compiled
+            took, compiling = time.perf_counter() - begin, self._heard.seconds - compiled
             self.seconds[owner] += collections.Counter({kind: took - compiling, "compile": compiling})
             self._keep()
 
@@ -53,7 +51,3 @@ class Stopwatch:
             new = self.path.with_name(self.path.name + ".tmp")
             new.write_text(json.dumps(self.seconds, indent=1) + "\n")
             new.replace(self.path)
-
-    def _hear(self, event: str, seconds: float, **_) -> None:
-        if event == COMPILE:
-            self._compiled += seconds

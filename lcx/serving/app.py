@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from lcx.data.tokenizers import Tokenizer
+from lcx.inference.compilations import Compilations
 from lcx.inference.engine import Ask, Piece
 from lcx.inference.requests import WindowOverflow
 from lcx.inference.text import Unfolding
@@ -36,6 +37,7 @@ def build_app(worker: Worker, tokenizer: Tokenizer, template: ChatTemplate | Non
     async def lifespan(_):
         yield
         worker.close()
+        service.compiled.close()
 
     return Starlette(routes=routes, lifespan=lifespan, exception_handlers={Refused: _refused})
 
@@ -43,10 +45,11 @@ def build_app(worker: Worker, tokenizer: Tokenizer, template: ChatTemplate | Non
 class _Service:
     def __init__(self, worker: Worker, tokenizer: Tokenizer, template: ChatTemplate | None, name: str):
         self.worker, self.tokenizer, self.template, self.name = worker, tokenizer, template, name
-        self.began = int(time.time())
+        self.began, self.compiled = int(time.time()), Compilations().listen()
 
     async def health(self, _: Request) -> Response:
-        return JSONResponse({"status": "ok", "unfinished": self.worker.unfinished})
+        state = {"status": "ok", "unfinished": self.worker.unfinished, "programs_compiled": self.compiled.count}
+        return JSONResponse(state)
 
     async def models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._described()]})

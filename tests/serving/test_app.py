@@ -148,7 +148,11 @@ def test_other_requests(client):
         "max_model_len": 96,
     }
     assert client.get("/v1/models/other").status_code == 404
-    assert client.get("/health").json() == {"status": "ok", "unfinished": 0}
+    compiled = client.get("/health").json()["programs_compiled"]
+    ask = {"max_tokens": 5, "temperature": 0.7}
+    for text in ("you", "hi", "what is this"):
+        client.post("/v1/completions", json={"prompt": text, **ask})
+    assert client.get("/health").json() == {"status": "ok", "unfinished": 0, "programs_compiled": compiled}
     assert "no JSON" in client.post("/v1/completions", content=b"{").json()["error"]["message"]
 
 
