@@ -26,7 +26,7 @@ from lcx.config_text import render
 from lcx.data.tokenizers import HFTokenizer, Tokenizer
 from lcx.inference.requests import WindowOverflow
 from lcx.inference.sampling import Sampling
-from lcx.inference.serving import Serving
+from lcx.inference.serving import Serving, answering
 from lcx.inference.stream import stream, text_of
 from lcx.interop.chat import ChatTemplate, chat_template
 from lcx.models.decoder import Decoder
@@ -71,7 +71,7 @@ def main(arguments: Arguments) -> None:
         raise SpecError("--system: expected --chat beside it")
     if asked.chat and asked.prompt is not None:
         raise SpecError("--prompt: expected none beside --chat, which reads messages from standard input")
-    mesh = mesh_of(asked, experiment.model, window)
+    model_spec, mesh = on_mesh(asked, experiment.model, window)
     if arguments.dry_run:
         print(f"{render(experiment.model, 'model')}\n{render(sampling, 'sampling')}\n")
         print(listed(model_figures(experiment.model, (window,))))
@@ -86,7 +86,7 @@ def main(arguments: Arguments) -> None:
     options = {"sampling": sampling, "seed": asked.seed, "stop": tokenizer.stops}
     if not asked.chat:
         new(ids)
-    model = load_model(run_folder(arguments.run_dir), experiment.model, step=asked.step, mesh=mesh)
+    model = load_model(run_folder(arguments.run_dir), model_spec, step=asked.step, mesh=mesh)
     answer = lambda ids: text_of(stream(model, ids, max_new=new(ids), mesh=mesh, **options), tokenizer, asked.stop)
     if template is not None:
         _chat(answer, template, tokenizer, asked.system)
@@ -101,20 +101,22 @@ def main(arguments: Arguments) -> None:
 
 def define_mesh(values: flags.FlagValues) -> None:
     """Flags of the devices that share a model's answers out."""
-    for axis, what in {"data": "rows", "fsdp": "rows and parameters", "tensor": "heads and hidden channels"}.items():
+    shared = {"data": "rows", "fsdp": "rows and parameters", "tensor": "heads and hidden channels", "context": "cached keys"}
+    for axis, what in shared.items():
         flags.DEFINE_integer(axis, 1, f"devices that share out {what}", lower_bound=1, flag_values=values)
 
 
-def mesh_of(asked: flags.FlagValues, model: Decoder, window: int, rows: int = 1) -> Mesh | None:
-    """The mesh that the flags ask for, None for one device. Raises SpecError where the model does not lie on it."""
-    spec = MeshSpec(data=asked.data, fsdp=asked.fsdp, tensor=asked.tensor)
+def on_mesh(asked: flags.FlagValues, model: Decoder, window: int, rows: int = 1) -> tuple[Decoder, Mesh | None]:
+    """The model as it lies on the mesh that the flags ask for, None for one device. Raises SpecError where it does not."""
+    spec = MeshSpec(data=asked.data, fsdp=asked.fsdp, context=asked.context, tensor=asked.tensor)
     if spec.size == 1:
-        return None
+        return model, None
+    model = answering(model)
     rows = 1 << (max(rows, spec.data * spec.fsdp) - 1).bit_length()
     serving = Serving(model=model, rows=rows, prompt=window, answer=1, mesh=spec)
     validate_serving(serving)
     check_devices(serving, jax.device_count())
-    return spec.build()
+    return model, spec.build()
 
 
 def template_of(tokenizer: Tokenizer) -> ChatTemplate:

@@ -10,7 +10,7 @@ that are refilled as they finish. A field that is not served is refused by its n
 
 from absl import flags
 
-from experiments.generate import define_mesh, mesh_of, template_of
+from experiments.generate import define_mesh, on_mesh, template_of
 from experiments.program import Arguments, launch
 from lcx.config_text import render
 from lcx.data.tokenizers import HFTokenizer
@@ -42,7 +42,7 @@ def main(arguments: Arguments) -> None:
     experiment = arguments.spec(Experiment, read=read_trained)
     validate(experiment)
     window = asked.window or experiment.data.length
-    mesh = mesh_of(asked, experiment.model, window, asked.rows)
+    model_spec, mesh = on_mesh(asked, experiment.model, window, asked.rows)
     if arguments.dry_run:
         print(f"{render(experiment.model, 'model')}\n")
         print(listed(model_figures(experiment.model, (window,))))
@@ -59,7 +59,7 @@ def main(arguments: Arguments) -> None:
         template = template_of(tokenizer) if isinstance(tokenizer, HFTokenizer) else None
     except SpecError:
         template = None  # chats are refused, completions are not
-    model = load_model(run_folder(arguments.run_dir), experiment.model, step=asked.step, mesh=mesh)
+    model = load_model(run_folder(arguments.run_dir), model_spec, step=asked.step, mesh=mesh)
     engine = Engine(model, window=window, rows=asked.rows, chunk=asked.chunk, burst=asked.burst, mesh=mesh)
     name = asked.name or arguments.run_dir.name
     app = build_app(Worker(engine, asked.waiting), tokenizer, template, name)

@@ -59,7 +59,7 @@ def sharded_attend(
         raise ValueError(f"attend: {k.shape[2]} key heads with {distances.plan} on a mesh: expected one of each query head")
 
     def local(q, k, v, q_tokens, k_tokens, plan):
-        own = functools.partial(_own, group=heads // kv_heads, queries=q.shape[2], kv_heads=kv_heads, rules=rules)
+        own = functools.partial(own_heads, group=heads // kv_heads, queries=q.shape[2], kv_heads=kv_heads, rules=rules)
         k, v = own(k, axis=2), own(v, axis=2)
         if groups == "kv_heads":
             plan = jax.tree.map(functools.partial(own, axis=1), plan)
@@ -113,7 +113,7 @@ def _check_shares(q, k, rules: Rules, communication: Communication, axes: dict[s
         raise ValueError(f"attend: {type(communication).__name__}(): {reason}")
 
 
-def _own(x: Array, *, axis: int, group: int, queries: int, kv_heads: int, rules: Rules) -> Array:
+def own_heads(x: Array, *, axis: int, group: int, queries: int, kv_heads: int, rules: Rules) -> Array:
     """Of key heads on an axis, those that this device's `queries` query heads read; `group` query heads share a key head."""
     if x.shape[axis] < kv_heads or queries == group * kv_heads:
         return x

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from lcx.attention.all_gather import AllGather
 from lcx.attention.sharded import sharded_attend
+from lcx.attention.split_keys import split_attend, split_axes
 from lcx.batch import PADDING, TokenInfo
 from lcx.cache.cache import Cache
 from lcx.parallel.rules import Rules, shard
@@ -134,11 +135,14 @@ class DenseCache(Cache):
         return self.turned(state.k, state.info, frequencies), state.v, state.info
 
     def placed(self, state, rules):
-        keys = lambda x: shard(x, rules, "batch", None, "kv_heads", None)
-        return dataclasses.replace(state, k=keys(state.k), v=keys(state.v))
+        keys = lambda x: shard(x, rules, "batch", "slots", "kv_heads", None)
+        infos = lambda x: shard(x, rules, "batch", "slots", *(None,) * (x.ndim - 2))
+        return dataclasses.replace(state, k=keys(state.k), v=keys(state.v), info=jax.tree.map(infos, state.info))
 
     def attend(self, state, q, q_info, *, frequencies, rules=Rules(), **options):
         k, v, info = self.read(state, frequencies)
+        if split_axes(rules):
+            return split_attend(q, k, v, q_info, info, rules=rules, **options)
         whole = dataclasses.replace(rules, sequence=())
         return sharded_attend(q, k, v, q_info, info, rules=whole, communication=AllGather(), **options)
 

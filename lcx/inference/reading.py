@@ -15,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from lcx.attention.split_keys import split_axes
 from lcx.batch import PADDING, Batch, causal_info
 from lcx.inference.placed import behind, padded_positions
 from lcx.inference.shapes import bucket, right_padded
 from lcx.models.decoder import DecoderModel
+from lcx.parallel.gathered import axes_size
 from lcx.parallel.rules import Rules, ambient_mesh
 from lcx.positions.length_rule import length_policy
 from lcx.positions.visual import Placed
@@ -80,7 +82,8 @@ def padded_rows(prompts: int, rules: Rules) -> int:
 def nothing_read(
     model: DecoderModel, rows: int, length: int, most: Int[Array, "B"], following: Float[Array, "B"], since: Int[Array, "B"]
 ) -> Consumed:
-    """Rows that have room for `length` tokens each, on the ambient mesh as the model's rules say."""
+    """Rows that have room for `length` tokens each or more, on the ambient mesh as the model's rules say."""
+    length = -(-length // (shares := axes_size(split_axes(model.spec.rules)))) * shares
     last, seen = jnp.zeros((rows, model.spec.width), model.spec.compute), jnp.zeros(rows, jnp.int32)
     state = model.apart(model.init_state(rows, length))
     return Consumed(last=last, state=state, seen=seen, most=most, following=following, since=since)

@@ -5,7 +5,7 @@ import dataclasses
 from lcx.inference.shapes import bucket
 from lcx.models.decoder import Decoder
 from lcx.parallel.mesh import MeshSpec
-from lcx.spec import Spec
+from lcx.spec import Spec, edit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,3 +31,9 @@ class Serving(Spec):
     def length(self) -> int:
         """Tokens a row that `generate` makes room for."""
         return bucket(self.prompt) + bucket(self.answer)
+
+
+def answering(model: Decoder) -> Decoder:
+    """A model whose tokens come one at a time: the mesh axes that share out a row's tokens share out its cache's slots."""
+    rules = dataclasses.replace(model.rules, sequence=(), slots=model.rules.slots or model.rules.sequence)
+    return edit(model, "rules", rules)

@@ -19,7 +19,8 @@ from lcx.spec import Spec, SpecError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rules(Spec):
-    """batch, sequence: activations. width, heads, kv_heads, hidden, vocab, layers: parameters (and heads of activations)."""
+    """batch, sequence: activations. width, heads, kv_heads, hidden, vocab, layers: parameters (and heads of activations).
+    slots: of caches."""
 
     batch: tuple[str, ...] = ("data", "fsdp")
     sequence: tuple[str, ...] = ("context",)
@@ -29,12 +30,15 @@ class Rules(Spec):
     hidden: tuple[str, ...] = ("tensor",)
     vocab: tuple[str, ...] = ("tensor",)
     layers: tuple[str, ...] = ()
+    slots: tuple[str, ...] = ()
 
     def validate(self):
         for field in dataclasses.fields(self):
             axes = getattr(self, field.name)
             self.check(set(axes) <= set(AXES) and len(set(axes)) == len(axes), field.name, f"distinct axes of {AXES}")
         self.check(not set(self.batch) & set(self.sequence), "sequence", f"axes apart from those of batch, {self.batch}")
+        taken = {*self.batch, *self.sequence, *self.heads, *self.kv_heads}
+        self.check(not taken & set(self.slots), "slots", f"axes apart from those of rows, sequences and heads, {sorted(taken)}")
 
     def partition(self, logical: tuple[str | None, ...], *, apart: Collection[str] = ()) -> PartitionSpec:
         """The partition of an array with these logical axes over mesh axes, those in `apart` left out.

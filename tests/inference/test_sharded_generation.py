@@ -11,14 +11,14 @@ from lcx.cache.dense import DenseCache
 from lcx.channels.glu import GLU
 from lcx.inference.generate import generate
 from lcx.inference.reading import prefill
-from lcx.inference.serving import Serving
+from lcx.inference.serving import Serving, answering
 from lcx.memory.activation_beacon import ActivationBeacon
 from lcx.memory.hmt import HMT
 from lcx.memory.rmt import RMT
 from lcx.mixers.attention import Attention
 from lcx.mixers.delta_net import GatedDeltaNet
 from lcx.mixers.short_convolution import ShortConvolution
-from lcx.models.decoder import Decoder
+from lcx.models.decoder import Decoder, rebuild
 from lcx.models.layer import Layer
 from lcx.models.position_table import PositionTable
 from lcx.parallel.mesh import MeshSpec
@@ -65,6 +65,24 @@ def test_prompts_are_answered_on_a_mesh():
     rows = (None, ("data", "fsdp"))
     assert tuple(read.state["layers"][0].k.sharding.spec) == (*rows, None, "tensor")
     assert all(tuple(leaf.sharding.spec)[:2] == rows for leaf in jax.tree.leaves(read.state["layers"]))
+
+
+@pytest.mark.parametrize("mesh", [{"context": 4, "tensor": 2}, {"fsdp": 2, "context": 3}])
+def test_slots_of_caches_are_shared_out(mesh):
+    """Each device has its share of the keys of every row; what they find is one softmax."""
+    spec = edits(MODEL, [("pattern", LAYERS[:2]), ("embed_mixer", None)])
+    model, mesh = spec.build(rngs=nnx.Rngs(0)), MeshSpec(**mesh)
+    prompts = [[*range(1, n)] for n in (5, 9, 12, 3, 7, 7, 2, 4)]
+    alone = generate(model, prompts, max_new=6, chunk=4)
+    validate_serving(edits(SERVING, [("model", answering(spec)), ("mesh", mesh)]))
+    mesh = mesh.build()
+    with jax.set_mesh(mesh):
+        model = shared_out(rebuild(model, answering(spec)), mesh)
+        read = prefill(model, prompts, 8, 6, 4)
+        found = generate(model, prompts, max_new=6, chunk=4)
+    assert [row.ids for row in found] == [row.ids for row in alone]
+    np.testing.assert_allclose(np.stack([row.logprobs for row in found]), [row.logprobs for row in alone], atol=1e-5)
+    assert read.state["layers"][0].k.sharding.spec[2] == "context"
 
 
 def test_few_prompts_are_padded_to_the_devices_and_rows_stay_whole():

@@ -36,7 +36,8 @@ def test_generate_continues_and_talks(capsys, monkeypatch):
 def test_answers_on_a_mesh_are_those_of_one_device(capsys):
     flags = (f"--run_dir={FOLDER}", "--prompt=hi, you", "--max_new=6")
     alone = told(generate.main, *flags, capsys=capsys)
-    assert told(generate.main, *flags, "--fsdp=2", "--tensor=2", capsys=capsys) == alone
+    for shared in (("--fsdp=2", "--tensor=2"), ("--context=4", "--tensor=2")):
+        assert told(generate.main, *flags, *shared, capsys=capsys) == alone
     line = told(generate.main, *flags, "--tensor=4", capsys=capsys, status=2)
     assert "kv_heads = 2: expected a multiple of 4" in line
 
