@@ -57,8 +57,9 @@ def main(arguments: Arguments) -> None:
     tokenizer = experiment.data.tokenizer
     try:
         template = template_of(tokenizer) if isinstance(tokenizer, HFTokenizer) else None
-    except SpecError:
-        template = None  # chats are refused, completions are not
+    except SpecError as error:
+        template = None
+        print(f"chats are refused, completions are not: {error}", flush=True)
     model = load_model(run_folder(arguments.run_dir), model_spec, step=asked.step, mesh=mesh)
     engine = Engine(model, window=window, rows=asked.rows, chunk=asked.chunk, burst=asked.burst, mesh=mesh)
     name = asked.name or arguments.run_dir.name

@@ -60,6 +60,25 @@ def without_newest(state: DenseState, count: Int[Array, "B"]) -> DenseState:
     return dataclasses.replace(state, info=info, used=used)
 
 
+def _put(old, new, row, slot):
+    return old.at[row, slot].set(new, mode="drop")
+
+
+@jax.custom_vjp
+def _put_in_place(old, new, row, slot):
+    """`_put` behind a loop of a turn at most: XLA fuses nothing across it, where it would copy the slots for each reader."""
+    there = (slot < old.shape[1]).any().astype(jnp.int32)
+    return jax.lax.fori_loop(0, there, lambda _, held: _put(held, new, row, slot), old)
+
+
+def _pull(saved, slope):
+    row, slot = saved
+    return _put(slope, 0, row, slot), slope.at[row, slot].get(mode="fill", fill_value=0), None, None
+
+
+_put_in_place.defvjp(lambda old, new, row, slot: (_put_in_place(old, new, row, slot), (row, slot)), _pull)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DenseCache(Cache):
     """keys: whether slots hold rotated or raw keys."""
@@ -109,16 +128,13 @@ class DenseCache(Cache):
         slot = state.used[:, None] + jnp.cumsum(real, axis=1) - 1
         slot = jnp.where(real, slot, length)  # out of range: dropped by the scatter
         row = jnp.arange(k.shape[0])[:, None]
-        write = lambda old, new: old.at[row, slot].set(new.astype(old.dtype), mode="drop")
+        write = lambda old, new: _put(old, new.astype(old.dtype), row, slot)
         count = state.used + real.sum(axis=1)
         slots = jax.tree.map(write, state.info, info)
         if frequencies is not None and frequencies.by_length:
             slots = grown(slots, info)
-        written = lambda held: (write(held[0], k), write(held[1], v))
-        if k.shape[1] == 1 and platform() == "cpu":  # behind a loop XLA writes in place; fused with readers it copies for each
-            k, v = jax.lax.fori_loop(0, real.any().astype(jnp.int32), lambda _, held: written(held), (state.k, state.v))
-        else:
-            k, v = written((state.k, state.v))
+        put = _put_in_place if k.shape[1] == 1 and platform() == "cpu" else _put
+        k, v = (put(old, new.astype(old.dtype), row, slot) for old, new in ((state.k, k), (state.v, v)))
         return DenseState(
             k=k,
             v=v,

@@ -1,7 +1,7 @@
 """Rows of conversations, written out by a chat template; what the model said is learned, the rest is read (SFT).
 
-A conversation is a document of its own, never cut. It ends behind its last answer. Pieces are tokenised as in use: what stands
-before an answer, and the answer, each alone.
+A conversation is a document of its own, never cut. It ends behind its last answer. It is tokenised as a whole; an answer's
+tokens are those of its characters.
 """
 
 import dataclasses
@@ -95,8 +95,14 @@ def encoded(template: ChatTemplate, tokenizer: Tokenizer, document: str, place: 
         pieces = template.turns(json.loads(document))
     except (ChatError, ValueError) as error:
         raise SourceError(f"{place}: {error}") from None
-    parts = [(tokenizer.encode(text), said) for text, said in pieces]
-    if not any(len(ids) and said for ids, said in parts):
+    if not any(said and text for text, said in pieces):
         raise SourceError(f"{place}: no message of the assistant: expected at least one, which is what is learned")
-    ids = np.concatenate([ids for ids, _ in parts]).astype(np.int32)
-    return ids, np.concatenate([np.full(len(ids), said) for ids, said in parts])
+    ids, spans = tokenizer.spans("".join(text for text, _ in pieces))
+    ends = np.cumsum([len(text) for text, _ in pieces])
+    starts, stops = (np.asarray(side, np.int64) for side in zip(*spans, strict=True))
+    piece, last = (np.searchsorted(ends, side, side="right") for side in (starts, np.maximum(starts, stops - 1)))
+    if (piece != last).any():
+        n = int(np.argmax(piece != last))
+        raise SourceError(f"{place}: token {n} stands across the edge of an answer: expected a template that parts them")
+    learned = np.asarray([said for _, said in pieces])[np.minimum(piece, len(pieces) - 1)]
+    return ids.astype(np.int32), learned

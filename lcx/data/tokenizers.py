@@ -41,6 +41,10 @@ class Tokenizer(Spec, abc.ABC):
         """Ids of a text that a model continues, with what it expects ahead of one."""
         return self.encode(text)
 
+    def spans(self, text: str) -> tuple[Int[np.ndarray, "T"], list[tuple[int, int]]]:
+        """`encode`, and the characters that each id is of. Raises NotImplementedError where that is not known."""
+        raise NotImplementedError(f"{type(self).__name__} does not say which characters an id is of")
+
     @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids; special tokens give nothing."""
@@ -57,6 +61,9 @@ class ByteTokenizer(Tokenizer):
 
     def encode(self, text):
         return np.frombuffer(text.encode("utf-8", errors="surrogatepass"), np.uint8).astype(np.int32)
+
+    def spans(self, text):
+        return self.encode(text), [(n, n + 1) for n, letter in enumerate(text) for _ in self.encode(letter)]
 
     def decode(self, ids):
         return bytes(int(i) for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
@@ -117,6 +124,10 @@ class HFTokenizer(Tokenizer):
 
     def prompt(self, text):
         return np.asarray(self._loaded.encode(text, add_special_tokens=True).ids, np.int32)
+
+    def spans(self, text):
+        found = self._loaded.encode(text, add_special_tokens=False)
+        return np.asarray(found.ids, np.int32), found.offsets
 
     def decode(self, ids):
         return self._loaded.decode([int(i) for i in ids], skip_special_tokens=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lcx.interop.folder import Folder
@@ -41,15 +41,11 @@ class ChatTemplate:
 
         Raises ChatError for messages that are none, or that the template refuses.
         """
-        for n, message in enumerate(messages):
-            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
-                raise ChatError(f"messages[{n}] = {message!r}: expected an object with role and content")
-        if not messages:
-            raise ChatError("messages are empty: expected at least one")
+        _check(messages)
         given = {"messages": list(messages), "add_generation_prompt": answer, "tools": tools, **self.tokens}
         try:
             return _compiled(self.source).render(**given)
-        except (TemplateError, TypeError) as error:
+        except Exception as error:  # a template is a program, which may fail in any way
             raise ChatError(f"messages: the chat template refuses them: {error}") from None
 
     def turns(self, messages: Sequence[Message]) -> list[tuple[str, bool]]:
@@ -57,10 +53,13 @@ class ChatTemplate:
 
         Raises ChatError where a message changes the text of those before it: which part is the model's cannot be told then.
         """
+        _check(messages)
         pieces, shown = [], ""
         for n, message in enumerate(messages):
-            if message.get("role") != "assistant":
+            if message["role"] != "assistant":
                 continue
+            if n == 0:
+                raise ChatError("messages[0] is of the assistant: expected one that it answers before")
             for end, asked, said in ((n, True, False), (n + 1, False, True)):
                 text = self.render(messages[:end], answer=asked)
                 if not text.startswith(shown):
@@ -68,6 +67,25 @@ class ChatTemplate:
                 pieces.append((text[len(shown) :], said))
                 shown = text
         return pieces
+
+
+def _check(messages: Sequence[Any]) -> None:
+    """Raises ChatError for what are no messages."""
+    if not messages:
+        raise ChatError("messages are empty: expected at least one")
+    for n, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+            raise ChatError(f"messages[{n}] = {str(message)[:80]!r}: expected an object with role and content")
+
+
+class _Generation(Extension):
+    """{% generation %} ... {% endgeneration %}, which marks what the model says, and writes it as it is."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def chat_template(path: Path | str) -> ChatTemplate:
@@ -96,7 +114,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=16)
 def _compiled(source: str):
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
     environment.filters["tojson"] = lambda x, **options: json.dumps(x, **{"ensure_ascii": False, **options})
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)

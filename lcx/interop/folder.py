@@ -13,6 +13,7 @@ import functools
 import json
 import math
 import mmap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,21 @@ BESIDE = (  # what belongs to the tokenizer and to generation, copied as it is
     "generation_config.json",
 )
 FLOATS = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16, "F64": np.float64}
+
+WIDTHS = {
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+    "F32": 4,
+    "I32": 4,
+    "U32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +111,8 @@ class Folder:
             if not (self.path / SINGLE).is_file():
                 raise SpecError(f"{self.path}: {self._instead()}: expected {SINGLE} or {INDEX}")
             return _header(self.path / SINGLE)
+        if (self.path / SINGLE).is_file():
+            raise SpecError(f"{self.path}: both {SINGLE} and {INDEX}: expected one, as readers differ in which they take")
         places = self.json(INDEX).get("weight_map")
         if not isinstance(places, dict) or not places:
             raise SpecError(f"{self.path / INDEX}: no weight_map: expected the file of each tensor")
@@ -122,9 +140,10 @@ class Folder:
         except (OSError, ValueError) as error:
             raise SpecError(f"{held.file}: tensor {name} cannot be read: {error}") from None
 
-    def check_numbers(self) -> None:
+    def check_numbers(self, names: Iterable[str]) -> None:
         """Raises SpecError for a tensor of what is no float."""
-        for name, held in self.tensors.items():
+        for name in names:
+            held = self.tensors[name]
             if held.dtype not in FLOATS:
                 raise SpecError(f"{held.file}: tensor {name} of dtype {held.dtype}: expected one of {', '.join(FLOATS)}")
 
@@ -143,8 +162,9 @@ def _header(file: Path) -> dict[str, Held]:
                 raise SpecError(f"{file}: {size:,} bytes, of which {length:,} should be a header: the file is truncated")
             header = json.loads(stream.read(length))
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        ranges = {name: tuple(map(int, entry["data_offsets"])) for name, entry in entries.items()}
         found = {
-            name: Held(file, tuple(entry["shape"]), entry["dtype"], 8 + length + entry["data_offsets"][1])
+            name: Held(file, tuple(entry["shape"]), entry["dtype"], 8 + length + ranges[name][1])
             for name, entry in entries.items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -154,4 +174,11 @@ def _header(file: Path) -> dict[str, Held]:
     for name, held in sorted(found.items(), key=lambda pair: pair[1].end):
         if held.end > size:
             raise SpecError(f"{file}: {size:,} bytes: the file is truncated, tensor {name} ends at {held.end:,}")
+    at = 0
+    for name, (start, stop) in sorted(ranges.items(), key=lambda pair: pair[1]):
+        width = WIDTHS.get(found[name].dtype)
+        if start != at or (width is not None and stop - start != math.prod(found[name].shape) * width):
+            place = f"tensor {name} of {found[name].shape} {found[name].dtype} at {start:,} to {stop:,}"
+            raise SpecError(f"{file}: {place}: expected its bytes right behind those before it, at {at:,}")
+        at = stop
     return found

@@ -1,5 +1,6 @@
 """LoRA as an adapter folder of `peft`: adapter_config.json and adapter_model.safetensors, beside the folder of its base."""
 
+import dataclasses
 import json
 import shutil
 import tempfile
@@ -10,7 +11,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from lcx.interop.families import family_of
-from lcx.interop.families.family import Config
+from lcx.interop.families.family import Config, same_model
 from lcx.interop.folder import Folder
 from lcx.models.decoder import DecoderModel
 from lcx.spec import SpecError
@@ -21,18 +22,26 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 def write(model: DecoderModel, base: Path, target: Path) -> int:
     """The adapter of a model whose base is the checkpoint folder `base`; the bytes of its tensors.
 
-    Raises SpecError for a model without LoRA, or an addition to a part of a matrix, which the base has in one with others.
+    Raises SpecError for a model without LoRA, one that is another than its base beside it, in what its config says or in any
+    parameter, or an addition to a part of a matrix, which the base has in one with others.
     """
     lora = model.spec.lora
     if lora is None:
         raise SpecError("model.lora = None: expected a model with LoRA, of which an adapter is made")
-    config = Config(Folder(base).config)
+    folder = Folder(base)
+    config = Config(folder.config)
     family = family_of(config)
+    if (differing := same_model(family.decoder(config), dataclasses.replace(model.spec, lora=None))) is not None:
+        raise SpecError(f"model: differs from its base {base} in {differing}: expected LoRA alone, or --format=hf")
     held = {tuple(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model))}
     arrays: dict[str, np.ndarray] = {}
     modules: set[str] = set()
     for tensor in family.tensors(family.decoder(config)):
-        for part in tensor.parts:
+        for part, piece in tensor.taken(folder.read(tensor.name)):
+            own = held[tuple(map(str, part.path))]
+            own = np.asarray(own if part.period is None else own[part.period])
+            if not np.array_equal(own, piece.astype(own.dtype), equal_nan=True):
+                raise SpecError(f"model: {tensor.name} is not that of its base {base}: expected LoRA alone, or --format=hf")
             *at, name = map(str, part.path)
             down, up = (held.get((*at, "lora", name, end)) for end in ("down", "up"))
             if down is None or up is None or tensor.name.endswith(".bias"):

@@ -60,6 +60,8 @@ def read(entry: dict[str, Any], *, window: int, original: int | None = None) -> 
         if entry.get(key) is None:
             raise SpecError(f"config.json: rope entry {key} is missing beside rope_type = {kind!r}")
     entry = {key: value for key, value in entry.items() if value is not None}
+    if "rope_theta" not in entry:
+        raise SpecError("config.json: rope_theta = null: expected the base of the rope")
     base, share = float(entry["rope_theta"]), float(entry.get("partial_rotary_factor", 1.0))
     turned = {"base": base, "rotary": share}
     trained = original or entry.get("original_max_position_embeddings", window)

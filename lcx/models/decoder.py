@@ -112,6 +112,8 @@ class Decoder(Spec):
                 self.check(plain, "lora", f"projections of channels alone: pattern[{n}].mixer is no plain attention")
             there = set(of_channels) <= set(layer.channel.matrices)
             self.check(there, "lora", f"projections that pattern[{n}].channel has: {', '.join(layer.channel.matrices)}")
+        whole = self.memory is None or lora.dropout == 0
+        self.check(whole, "lora", "no dropout beside memory, whose segments would all leave out the same")
         whole = self.channel_chunk is None or not of_channels or lora.dropout == 0
         self.check(whole, "channel_chunk", "None beside lora.dropout in channels, whose chunks would all leave out the same")
 

@@ -1,5 +1,6 @@
 """The HTTP interface, as OpenAI's clients speak it: /v1/models, /v1/completions, /v1/chat/completions, and /health (ASGI)."""
 
+import asyncio
 import contextlib
 import json
 import time
@@ -62,7 +63,7 @@ class _Service:
     async def completions(self, request: Request) -> Response:
         wanted = completion(await _body(request), (self.name,))
         texts = [one if isinstance(one, tuple) else tuple(self.tokenizer.prompt(one).tolist()) for one in wanted.prompts]
-        return await self._answer(wanted, texts, _Completion(self.name, self.tokenizer, wanted))
+        return await self._answer(request, wanted, texts, _Completion(self.name, self.tokenizer, wanted))
 
     async def chat(self, request: Request) -> Response:
         wanted = chat(await _body(request), (self.name,))
@@ -83,7 +84,7 @@ class _Service:
     def window(self) -> int:
         return self.worker.engine.window
 
-    async def _answer(self, wanted: Wanted, prompts: Sequence[tuple[int, ...]], form: "_Form") -> Response:
+    async def _answer(self, request: Request, wanted: Wanted, prompts: Sequence[tuple[int, ...]], form: "_Form") -> Response:
         asks = [self._ask(wanted, prompt, wanted.seed + n) for prompt in prompts for n in range(wanted.n)]
         try:
             answers = self.worker.submit(asks)
@@ -100,7 +101,8 @@ class _Service:
         if wanted.stream:
             return StreamingResponse(_streamed(form, told, used, wanted.usage), media_type="text/event-stream")
         try:
-            choices = [form.whole(n, await one.all()) for n, one in enumerate(told)]
+            whole = await _unless_gone(request, asyncio.gather(*(one.all() for one in told)))
+            choices = [form.whole(n, one) for n, one in enumerate(whole)]
         except Failed as error:
             raise Refused(f"the engine failed: {error}", status=500) from None
         finally:
@@ -231,6 +233,15 @@ async def _streamed(form: _Form, told: Sequence[_Told], used: int, usage: bool) 
             one.answer.cancel()
 
 
+async def _unless_gone(request: Request, answers: asyncio.Future) -> list[tuple]:
+    """The answers. Where the client leaves before, they are cancelled."""
+    while not (await asyncio.wait([answers], timeout=1.0))[0]:
+        if await request.is_disconnected():
+            answers.cancel()
+            raise Refused("the client is gone", status=499)
+    return answers.result()
+
+
 def _tokens(piece: Piece, taken: int) -> list[tuple]:
     tops = piece.tops or [[]] * len(piece.ids)
     return list(zip(piece.ids, piece.logprobs, tops, strict=True))[:taken]
@@ -244,7 +255,7 @@ def _usage(used: int, told: Sequence[_Told]) -> dict[str, int]:
 async def _body(request: Request) -> Any:
     try:
         return json.loads(await request.body())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refused(f"the body is no JSON: {error}") from None
 
 

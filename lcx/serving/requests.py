@@ -81,9 +81,9 @@ _UNSERVED = {  # fields of the interface, and the values that ask for nothing
     "presence_penalty": (0,),
     "logit_bias": ({},),
     "store": (False,),
-    "parallel_tool_calls": (True, False),
+    "parallel_tool_calls": (True,),
     "response_format": ({"type": "text"},),
-    "tool_choice": ("auto", "none"),
+    "tool_choice": ("auto",),
     "service_tier": ("auto", "default"),
     "modalities": (["text"],),
 }
@@ -115,8 +115,8 @@ def chat(given: Any, models: tuple[str, ...]) -> Wanted:
     if top is not None and not asked:
         raise Refused("top_logprobs: expected logprobs = true beside it", "top_logprobs")
     limit = fields.integer("max_completion_tokens", None, 1, MOST)
-    if limit is not None:
-        fields.left.setdefault("max_tokens", limit)
+    if limit is not None and fields.left.setdefault("max_tokens", limit) != limit:
+        raise Refused("max_tokens and max_completion_tokens differ: expected one of them", "max_completion_tokens")
     texts = tuple(_with_text(n, message) for n, message in enumerate(messages))
     tools = None if tools is None else tuple(tools)
     return _rest(fields, models, prompts=(), messages=texts, tools=tools, top=(top or 0) if asked else None, default=None)
@@ -175,9 +175,11 @@ def _with_text(n: int, message: Mapping[str, Any]) -> dict[str, Any]:
     """A message whose content is a text. Parts of text are put together; other parts are refused."""
     content = message.get("content")
     if isinstance(content, list):
-        if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        if not all(
+            isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content
+        ):
             raise Refused(f"messages[{n}].content: expected parts of type text alone", "messages")
-        content = "".join(str(part.get("text", "")) for part in content)
+        content = "".join(part["text"] for part in content)
     if not isinstance(content, str) or not isinstance(message.get("role"), str):
         raise Refused(f"messages[{n}]: expected a role and a content, both text", "messages")
     return {**message, "content": content}

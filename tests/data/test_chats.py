@@ -74,6 +74,19 @@ def test_conversations_that_are_refused(tmp_path, talk, line):
         chats(tmp_path, [talk]).rows(TOKENIZER, 24, 0)
 
 
+def test_a_token_across_the_edge_of_an_answer_is_refused(tmp_path, monkeypatch):
+    spans = HFTokenizer.spans
+
+    def joined(self, text):
+        ids, found = spans(self, text)
+        place = next(n for n, (start, _) in enumerate(found) if text[start:].startswith("you"))
+        return ids, [*found[: place - 1], (found[place - 1][0], found[place][1]), *found[place:]]
+
+    monkeypatch.setattr(HFTokenizer, "spans", joined)
+    with pytest.raises(SourceError, match="token 5 stands across the edge of an answer"):
+        chats(tmp_path, TALKS[:1]).rows(TOKENIZER, 24, 0)
+
+
 def test_what_is_no_conversation_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"messages": "hi"}')
     with pytest.raises(SourceError, match=r"line 1: field 'messages': expected a list of messages"):

@@ -55,6 +55,11 @@ def test_a_template_cannot_reach_out():
         ChatTemplate("{{ messages.__class__.__mro__ }}").render([{"role": "user", "content": ""}])
 
 
+def test_what_the_model_says_may_be_marked():
+    template = ChatTemplate("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %};{% endfor %}")
+    assert template.render(CHAT["messages"][1:3], answer=False) == "hi there;hello;"
+
+
 def test_folders_without_a_part_are_refused(tmp_path):
     shutil.copytree(GOLDEN / "llama2", tmp_path / "a")
     with pytest.raises(SpecError, match=r"no chat_template\.jinja, and no chat_template"):

@@ -63,6 +63,10 @@ CONFIGS = [
     ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope entry low_freq_factor is missing"),
     ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "beta_fast": 3}}, "rope entry beta_fast = 3 beside"),
     ({"layer_types": ["full_attention"]}, "layer_types[1] = missing"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5: expected none for qwen2"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_parameters and rope_scaling differ"),
+    ({"hidden_act": None}, "hidden_act = None: expected one of silu"),
+    ({"rope_parameters": {"rope_theta": None}}, "rope_theta = null"),
     ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types[1] = 'chunked_attention'"),
 ]
 
@@ -86,6 +90,31 @@ def test_a_truncated_file_is_named_with_its_first_tensor(folder):
     assert "no tensors: expected model.safetensors" in refused(folder)
     (folder / "pytorch_model.bin").write_bytes(b"")
     assert "pytorch_model.bin, which is pickled and not read" in refused(folder)
+
+
+def test_a_header_that_does_not_add_up_is_refused(folder):
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    start, stop = header[Q]["data_offsets"]
+    for moved in ([start - 4, stop - 4], [start, stop - 4], [start + 4, stop]):
+        told = json.dumps(header | {Q: header[Q] | {"data_offsets": moved}}).encode()
+        file.write_bytes(len(told).to_bytes(8, "little") + told + whole[8 + length :])
+        assert "expected its bytes right behind those before it" in refused(folder)
+
+
+def test_two_sets_of_weights_are_refused(folder):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {Q: "model.safetensors"}}))
+    assert "both model.safetensors and model.safetensors.index.json" in refused(folder)
+
+
+def test_masks_that_are_no_parameters_are_left_out(tmp_path):
+    """Older GPT-NeoX folders hold them, in other types."""
+    folder = tmp_path / "neox"
+    shutil.copytree(GOLDEN / "gpt-neox", folder)
+    edit_tensors(folder, lambda held: held.update({"gpt_neox.layers.0.attention.bias": np.ones((1, 1, 4, 4), bool)}))
+    loaded(folder, MeshSpec().build(jax.devices()[:1]))
 
 
 def test_an_index_and_its_files_agree(tmp_path):

@@ -132,3 +132,6 @@ def test_an_adapter_is_trained_merged_and_written(tmp_path, capsys):
     assert said["target_modules"] == sorted(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down"))
     line = told(convert.main, f"--run_dir={FOLDER}", "--format=peft", f"--to={tmp_path}/no", capsys=capsys, status=2)
     assert "model.lora = None: expected a model with LoRA" in line
+    told(train.main, *flags[:1], f"--run_dir={tmp_path}/all", "--config=set:trainable=None", capsys=capsys)
+    line = told(convert.main, f"--run_dir={tmp_path}/all", "--format=peft", f"--to={tmp_path}/no", capsys=capsys, status=2)
+    assert "is not that of its base" in line

@@ -81,6 +81,7 @@ class Family(abc.ABC):
     window: ClassVar[int] = 2048
     tied: ClassVar[bool] = False
     eps: ClassVar[float] = 1e-6
+    partial: ClassVar[bool] = False  # whether a share of a head can be rotated
     ignored: ClassVar[tuple[str, ...]] = ("rotary_emb.inv_freq",)  # endings of tensors that are no parameters
 
     @abc.abstractmethod
@@ -111,15 +112,19 @@ class Family(abc.ABC):
         return config.get("max_position_embeddings", self.window)
 
     def rope(self, config: Config) -> FrequencyRule:
-        return self.rope_entry(config, config.get("rope_parameters", config.get("rope_scaling", {})), self.theta)
+        return self.rope_entry(config, one_rope(config), self.theta)
 
     def rope_entry(self, config: Config, entry: dict[str, Any], theta: float) -> FrequencyRule:
         """The rule of an entry, which the config's own keys complete."""
         own = {"rope_theta": config.get("rope_theta", theta)}
         if (share := config.get("partial_rotary_factor", None)) is not None:
             own["partial_rotary_factor"] = share
+        entry = own | entry
+        turned, kind = entry.get("partial_rotary_factor") or 1, entry.get("rope_type", entry.get("type"))
+        if turned != 1 and not self.partial and kind != "proportional":
+            raise SpecError(f"config.json: partial_rotary_factor = {turned}: expected none for {self.model_type}")
         original = config.get("original_max_position_embeddings", None)
-        return rope.read(own | entry, window=self.length(config), original=original)
+        return rope.read(entry, window=self.length(config), original=original)
 
     @abc.abstractmethod
     def tensors(self, spec: Decoder) -> Iterator[Tensor]:
@@ -131,6 +136,8 @@ class LlamaLike(Family):
 
     biased: ClassVar[str] = "none"  # projections that have a bias where the config does not say
     activation: ClassVar[str] = "hidden_act"
+    word: ClassVar[str] = "silu"  # of the activation, where the config does not say
+    keys: ClassVar[int | None] = None  # key heads, likewise; None is as many as query heads
 
     def attention(self, config: Config, n: int) -> Attention:
         """That of layer n."""
@@ -138,13 +145,15 @@ class LlamaLike(Family):
         biased = "all" if config.get("attention_bias", False) else self.biased
         return Attention(
             heads=heads,
-            kv_heads=config.get("num_key_value_heads", heads),
+            kv_heads=config.get("num_key_value_heads", self.keys or heads),
             head_dim=config.get("head_dim", config.need("hidden_size") // heads),
             bias=biased,
         )
 
     def layers(self, config):
-        word = config.get(self.activation, "silu")
+        word = config.get(self.activation, self.word)
+        if self.activation in config.entries and config.entries[self.activation] is None:
+            word = None
         if word not in ACTIVATIONS:
             raise SpecError(f"config.json: {self.activation} = {word!r}: expected one of {', '.join(ACTIVATIONS)}")
         hidden, bias = config.need("intermediate_size"), bool(config.get("mlp_bias", False))
@@ -222,6 +231,14 @@ class LlamaLike(Family):
             yield linear(f"{name}.{part}_proj.weight", *size, (*at, part), period)
             if channel.bias:
                 yield vector(f"{name}.{part}_proj.bias", size[1], (*at, f"{part}_bias"), period)
+
+
+def one_rope(config: Config) -> dict[str, Any]:
+    """The rope entry of a config, under its newer or its older key. Raises SpecError where both say something else."""
+    newer, older = config.get("rope_parameters", {}), config.get("rope_scaling", {})
+    if newer and older and newer != older:
+        raise SpecError("config.json: rope_parameters and rope_scaling differ: expected one of them")
+    return newer or older
 
 
 def split_entry(entry: dict[str, Any]) -> dict[str, Any]:

@@ -10,30 +10,29 @@ from lcx.interop.families.family import LlamaLike, attention_of, rope_of, split_
 from lcx.interop.families.qwen import FULL, SLIDING, layer_types, mask_of
 from lcx.models.residual import Sandwich
 from lcx.norms import RMSNorm
-from lcx.spec import edits
+from lcx.spec import SpecError, edits
 
 
 class Gemma2(LlamaLike):
     model_type = "gemma2"
     architecture = "Gemma2ForCausalLM"
     window, tied = 8192, True
-    activation = "hidden_activation"
+    activation, word = "hidden_activation", "gelu_pytorch_tanh"
     caps = (50.0, 30.0)  # defaults
     every = 2  # one layer in so many sees everything
 
     def attention(self, config, n):
         scalar, cap = config.get("query_pre_attn_scalar", 256), self._cap(config, "attn_logit_softcapping", self.caps[0])
         types, size = config.get("layer_types", None), config.get("sliding_window", 4096)
-        every = config.get("sliding_window_pattern", config.get("_sliding_window_pattern", self.every))
+        every = config.get("sliding_window_pattern", self.every)
+        config.get("_sliding_window_pattern", None)  # written beside layer_types, and not read
         mask = mask_of(types or [SLIDING if (i + 1) % every else FULL for i in range(n + 1)], n, size)
         sizes = [("head_dim", config.get("head_dim", 256)), ("kv_heads", config.get("num_key_value_heads", 4))]
         return edits(super().attention(config, n), [*sizes, ("scale", scalar**-0.5), ("softcap", cap), ("mask", mask)])
 
     def layers(self, config):
-        config.get(self.activation, "gelu_pytorch_tanh")
         config.expect("use_bidirectional_attention", False)
         config.get("hidden_act", None)  # written beside it and not read by the model
-        config.entries.setdefault(self.activation, "gelu_pytorch_tanh")
         return super().layers(config)
 
     def norms(self, config) -> dict[str, Any]:
@@ -76,6 +75,8 @@ class Gemma3(Gemma2):
 
     def attention(self, config, n):
         mixer = super().attention(config, n)
+        if mixer.softcap is not None:
+            raise SpecError(f"config.json: attn_logit_softcapping = {mixer.softcap}: expected null, as nothing applies it")
         norm = RMSNorm(eps=config.get("rms_norm_eps", self.eps), offset=1.0)
         mixer = edits(mixer, [("qk_norm", norm)])
         if not isinstance(mixer.mask, Window):
@@ -86,8 +87,12 @@ class Gemma3(Gemma2):
 
     def rope(self, config):
         entries = config.get("rope_parameters", {})
-        whole = entries.get(FULL, {} if SLIDING in entries else entries) or {}
-        return self.rope_entry(config, whole | config.get("rope_scaling", {}), self.theta)
+        if entries and not {FULL, SLIDING} & set(entries):
+            raise SpecError(f"config.json: rope_parameters: expected an entry for {FULL} and one for {SLIDING}")
+        own, older = entries.get(FULL) or {}, config.get("rope_scaling", {})
+        if own and older and own != older:
+            raise SpecError("config.json: rope_parameters and rope_scaling differ: expected one of them")
+        return self.rope_entry(config, own or older, self.theta)
 
     def rope_entries(self, spec, window):
         entry, _ = rope.write(rope_of(spec), attention_of(spec).head_dim)

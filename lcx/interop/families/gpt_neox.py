@@ -14,6 +14,7 @@ from lcx.spec import SpecError
 class GPTNeoX(Family):
     model_type = "gpt_neox"
     architecture = "GPTNeoXForCausalLM"
+    partial = True
     ignored = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
 
     def layers(self, config):

@@ -15,7 +15,7 @@ class Mistral(LlamaLike):
 
     model_type = "mistral"
     architecture = "MistralForCausalLM"
-    window = 4096 * 32
+    window, keys = 4096 * 32, 8
 
     def attention(self, config, n):
         mixer = super().attention(config, n)

@@ -10,7 +10,7 @@ from lcx.spec import edit
 class Phi3(LlamaLike):
     model_type = "phi3"
     architecture = "Phi3ForCausalLM"
-    window, eps = 4096, 1e-5
+    window, eps, partial = 4096, 1e-5, True
 
     def attention(self, config, n):
         size = config.get("sliding_window", None)
@@ -20,7 +20,10 @@ class Phi3(LlamaLike):
     def rope_entry(self, config, entry, theta):
         kind = entry.get("rope_type", entry.get("type", "default"))
         if kind in ("su", "yarn"):  # older names
-            entry = {key: value for key, value in entry.items() if key != "type"} | {"rope_type": "longrope"}
+            kind = "longrope"
+        entry = {key: value for key, value in entry.items() if key != "type"} | {"rope_type": kind}
+        if entry.get("rope_type") == "longrope":
+            config.need("original_max_position_embeddings")  # of the config itself: an entry's own is not read there
         return super().rope_entry(config, entry, theta)
 
     def config(self, spec, window):

@@ -13,7 +13,7 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 class Qwen2(LlamaLike):
     model_type = "qwen2"
     architecture = "Qwen2ForCausalLM"
-    window = 32768
+    window, keys = 32768, 32
     biased = "qkv"
 
     def attention(self, config, n):
@@ -36,10 +36,11 @@ class Qwen3(Qwen2):
 
 def layer_mask(config: Config, n: int) -> Causal | Window:
     """That of layer n: `layer_types`, or a window from `max_window_layers` on where `use_sliding_window` says so."""
-    uses, size = config.get("use_sliding_window", False), config.get("sliding_window", 4096)
+    config.get("sliding_window", None)
+    uses, size = config.get("use_sliding_window", False), config.entries.get("sliding_window", 4096)  # null is no window
     first, types = config.get("max_window_layers", 28), config.get("layer_types", None)
     if types is None:
-        return Window(size=size) if uses and n >= first else Causal()
+        return Window(size=size) if uses and size is not None and n >= first else Causal()
     return mask_of(types, n, size)
 
 
