@@ -74,7 +74,7 @@ class _Service:
         except ChatError as error:
             raise Refused(str(error), "messages") from None
         return await self._answer(
-            wanted, [tuple(self.tokenizer.encode(text).tolist())], _Chat(self.name, self.tokenizer, wanted)
+            request, wanted, [tuple(self.tokenizer.encode(text).tolist())], _Chat(self.name, self.tokenizer, wanted)
         )
 
     def _described(self) -> dict[str, Any]:
