@@ -8,7 +8,7 @@
 
 HMT (2024): first without recall and gradients through two segments, then with recall through more. RMT (2022): a curriculum of
 1, 2, 4 ... segments a row, without which memories over many segments are not learned. All parameters are trained.
-Validated, and not run yet.
+Run for a few steps each (HMT), not to a result yet.
 """
 
 import dataclasses
@@ -49,7 +49,8 @@ def _stage(memory: SegmentMemory, segments: int, steps: int, start: str) -> Expe
     text = PackedText(source=StandardLibrary(split="train"), most=4)
     needles = Needles(needles=2, queries=2, answer_weight=10.0)
     return dataclasses.replace(
-        reader.train(steps=steps),
+        reader.train(),
+        steps=steps,
         model=edits(reader.train().model, [("memory", memory), ("documents", 4)]),
         data=Pipeline(mixture=(Weighted(rows=text), Weighted(rows=needles)), length=segments * SEGMENT, batch_size=8),
         optimizer=AdamW(learning_rate=Cosine(peak=1e-3, warmup=20)),

@@ -103,8 +103,8 @@ def _check_rows(rows: list[Row], label: dict[str, str | int], results: Path) -> 
     for row in rows:
         for name in ("step", "experiment", "parameters"):
             if row.get(name) != label[name]:
-                sides = f"rows of {name} {row.get(name)}, the model now has {label[name]}"
-                raise SpecError(f"{results} holds {sides}: it was trained again or further; give another --run_dir")
+                sides = f"rows of {row.get('model')} with {name} {row.get(name)}, {label['model']} has {label[name]}"
+                raise SpecError(f"{results} holds {sides}: another model, or trained again or further; give another --run_dir")
 
 
 def _name(row: Row) -> str:
