@@ -235,7 +235,7 @@ class DecoderModel(nnx.Module):
     def _blocks(self) -> list[tuple[nnx.Module, ...]]:
         return [jax.tree.map(lambda p, n=n: p[n], tuple(self.slots)) for n in range(self.spec.periods)]
 
-    def apart(self, state: dict[str, Any]) -> dict[str, Any]:
+    def apart(self, state: Any) -> Any:
         """A state whose layers are not stacked, where all periods are unrolled: what is written to one leaves the others where
         they lie. Auxiliary values that come with it are of the last period alone."""
         if self.spec.unroll != "all" or self.spec.memory is not None:
