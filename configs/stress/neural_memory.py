@@ -3,11 +3,12 @@
     python -m experiments.train --config=config:stress.neural_memory.titans --run_dir=runs/stress
     python -m configs.stress.titans_pytorch 0.1
 
-One layer of width 64 reads rows of 4,096 bytes in which two letters are bound to digits again and again, so that keys of a
-chunk repeat 16 times. The second command trains titans-pytorch's memory so, of the same shape, with inner steps up to 0.1.
+One layer of width 64 reads rows of 4,096 bytes in which two letters are bound to digits again and again, so that keys
+of a chunk repeat 16 times. The second command trains titans-pytorch's memory so, of the same shape, with inner steps up
+to 0.1.
 
-Measured: 300 steps with inner steps up to 1.0, loss 5.41 at 10, 3.66 at 30, 3.21 at 300, finite throughout. titans-pytorch: loss
-5.76, then NaN by step 6 with inner steps up to 0.1; with 1.0 at the first step.
+Measured: 300 steps with inner steps up to 1.0, loss 5.41 at 10, 3.66 at 30, 3.21 at 300, finite throughout. titans-pytorch:
+loss 5.76, then NaN by step 6 with inner steps up to 0.1; with 1.0 at the first step.
 """
 
 from lcx.channels.glu import GLU
