@@ -1,4 +1,4 @@
-"""Memories at scale on TPU slices: whole training steps, of which one is compiled so far and fits its chips (docs/pods.md).
+"""Memories at scale on TPU slices: whole training steps; those that are compiled fit their chips (docs/pods.md).
 
     python -m experiments.plan --config=config:pods.memory.beacon_llama2_7b_16k --topology=v5e:8x8
 

@@ -6,7 +6,9 @@ from typing import ClassVar, Literal
 
 import jax
 from flax import nnx
+from jaxtyping import Array, Float
 
+from lcx.linear import linear
 from lcx.mixers.mixer import Inherited
 from lcx.spec import Spec
 
@@ -23,3 +25,12 @@ class Channel(Spec, abc.ABC):
     @abc.abstractmethod
     def build(self, inherited: Inherited, *, rngs: nnx.Rngs) -> nnx.Module:
         """The module with its parameters."""
+
+
+def projected(module: nnx.Module, x: Float[Array, "B T ..."], name: str) -> Float[Array, "B T ..."]:
+    """x by a channel module's matrix of that name, with its LoRA and its bias where it has them."""
+    inherited, bias = module.inherited, getattr(module, f"{name}_bias")
+    y = linear(x, getattr(module, name), inherited.rules, gradient_sum=inherited.gradient_sum)
+    if module.lora is not None and name in module.lora:
+        y = y + module.lora[name](x)
+    return y if bias is None else y + bias[...].astype(x.dtype)

@@ -6,8 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lcx.channels.channel import ACTIVATIONS, Activation, Channel
-from lcx.linear import linear
+from lcx.channels.channel import ACTIVATIONS, Activation, Channel, projected
 from lcx.lora import lora_pairs
 from lcx.mixers.mixer import Inherited, residual_gain, weight
 from lcx.parallel.rules import shard
@@ -45,13 +44,6 @@ class MLPModule(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T M"], tokens: Int[Array, "B T"]):
         rules = self.inherited.rules
-        inner = ACTIVATIONS[self.spec.activation](self._affine(x, "up"))
-        y = self._affine(shard(inner, rules, "batch", "sequence", "hidden"), "down")
+        inner = ACTIVATIONS[self.spec.activation](projected(self, x, "up"))
+        y = projected(self, shard(inner, rules, "batch", "sequence", "hidden"), "down")
         return shard(y, rules, "batch", "sequence", None), {}
-
-    def _affine(self, x, name: str):
-        matrix, bias = getattr(self, name), getattr(self, f"{name}_bias")
-        y = linear(x, matrix, self.inherited.rules, gradient_sum=self.inherited.gradient_sum)
-        if self.lora is not None and name in self.lora:
-            y = y + self.lora[name](x)
-        return y + bias[...].astype(x.dtype)

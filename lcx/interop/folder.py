@@ -8,12 +8,15 @@ Opening reads headers alone. A tensor is read through a memory map of its own, w
 Nothing is ever unpickled.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import mmap
-from collections.abc import Iterable
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +63,20 @@ class Held:
     shape: tuple[int, ...]
     dtype: str
     end: int
+
+
+@contextlib.contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """A folder to write in, which becomes `target` when all is written, and is gone where something fails."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        made.chmod(0o755)
+        yield made
+        made.rename(target)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
 
 
 def forget(view: np.ndarray) -> None:

@@ -9,7 +9,6 @@ import functools
 import json
 import logging
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from safetensors.numpy import save_file
 
 from lcx.interop.families import family_for, family_of
 from lcx.interop.families.family import Config, Family, same_model
-from lcx.interop.folder import BESIDE, CONFIG, INDEX, SINGLE, Folder, forget, is_folder
+from lcx.interop.folder import BESIDE, CONFIG, INDEX, SINGLE, Folder, forget, is_folder, written_whole
 from lcx.interop.tensors import Part, Tensor
 from lcx.models.decoder import Decoder
 from lcx.spec import SpecError
@@ -83,19 +82,12 @@ def write(model: nnx.Module, spec: Decoder, window: int, target: Path, *, like: 
     family, entries = _said(spec, window, source)
     entries = entries | {"dtype": dtype}
     entries.pop("torch_dtype", None)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        made.chmod(0o755)
+    with written_whole(target) as made:
         _write_tensors(made, family.tensors(spec), _numbers(model), NUMBERS[dtype])
         (made / CONFIG).write_text(json.dumps(entries, indent=2) + "\n")
         for name in BESIDE if like is not None else ():
             if (like / name).is_file():
                 shutil.copyfile(like / name, made / name)
-        made.rename(target)
-    except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
-        raise
     return sum(file.stat().st_size for file in target.glob("*.safetensors"))
 
 

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +10,7 @@ from safetensors.numpy import save_file
 
 from lcx.interop.families import family_of
 from lcx.interop.families.family import Config, same_model
-from lcx.interop.folder import Folder
+from lcx.interop.folder import Folder, written_whole
 from lcx.models.decoder import DecoderModel
 from lcx.spec import SpecError
 
@@ -67,14 +65,7 @@ def write(model: DecoderModel, base: Path, target: Path) -> int:
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        made.chmod(0o755)
+    with written_whole(target) as made:
         save_file(arrays, made / TENSORS, metadata={"format": "pt"})
         (made / CONFIG).write_text(json.dumps(said, indent=2) + "\n")
-        made.rename(target)
-    except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
-        raise
     return (target / TENSORS).stat().st_size
