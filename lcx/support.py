@@ -97,6 +97,11 @@ def validate_serving(serving: Serving) -> None:
     if isinstance(serving.model.memory, HMT) and serving.model.memory.query == "ahead":
         raise SpecError("model.memory.query = 'ahead': expected 'behind', as tokens of an answer are not known ahead of it")
     for path, mixer in attentions(serving):
+        split = [axis for axis in serving.model.rules.slots if sizes(serving.mesh)[axis] > 1]
+        if mixer.distances is not None and mixer.distances.chooses and split:
+            raise SpecError(
+                f"{path}.distances = {mixer.distances}: expected one that chooses no channels beside mesh.{split[0]}"
+            )
         if mixer.distances is not None and mixer.distances.reads_queries and serving.mesh.size > 1:
             raise SpecError(f"{path}.distances = {mixer.distances}: expected one that chooses by distance on several devices")
     mesh = AbstractMesh(tuple(sizes(serving.mesh).values()), AXES)

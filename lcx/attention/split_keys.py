@@ -31,7 +31,7 @@ def split_attend(
     **options,
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
     """`attend` with the same options, keys over the mesh axes of `rules.slots`. Raises ValueError for a distance plan that
-    reads queries or chooses among all keys, of which a device has a share."""
+    reads queries, which chooses among all keys, of which a device has a share, or that chooses channels (not tried)."""
     axes, distances = split_axes(rules), options.get("distances")
     if distances is not None and (distances.plan.reads_queries or distances.plan.chooses):
         raise ValueError(f"attend: {distances.plan} with keys shared out over {', '.join(axes)}: expected whole rows of keys")
