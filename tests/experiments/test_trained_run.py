@@ -171,7 +171,7 @@ def test_a_model_trained_again_does_not_give_the_old_numbers(trained, text, tmp_
     assert run(evaluate.main, argv) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
-    assert f"holds rows of {changed} " in err and "give another --run_dir" in err
+    assert f" with {changed} " in err and "give another --run_dir" in err
     assert (tmp_path / "e" / "results.jsonl").read_bytes() == before
 
 
