@@ -37,3 +37,11 @@ def record(cls: type) -> type:
 def static() -> Any:
     """A field of a record that is part of its structure: hashable, and known when a program is traced."""
     return dataclasses.field(metadata={"static": True})
+
+
+def replaced(value: Any, **fields: Any) -> Any:
+    """`dataclasses.replace` of a record without its constructor, so that arrays may have any shape, as a map's may."""
+    made = object.__new__(type(value))
+    for field in dataclasses.fields(value):
+        object.__setattr__(made, field.name, fields.get(field.name, getattr(value, field.name)))
+    return made

@@ -41,12 +41,7 @@ def split_attend(
         own = functools.partial(own_heads, group=heads // kv_heads, queries=q.shape[2], kv_heads=kv_heads, rules=rules)
         k, v = own(k, axis=2), own(v, axis=2)
         fold = local_fold(q, k, heads=heads, head_axes=rules.heads, **options)
-        out, lse = op.attention(fold, q, k, v, q_tokens, k_tokens)
-        top = jax.lax.pmax(lse, axes)
-        share = jnp.exp(lse - jnp.where(jnp.isneginf(top), 0, top))
-        total = jax.lax.psum(share, axes)
-        out = jax.lax.psum(out * share[..., None], axes) / jnp.where(total == 0, 1, total)[..., None]
-        return out, jnp.where(total == 0, -jnp.inf, top + jnp.log(total))
+        return summed_up(*op.attention(fold, q, k, v, q_tokens, k_tokens), axes)
 
     queries, keys = rules.partition(("batch", None, "heads", None)), rules.partition(("batch", "slots", "kv_heads", None))
     infos = [
@@ -56,6 +51,17 @@ def split_attend(
     specs = (queries, keys, keys, *infos)
     run = jax.shard_map(local, in_specs=specs, out_specs=(queries, rules.partition(("batch", None, "heads"))), check_vma=False)
     return run(q, k, v, tokens_of(q_info), tokens_of(k_info))
+
+
+def summed_up(
+    out: Float[Array, "B T H E"], lse: Float[Array, "B T H"], axes: tuple[str, ...]
+) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
+    """Parts of one softmax, each of a device along `axes`, as a whole on all of them."""
+    top = jax.lax.pmax(lse, axes)
+    share = jnp.exp(lse - jnp.where(jnp.isneginf(top), 0, top))
+    total = jax.lax.psum(share, axes)
+    out = jax.lax.psum(out * share[..., None], axes) / jnp.where(total == 0, 1, total)[..., None]
+    return out, jnp.where(total == 0, -jnp.inf, top + jnp.log(total))
 
 
 def split_axes(rules: Rules) -> tuple[str, ...]:

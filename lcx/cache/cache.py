@@ -7,17 +7,29 @@ never seen. Tokens that find no slot are counted in the state's `overflow [B]`, 
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from jaxtyping import Array, Float
 
 from lcx.attention.mask import Mask
 from lcx.batch import TokenInfo
+from lcx.cache.scorers.scorer import Asked, Rule
 from lcx.parallel.rules import Rules
 from lcx.positions.distance_plan import Distances
 from lcx.positions.frequencies import Frequencies
 from lcx.positions.linear_bias import LinearBias
+from lcx.positions.rotate import rotate
 from lcx.spec import Spec
+
+
+@dataclasses.dataclass(frozen=True)
+class At:
+    """Where in a model a cache is. heads: of its queries. shards: over which its slots are shared out."""
+
+    layer: int = 0
+    depth: int = 1
+    heads: int = 1
+    shards: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +37,17 @@ class Cache(Spec, abc.ABC):
     """Base of every cache: pure functions of a state, which is a pytree."""
 
     @abc.abstractmethod
-    def init(self, batch_size: int, length: int, kv_heads: int, head_dim: int, value_dim: int, dtype, axes: int = 1) -> Any:
+    def init(
+        self,
+        batch_size: int,
+        length: int,
+        kv_heads: int,
+        head_dim: int,
+        value_dim: int,
+        dtype,
+        axes: int = 1,
+        at: At = At(),
+    ) -> Any:
         """The empty state for `length` tokens a row that have `axes` position axes."""
 
     @abc.abstractmethod
@@ -42,6 +64,11 @@ class Cache(Spec, abc.ABC):
         frequencies: Frequencies | None,
     ) -> Any:
         """The state with the non-padding tokens of a chunk after those already there; `k` comes raw, before rotation."""
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether layers have states of their own kind."""
+        return False
 
     def placed(self, state: Any, rules: Rules) -> Any:
         """The empty state with its key heads shared out over the ambient mesh; its rows are by whoever holds it."""
@@ -73,6 +100,34 @@ class Cache(Spec, abc.ABC):
 
         rules: how rows and heads lie on the ambient mesh; a device has whole rows."""
 
+    def prune(self, state: Any, asked: Asked, *, frequencies: Frequencies | None, rule: Rule) -> Any:
+        """The state after a pass, its queries answered: coded, and rid of what does not stay. After every `append`."""
+        return state
+
     @abc.abstractmethod
     def read(self, state: Any, frequencies: Frequencies | None) -> tuple[Array, Array, TokenInfo]:
-        """(rotated k [B,S,K,D], v [B,S,K,E], info) of every slot, for the reference and tests; empty slots have segment 0."""
+        """(rotated k [B,S,K,D], v [B,S,K,E], info) of every slot, for the reference and tests; empty slots have segment 0.
+
+        Where each key head holds tokens of its own, it is a row: k [BK,S,1,D]."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KeysCache(Cache):
+    """Base of caches that hold keys themselves, `rotated` where a key's angle never changes after it is written, else `raw` and
+    rotated on read."""
+
+    keys: Literal["rotated", "raw"] = "rotated"
+
+    def held(self, k: Float[Array, "B T K D"], info: TokenInfo, frequencies: Frequencies | None) -> Float[Array, "B T K D"]:
+        """Raw keys as they are held. Raises ValueError if they would be turned by a rope that turns them anew."""
+        if self.keys == "raw" or frequencies is None:
+            return k
+        if frequencies.by_length:
+            raise ValueError("cache.keys = 'rotated': expected 'raw', as this rope turns a key anew when its document grows")
+        return rotate(k, info.positions, frequencies, side="key").astype(k.dtype)
+
+    def turned(self, k: Float[Array, "B S K D"], info: TokenInfo, frequencies: Frequencies | None) -> Float[Array, "B S K D"]:
+        """Keys as they are held, rotated."""
+        if self.keys == "rotated" or frequencies is None:
+            return k
+        return rotate(k, info.positions, frequencies, info.lengths, side="key").astype(k.dtype)

@@ -1,11 +1,9 @@
 """The dense cache: every key and value of the row, in a preallocated array, one slot a token.
 
-Each row fills its own slots in order. A key is stored `rotated` when its angle never changes after it is written, else `raw`
-and rotated on read. Whoever drives the cache checks `overflow`.
+Each row fills its own slots in order. Whoever drives the cache checks `overflow`.
 """
 
 import dataclasses
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +13,8 @@ from lcx.attention.all_gather import AllGather
 from lcx.attention.sharded import sharded_attend
 from lcx.attention.split_keys import split_attend, split_axes
 from lcx.batch import PADDING, TokenInfo
-from lcx.cache.cache import Cache
+from lcx.cache.cache import At, KeysCache
 from lcx.parallel.rules import Rules, shard
-from lcx.positions.frequencies import Frequencies
-from lcx.positions.rotate import rotate
 from lcx.record import record
 from pallas_kernels.target import platform
 
@@ -80,12 +76,10 @@ _put_in_place.defvjp(lambda old, new, row, slot: (_put_in_place(old, new, row, s
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DenseCache(Cache):
+class DenseCache(KeysCache):
     """keys: whether slots hold rotated or raw keys."""
 
-    keys: Literal["rotated", "raw"] = "rotated"
-
-    def init(self, batch_size, length, kv_heads, head_dim, value_dim, dtype, axes=1):
+    def init(self, batch_size, length, kv_heads, head_dim, value_dim, dtype, axes=1, at=At()):
         empty = jnp.zeros((batch_size, length), jnp.int32)
         info = TokenInfo(
             index=empty,
@@ -105,20 +99,6 @@ class DenseCache(Cache):
 
     def length(self, state):
         return state.k.shape[1]
-
-    def held(self, k: Float[Array, "B T K D"], info: TokenInfo, frequencies: Frequencies | None) -> Float[Array, "B T K D"]:
-        """Raw keys as they are held. Raises ValueError if they would be turned by a rope that turns them anew."""
-        if self.keys == "raw" or frequencies is None:
-            return k
-        if frequencies.by_length:
-            raise ValueError("cache.keys = 'rotated': expected 'raw', as this rope turns a key anew when its document grows")
-        return rotate(k, info.positions, frequencies, side="key").astype(k.dtype)
-
-    def turned(self, k: Float[Array, "B S K D"], info: TokenInfo, frequencies: Frequencies | None) -> Float[Array, "B S K D"]:
-        """Keys as they are held, rotated."""
-        if self.keys == "rotated" or frequencies is None:
-            return k
-        return rotate(k, info.positions, frequencies, info.lengths, side="key").astype(k.dtype)
 
     def append(self, state, k, v, info, frequencies):
         k = self.held(k, info, frequencies)

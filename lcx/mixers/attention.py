@@ -15,13 +15,16 @@ from lcx.attention.mask import Causal, Mask, tokens_of
 from lcx.attention.merge import with_sinks
 from lcx.attention.persistent import with_persistent
 from lcx.attention.sharded import sharded_attend
+from lcx.attention.split_keys import split_axes
 from lcx.batch import PADDING, Batch, TokenInfo, lengths_of
-from lcx.cache.cache import Cache
+from lcx.cache.cache import At, Cache
 from lcx.cache.dense import DenseCache
+from lcx.cache.scorers.scorer import Asked, Rule
 from lcx.linear import linear
 from lcx.lora import OF_ATTENTION, lora_pairs
 from lcx.mixers.mixer import Inherited, Mixer, MixerModule, Place, residual_gain, weight
 from lcx.norms import RMSNorm
+from lcx.parallel.gathered import axes_size
 from lcx.parallel.rules import shard
 from lcx.positions.distance_plan import DistancePlan, Distances
 from lcx.positions.frequencies import Frequencies, FrequencyRule
@@ -197,18 +200,31 @@ class AttentionModule(MixerModule):
                 keys = lambda k, v, info, new: sum_up(k, v, tokens_of(info), new, **how)
                 state = spec.cache.rewrite(state, before, keys)
             out, lse = spec.cache.attend(state, q, info, frequencies=frequencies, rules=rules, **options)
+            state = self._pruned(state, q, unturned[0], out, lse, info, frequencies)
         out = self._with_learned(out, lse, unturned[0], info)
         if beside is not None:
             out = beside(out, *unturned)
         return self._output(out, x), state, {}
 
-    def init_state(self, batch_size, length):
+    def init_state(self, batch_size, length, layer: int = 0):
+        """layer: of the model, where its cache has a kind of state of its own."""
         spec = self.spec
         dtype = jnp.dtype(self.inherited.compute)
         axes = max(1, len(self._rope.sections)) if isinstance(self._rope, FrequencyRule) else 1
         asking = spec.heads // spec.kv_heads if spec.distances is not None and spec.distances.reads_queries else 0
         sizes = (spec.kv_heads, (1 + asking) * spec.head_dim, spec.head_dim)
-        return spec.cache.placed(spec.cache.init(batch_size, length, *sizes, dtype, axes), self.inherited.rules)
+        rules = self.inherited.rules
+        at = At(layer=layer, depth=self.inherited.depth, heads=spec.heads, shards=axes_size(split_axes(rules)))
+        return spec.cache.placed(spec.cache.init(batch_size, length, *sizes, dtype, axes, at), rules)
+
+    def _pruned(self, state, q, raw, out, lse, info: TokenInfo, frequencies: Frequencies | None):
+        """The cache after a pass. lse: of keys; persistent keys and sinks take their share of the attention too."""
+        spec = self.spec
+        _, lse = self._with_persistent(out, lse, raw, info)
+        lse = lse if self.sinks is None else jnp.where(lse == -jnp.inf, lse, jnp.logaddexp(lse, self.sinks[...]))
+        asked = Asked(q=q, raw=raw, out=out, lse=lse, info=info.filled(), output=self.output[...])
+        rule = Rule(mask=self.mask, scale=spec.softmax_scale, softcap=spec.softcap, bias=spec.distance_bias)
+        return spec.cache.prune(state, asked, frequencies=frequencies, rule=rule)
 
     def _frequencies_at(self, length: int, place: Place) -> Frequencies | None:
         """Those in force, the model's where its rope is learned."""
@@ -240,10 +256,14 @@ class AttentionModule(MixerModule):
 
     def _with_learned(self, out, lse, q, info: TokenInfo):
         """What heads find beside persistent keys and sinks; q: before any rotation."""
-        if self.spec.persistent:
-            held = info.segments != PADDING, self.persistent_keys[...], self.persistent_values[...]
-            out, lse = with_persistent(out, lse, q, *held, scale=self.spec.softmax_scale, softcap=self.spec.softcap)
+        out, lse = self._with_persistent(out, lse, q, info)
         return out if self.sinks is None else with_sinks(out, lse, self.sinks[...])
+
+    def _with_persistent(self, out, lse, q, info: TokenInfo):
+        if not self.spec.persistent:
+            return out, lse
+        held = info.segments != PADDING, self.persistent_keys[...], self.persistent_values[...]
+        return with_persistent(out, lse, q, *held, scale=self.spec.softmax_scale, softcap=self.spec.softcap)
 
     def _output(self, out, x):
         gradient_sum = self.inherited.gradient_sum

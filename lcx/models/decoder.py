@@ -218,11 +218,20 @@ class DecoderModel(nnx.Module):
 
     def init_state(self, batch_size: int, length: int) -> dict[str, Any]:
         """The empty state of every mixer, for `length` tokens a row."""
-        stack = lambda leaf: jnp.broadcast_to(leaf, (self.spec.periods, *leaf.shape))
         first = [jax.tree.map(lambda p: p[0], slot) for slot in self.slots]
-        layers = tuple(jax.tree.map(stack, slot.init_state(batch_size, length)) for slot in first)
+        layers = tuple(self._slot_state(n, slot, batch_size, length) for n, slot in enumerate(first))
         embed = None if self.embed_mixer is None else self.embed_mixer.init_state(batch_size, length)
         return {"embed": shared_rows(embed, self.spec.rules), "layers": layers}
+
+    def _slot_state(self, n: int, slot: nnx.Module, batch_size: int, length: int) -> Any:
+        """Of the layers of one slot of the pattern, stacked."""
+        if not getattr(getattr(self.spec.pattern[n].mixer, "cache", None), "by_layer", False):
+            stack = lambda leaf: jnp.broadcast_to(leaf, (self.spec.periods, *leaf.shape))
+            return jax.tree.map(stack, slot.init_state(batch_size, length))
+        layers = range(n, self.spec.depth, len(self.spec.pattern))
+        return jax.tree.map(
+            lambda *leaves: jnp.stack(leaves), *(slot.init_state(batch_size, length, layer) for layer in layers)
+        )
 
     def in_blocks(self) -> "DecoderModel":
         """A copy that has the parameters of each period apart, for a loop around it that would cut them out again and again."""

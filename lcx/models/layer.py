@@ -78,9 +78,10 @@ class LayerModule(nnx.Module):
         weights = weights_of(self.channel, mix, h, tokens)
         return tokenwise(mix, weights, h, tokens, chunk=chunk, rules=rules, compute=compute), {}
 
-    def init_state(self, batch_size: int, length: int) -> Any:
-        """The empty state, its rows shared out over the ambient mesh."""
-        return shared_rows(self.mixer.init_state(batch_size, length), self.inherited.rules)
+    def init_state(self, batch_size: int, length: int, layer: int | None = None) -> Any:
+        """The empty state, its rows shared out over the ambient mesh. layer: of the model, where layers' states differ."""
+        at = {} if layer is None else {"layer": layer}
+        return shared_rows(self.mixer.init_state(batch_size, length, **at), self.inherited.rules)
 
 
 def _check_chunks(channel: nnx.Module, inherited: Inherited) -> None:

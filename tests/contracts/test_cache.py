@@ -11,7 +11,8 @@ import pytest
 from lcx.attention.attend import attend
 from lcx.attention.mask import Causal, Sink, Window
 from lcx.batch import TokenInfo
-from lcx.cache.cache import Cache
+from lcx.cache.cache import At, Cache
+from lcx.cache.scorers.scorer import Asked, Rule
 from lcx.parts import parts
 from lcx.positions.rotate import rotate
 from lcx.positions.yarn import YaRN
@@ -53,12 +54,15 @@ def cache(request):
 @functools.partial(jax.jit, static_argnames=("cache", "mask"))
 def feed(cache, state, q, k, v, info, mask):
     state = cache.append(state, k, v, info, FREQUENCIES)
-    q = rotate(q, info.positions, FREQUENCIES).astype(k.dtype)
-    return state, cache.attend(state, q, info, mask=mask, scale=0.3, softcap=5.0, frequencies=FREQUENCIES)
+    raw, q = q, rotate(q, info.positions, FREQUENCIES).astype(k.dtype)
+    out, lse = cache.attend(state, q, info, mask=mask, scale=0.3, softcap=5.0, frequencies=FREQUENCIES)
+    asked = Asked(q=q, raw=raw, out=out, lse=lse, info=info.filled(), output=jnp.ones((HEADS, DIM, 5)))
+    rule = Rule(mask=mask, scale=0.3, softcap=5.0, bias=None)
+    return cache.prune(state, asked, frequencies=FREQUENCIES, rule=rule), (out, lse)
 
 
 def chunked(cache, info, mask, chunks, slots=LENGTH, dtype=jnp.float32):
-    state, made, at = cache.init(len(SEGMENTS), slots, KV_HEADS, DIM, VALUE, dtype), [], 0
+    state, made, at = cache.init(len(SEGMENTS), slots, KV_HEADS, DIM, VALUE, dtype, at=At(heads=HEADS)), [], 0
     for size in chunks:
         part = slice(at, at + size)
         state, out = feed(cache, state, *(x[:, part].astype(dtype) for x in arrays()), info.take(part), mask)
@@ -108,6 +112,12 @@ def test_read_gives_rotated_keys_and_what_their_tokens_were(cache):
     info = dataclasses.replace(tokens(), roles=jnp.asarray(INDEX % 3))
     state, _ = chunked(cache, info, Causal(), [13])
     k, v, kept = cache.read(state, FREQUENCIES)
+    each = KV_HEADS // k.shape[2]
+    k, v = (
+        jnp.moveaxis(x.reshape(len(REAL), each, x.shape[1], -1, x.shape[3]), 1, 2).reshape(len(REAL), x.shape[1], KV_HEADS, -1)
+        for x in (k, v)
+    )
+    kept = jax.tree.map(lambda x: x[::each], kept)
     _, raw, values = arrays()
     rotated = rotate(raw, info.positions, FREQUENCIES)
     for row, real in enumerate(REAL):

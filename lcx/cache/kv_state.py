@@ -1,0 +1,102 @@
+"""What a KV cache holds, and how tokens and blocks of tokens move in it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from lcx.batch import PADDING, TokenInfo
+from lcx.record import record, static
+
+
+@record
+class Waiting:
+    """Tokens in full precision, oldest first, padding behind them. marks: attention received so far, if a policy reads it."""
+
+    k: Float[Array, "B R K D"]
+    v: Float[Array, "B R K E"]
+    info: TokenInfo
+    marks: Float[Array, "B R K"] | None
+
+
+@record
+class Held:
+    """Slots. k, v: codes. info: [B, G, S], G the key heads where each holds tokens of its own, else 1; segment 0 is empty.
+    marks: attention received. counts: tokens that each stands for."""
+
+    k: Any
+    v: Any
+    info: TokenInfo
+    marks: Float[Array, "B K S"] | None
+    counts: Float[Array, "B K S"] | None
+
+
+@record
+class KVState:
+    """length: that it was made for. share: of the mean budget, the layer's. used: slots taken, with those that a block leaves
+    empty. seen: tokens read. newest: the last queries, if a policy reads them; watched: what it made of all. tables: what the
+    codec knew beforehand. overflow: tokens that found no slot."""
+
+    length: int = static()
+    share: float = static()
+    held: Held
+    waiting: Waiting
+    used: Int[Array, "B G"]
+    seen: Int[Array, "B"]
+    newest: Float[Array, "B W H D"]
+    newest_info: TokenInfo
+    watched: Any
+    tables: Any
+    overflow: Int[Array, "B"]
+
+
+@record
+class Pass:
+    """A state and the tokens of a pass, as the cache holds keys, before it is pruned."""
+
+    state: KVState
+    k: Float[Array, "B T K D"]
+    v: Float[Array, "B T K E"]
+    info: TokenInfo
+
+
+def no_tokens(rows: int, length: int, axes: int) -> TokenInfo:
+    """Padding."""
+    empty = jnp.zeros((rows, length), jnp.int32)
+    positions = jnp.zeros((rows, length, axes), jnp.float32)
+    return TokenInfo(
+        index=empty, order=empty, positions=positions, segments=jnp.full_like(empty, PADDING), roles=empty, lengths=empty
+    )
+
+
+def rounded_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
+
+
+def taken(tree: Any, place: Int[Array, "*n C"], axis: int = 1) -> Any:
+    """The tokens at some places of arrays [*n, T, ...], T on `axis`."""
+    take = lambda x: jnp.take_along_axis(x, place.reshape(*place.shape, *(1,) * (x.ndim - axis - 1)), axis=axis)
+    return jax.tree.map(take, tree)
+
+
+def taken_first(tree: Any, there: Bool[Array, "B T"]) -> Any:
+    """The tokens that are there in front, in their order."""
+    return taken(tree, jnp.argsort(~there, axis=1, stable=True))
+
+
+def stored_blocks(held: Array, new: Array, *, slot: Int[Array, "B K n"], after: Array | None) -> Array:
+    """Arrays [B, K, in proportion to S, ...] with new blocks of tokens at some slots, counted in blocks; one beyond drops its.
+
+    after: what was made of the slots before, to write in place on a CPU: behind a loop of a turn at most, across which XLA
+    fuses nothing, and which it sees to come last; it would copy all slots otherwise.
+    """
+    (B, K), each = held.shape[:2], new.shape[2] // slot.shape[2]
+    apart = lambda x: x if each == 1 else x.reshape(B, K, -1, each, *x.shape[3:])
+    row, head = jnp.arange(B)[:, None, None], jnp.arange(K)[:, None]
+    old, new = apart(held), apart(new).astype(held.dtype)
+    put = lambda old: old.at[row, head, slot].set(new, mode="drop")
+    if after is None:
+        return put(old).reshape(held.shape)
+    turns = jnp.minimum((slot < old.shape[2]).any().astype(jnp.int32), 1 + jnp.isnan(after.sum()).astype(jnp.int32))
+    return jax.lax.fori_loop(0, turns, lambda _, old: put(old), old).reshape(held.shape)

@@ -1,0 +1,89 @@
+"""Eviction: of the tokens, those that a scorer finds worth most stay as they are."""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from lcx.cache.policies.policy import Kept, Policy
+from lcx.cache.scorers.scorer import Scored, Scorer
+
+
+def top(
+    scores: Float[Array, "B G N"], budget: Int[Array, "B G"], places: int
+) -> tuple[Int[Array, "B G C"], Bool[Array, "B G C"]]:
+    """(index, there) of the `budget` largest scores of each row, oldest first. -inf is never taken; of equals the older stays."""
+    scores = jnp.pad(scores, ((0, 0), (0, 0), (0, max(0, places - scores.shape[2]))), constant_values=-jnp.inf)
+    best = jnp.argsort(-scores, axis=2, stable=True)[..., :places]
+    there = jnp.take_along_axis(scores, best, axis=2) > -jnp.inf
+    there = there & (jnp.arange(places) < budget[..., None])
+    place = jnp.where(there, best, scores.shape[2])
+    order = jnp.argsort(place, axis=2)
+    index = jnp.take_along_axis(place, order, axis=2)
+    there = jnp.take_along_axis(there, order, axis=2)
+    return jnp.where(there, index, 0), there
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evict(Policy):
+    """score: what tokens are worth. heads: whether key heads choose for themselves (`own`), or all by the mean of their scores
+    (`shared`), so that one list serves them. sinks: of each document, the first tokens, which always stay; recent: the newest,
+    which do too. Both count to `keep`."""
+
+    score: Scorer
+    heads: Literal["own", "shared"] = "own"
+    sinks: int = 0
+    recent: int = 0
+
+    def validate(self):
+        super().validate()
+        self.check(self.sinks >= 0, "sinks", "0 or more tokens")
+        room = not isinstance(self.keep, int) or self.sinks + self.recent <= self.keep
+        self.check(self.recent >= 0 and room, "recent", f"0 or more tokens, with sinks at most keep = {self.keep}")
+
+    @property
+    def by_head(self):
+        return self.heads == "own"
+
+    @property
+    def queries(self):
+        return self.score.queries
+
+    @property
+    def marks(self):
+        return self.score.marks
+
+    @property
+    def raw(self):
+        return self.score.raw
+
+    def watch(self, watched, asked):
+        return self.score.watch(watched, asked)
+
+    def watching(self, rows, heads, head_dim):
+        return self.score.watching(rows, heads, head_dim)
+
+    def worth(self, now: Scored) -> Float[Array, "B G N"]:
+        """Scores with what always stays on top, -inf where there is no token."""
+        scores = self.score.score(now).astype(jnp.float32)
+        if self.heads == "shared":
+            scores = scores.mean(axis=1, keepdims=True)
+        place = jnp.arange(scores.shape[2])
+        stays = (now.info.index < self.sinks) | (place >= now.count[..., None] - self.recent)
+        return jnp.where(now.there, jnp.where(stays, jnp.inf, scores), -jnp.inf)
+
+    def compress(self, now, budget, slots, counts):
+        worth = self.worth(now)
+        index, there = top(worth, jnp.broadcast_to(budget[:, None], worth.shape[:2]), slots)
+        return Kept(index=index, there=there)
+
+    @classmethod
+    def examples(cls):
+        from lcx.cache.scorers.key_norm import KeyNorm
+        from lcx.cache.scorers.snapkv import SnapKV
+
+        return (
+            cls(score=KeyNorm(), keep=6, every=2, sinks=1, recent=2),
+            cls(score=SnapKV(window=3, kernel=3), keep=0.5, every=3, heads="shared"),
+        )

@@ -1,0 +1,104 @@
+"""The contract of a policy: which tokens of a cache go for good, or become fewer, and when."""
+
+import abc
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from lcx.cache.policies.budgets import Even, LayerBudgets
+from lcx.cache.scorers.scorer import Asked, Scored
+from lcx.record import record
+from lcx.spec import Spec
+
+
+@record
+class Kept:
+    """What stays. index: places among the tokens scored, oldest first [B, G, C] with G the key heads, or 1 for all of them;
+    there: which of these hold one. k, v: what stands in their place, raw or rotated as the cache holds keys, or None for the
+    tokens themselves. counts: how many tokens each stands for, or None for one."""
+
+    index: Int[Array, "B G C"]
+    there: Bool[Array, "B G C"]
+    k: Float[Array, "B K C D"] | None = None
+    v: Float[Array, "B K C E"] | None = None
+    counts: Float[Array, "B K C"] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Policy(Spec, abc.ABC):
+    """Base of every policy.
+
+    keep: tokens that a row keeps in its slots, a number, or a share of those it has read (those that a codec holds in full
+    precision come on top). scope: whether it acts in passes of several tokens (`prefill`), of one (`decode`) or both. every:
+    slots beyond `keep`: in decoding tokens are dropped when they are full; after `prefill` alone they are the room of the
+    answer. layers: how the budget is spread over them.
+    """
+
+    keep: int | float
+    scope: Literal["prefill", "decode", "both"] = "both"
+    every: int = 64
+    layers: LayerBudgets = Even()
+
+    def validate(self):
+        whole = isinstance(self.keep, int)
+        self.check(
+            self.keep >= 1 if whole else 0 < self.keep <= 1, "keep", "a number of tokens, or a share above 0, at most 1.0"
+        )
+        self.check(self.every >= 1, "every", "at least 1 token")
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether layers have budgets of their own."""
+        return self.layers != Even()
+
+    def slots(self, length: int, share: float) -> int:
+        """Slots for rows of `length` tokens. share: the layer's, of the mean budget."""
+        most = self.most(length, share)
+        return max(length, most) if self.scope == "decode" else most + self.every
+
+    def most(self, length: int, share: float) -> int:
+        """The largest budget of rows of `length` tokens."""
+        budget = int(self.keep * share) if isinstance(self.keep, int) else math.ceil(self.keep * length * share)
+        return min(max(1, budget), length)
+
+    def budget(self, seen: Int[Array, "B"], share: float) -> Int[Array, "B"]:
+        """Tokens that rows keep which have read so many."""
+        if isinstance(self.keep, int):
+            return jnp.full_like(seen, max(1, int(self.keep * share)))
+        return jnp.maximum(1, jnp.floor(seen * (self.keep * share) + 1e-4).astype(jnp.int32))
+
+    @property
+    @abc.abstractmethod
+    def by_head(self) -> bool:
+        """Whether key heads keep tokens of their own."""
+
+    @property
+    def queries(self) -> int:
+        return 0
+
+    @property
+    def marks(self) -> bool:
+        return False
+
+    @property
+    def raw(self) -> bool:
+        """Whether it needs keys as they are before their rotation."""
+        return False
+
+    @property
+    def counts(self) -> bool:
+        """Whether what it keeps stands for several tokens."""
+        return False
+
+    def watch(self, watched: Any, asked: Asked) -> Any:
+        return watched
+
+    def watching(self, rows: int, heads: int, head_dim: int) -> Any:
+        return None
+
+    @abc.abstractmethod
+    def compress(self, now: Scored, budget: Int[Array, "B"], slots: int, counts: Float[Array, "B K N"] | None) -> Kept:
+        """What stays of the tokens, at most `budget` a row, in at most `slots` places. counts: what they stand for, if held."""

@@ -1,0 +1,146 @@
+"""The contract of a scorer: how much the tokens of a cache are worth, by which a policy keeps or drops them."""
+
+import abc
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from lcx.attention.mask import Mask, tokens_of
+from lcx.batch import TokenInfo
+from lcx.positions.linear_bias import LinearBias
+from lcx.record import record, static
+from lcx.spec import Spec
+from pallas_kernels.tile_attention.tokens import distance
+
+
+@record
+class Rule:
+    """What is static of an attention layer: how its logits are made."""
+
+    mask: Mask = static()
+    scale: float = static()
+    softcap: float | None = static()
+    bias: LinearBias | None = static()
+
+
+@record
+class Asked:
+    """Queries of one pass. q: as they met the keys; raw: before any rotation. out, lse: what they found in the keys, and of all
+    that they saw. output: the matrix that heads are projected by."""
+
+    q: Float[Array, "B T H _"]
+    raw: Float[Array, "B T H D"]
+    out: Float[Array, "B T H E"]
+    lse: Float[Array, "B T H"]
+    info: TokenInfo
+    output: Float[Array, "H E M"]
+
+
+@record
+class Scored:
+    """The tokens that a policy chooses among, oldest first, [B, K, N] with those that are there in front.
+
+    k: rotated as they meet queries; raw: before, where the cache holds them so, else the same. count: tokens there. newest, its
+    info: the last queries that the scorer asked for, padding first. marks: attention received so far, if asked for.
+    watched: what the scorer made of all queries. seen: tokens that the row has read. layer: of the model.
+    """
+
+    k: Float[Array, "B K N D"]
+    raw: Float[Array, "B K N D"]
+    v: Float[Array, "B K N E"]
+    info: TokenInfo  # [B, K or 1, N]
+    count: Int[Array, "B G"]
+    newest: Float[Array, "B W H D"]
+    newest_info: TokenInfo
+    marks: Float[Array, "B K N"] | None
+    watched: Any
+    seen: Int[Array, "B"]
+    output: Float[Array, "H E M"]
+    frequencies: Any
+    rule: Rule
+
+    @property
+    def there(self) -> Bool[Array, "B G N"]:
+        return jnp.arange(self.k.shape[2]) < self.count[..., None]
+
+    def attention(self, queries: int) -> Float[Array, "B K g W N"]:
+        """Probabilities that the newest `queries` queries give each token, among those that are there."""
+        q, info = self.newest[:, -queries:], jax.tree.map(lambda x: x[:, -queries:], self.newest_info)
+        s = logits(q, self.k, info, self.info, self.rule)
+        top = s.max(axis=-1, keepdims=True)
+        p = jnp.where(s > -jnp.inf, jnp.exp(s - jnp.where(top > -jnp.inf, top, 0)), 0)
+        return p / jnp.maximum(p.sum(axis=-1, keepdims=True), 1e-30)
+
+
+def logits(
+    q: Float[Array, "B T H D"], k: Float[Array, "B K N D"], q_info: TokenInfo, k_info: TokenInfo, rule: Rule
+) -> Float[Array, "B K g T N"]:
+    """Scores of queries and tokens, -inf where the mask shows none."""
+    (B, T, H, D), K = q.shape, k.shape[1]
+    q = q.astype(jnp.float32).reshape(B, T, K, H // K, D) * rule.scale
+    s = jnp.einsum("btkgd,bknd->bkgtn", q, k.astype(jnp.float32), precision="highest")
+    s = s if rule.softcap is None else rule.softcap * jnp.tanh(s / rule.softcap)
+    rows = jax.tree.map(lambda x: x[:, None, :, None], tokens_of(q_info))
+    columns = jax.tree.map(lambda x: x[:, :, None, :], tokens_of(k_info))
+    if rule.bias is not None:
+        slopes = jnp.asarray(rule.bias.slopes(H), jnp.float32).reshape(K, H // K, 1, 1)
+        s = s - slopes * distance(rows, columns, rule.bias.along)[:, :, None]
+    return jnp.where(rule.mask.visible(rows, columns)[:, :, None], s, -jnp.inf)
+
+
+def received(
+    asked: Asked, k: Float[Array, "B K N D"], k_info: TokenInfo, rule: Rule, at_once: int = 64
+) -> Float[Array, "B K N"]:
+    """Attention that tokens receive of all queries of a pass, summed over them and the heads of a group."""
+    (B, T), K = asked.q.shape[:2], k.shape[1]
+    at_once = min(at_once, T)
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, -T % at_once)) + ((0, 0),) * (x.ndim - 2))
+    cut = lambda x: jnp.moveaxis(pad(x).reshape(B, -1, at_once, *x.shape[2:]), 1, 0)
+
+    def some(part):
+        q, lse, info = part
+        lse = jnp.moveaxis(lse.reshape(B, at_once, K, -1), 1, 3)[..., None]
+        s = logits(q, k, info, k_info, rule)
+        known = (s > -jnp.inf) & (lse > -jnp.inf)
+        return jnp.where(known, jnp.exp(jnp.where(known, s - lse, 0)), 0).sum(axis=(2, 3))
+
+    return jax.lax.map(some, jax.tree.map(cut, (asked.q, asked.lse, asked.info))).sum(axis=0)
+
+
+def mean_of_group(x: Float[Array, "B K g *n"]) -> Float[Array, "B K *n"]:
+    return x.mean(axis=2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scorer(Spec, abc.ABC):
+    """Base of every scorer. To write one, define `score`; the rest says what it needs to be given."""
+
+    @abc.abstractmethod
+    def score(self, now: Scored) -> Float[Array, "B K N"]:
+        """Larger for what is worth more; +inf is kept as long as there is room. Read only where `now.there`."""
+
+    @property
+    def queries(self) -> int:
+        """The newest queries that it reads (`Scored.newest`)."""
+        return 0
+
+    @property
+    def marks(self) -> bool:
+        """Whether it reads the attention that every token received so far (`Scored.marks`)."""
+        return False
+
+    @property
+    def raw(self) -> bool:
+        """Whether it reads keys before their rotation."""
+        return False
+
+    def watch(self, watched: Any, asked: Asked) -> Any:
+        """What it makes of the queries of one more pass; of none at first."""
+        return watched
+
+    def watching(self, rows: int, heads: int, head_dim: int) -> Any:
+        """What it has made of no queries: arrays [B, ...]."""
+        return None

@@ -1,0 +1,168 @@
+"""The KV cache: a pass finds what is held, whatever holds it; tokens leave full precision and slots as they should."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lcx.attention.mask import Sink, Window
+from lcx.cache.codecs.groups import KIVI, IntGroups
+from lcx.cache.codecs.plain import Plain
+from lcx.cache.codecs.scaled import Fp8, Int8
+from lcx.cache.kv_cache import KVCache
+from lcx.cache.policies.evict import Evict
+from lcx.cache.policies.policy import Policy
+from lcx.cache.scorers.key_norm import KeyNorm
+from lcx.cache.scorers.snapkv import SnapKV
+from lcx.parts import parts
+from lcx.positions.alibi import ALiBi
+from lcx.positions.rotate import rotate
+from lcx.spec import SpecError
+from tests.cache.driven import DIM, FREQUENCIES, KV_HEADS, expected, held_indices, passes, run
+
+CODECS = {"plain": Plain(), "int8": Int8(), "fp8": Fp8(), "int4": IntGroups(group=2), "kivi": KIVI(group=2, residual=5)}
+POLICIES = {
+    "all": None,
+    "norm": Evict(score=KeyNorm(), keep=24, every=4, sinks=2, recent=3),
+    "snap": Evict(score=SnapKV(window=3, kernel=3), keep=0.5, every=8, heads="shared"),
+    "prefill": Evict(score=KeyNorm(), keep=0.25, scope="prefill", every=16),
+    "decode": Evict(score=KeyNorm(), keep=30, scope="decode", every=2, heads="shared"),
+}
+LENGTHS = [40, 1, 1, 40, *[1] * 9]
+
+
+def close(found, wanted, atol=3e-6):
+    np.testing.assert_allclose(found[0], wanted[0], atol=atol)
+    np.testing.assert_allclose(found[1], wanted[1], atol=atol)
+
+
+PAIRS = [("plain", "norm"), ("int8", "snap"), ("kivi", "all"), ("kivi", "snap"), ("fp8", "prefill"), ("int4", "decode")]
+
+
+@pytest.mark.parametrize("codec, policy", PAIRS)
+def test_a_pass_finds_what_is_held(codec, policy):
+    codec, policy = CODECS[codec], POLICIES[policy]
+    keys = "raw" if policy is None or policy.by_head else "rotated"
+    compare = lambda state, q, k, v, info, out, lse, before: close((out, lse), expected(q, k, v, info, before))
+    state = run(KVCache(codec=codec, policy=policy, keys=keys), passes(LENGTHS, padding=7), each=compare)
+    assert state.overflow.tolist() == [0, 0] and state.seen.tolist() == [sum(LENGTHS) - 7, sum(LENGTHS)]
+
+
+@pytest.mark.parametrize(
+    "heads, options",
+    [("own", {"mask": Sink(size=2) | Window(size=9)}), ("shared", {"bias": ALiBi()}), ("own", {"softcap": 3.0})],
+    ids=["mask", "bias", "soft-cap"],
+)
+def test_masks_biases_and_soft_caps_are_those_of_attention(heads, options):
+    cache = KVCache(codec=Int8(), policy=Evict(score=SnapKV(window=4, kernel=1), keep=20, heads=heads))
+    check = lambda state, q, k, v, info, out, lse, before: close((out, lse), expected(q, k, v, info, before, **options))
+    run(cache, passes([30, 1, 12, 1]), each=check, **options)
+
+
+def test_tokens_wait_in_full_precision():
+    """Of 80 tokens and 5 to stay behind, two blocks of 32 are coded; the 16 others are as they came."""
+    codec, given = KIVI(group=32, residual=5), list(passes([50, 30]))
+    state = run(KVCache(codec=codec, keys="raw"), given)
+    k = jnp.concatenate([k for _, k, _, _ in given], axis=1)
+    v = jnp.concatenate([v for _, _, v, _ in given], axis=1)
+    by_head = lambda x: jnp.moveaxis(x[:, :64], 1, 2)
+    assert state.used.tolist() == [[64], [64]]
+    for coder, codes, x in ((codec.keys, state.held.k, k), (codec.values, state.held.v, v)):
+        wanted = coder.encode(by_head(x))
+        for found, leaf in zip(jax.tree.leaves(codes), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_array_equal(found[:, :, : leaf.shape[2]], leaf)
+    np.testing.assert_array_equal(state.waiting.k[:, :16], k[:, 64:])
+    np.testing.assert_array_equal(state.waiting.v[:, :16], v[:, 64:])
+    assert np.asarray(state.waiting.info.segments).sum() == 32
+
+
+@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+def test_passes_of_any_size_hold_the_same(codec):
+    """Without a policy what is held depends on the tokens alone."""
+    whole = [
+        jnp.concatenate(x, axis=1) if isinstance(x[0], jax.Array) else x
+        for x in zip(*[g[:3] for g in passes([70])], strict=True)
+    ]
+    info = next(iter(passes([70])))[3]
+    cut = lambda sizes: [
+        (*(x[:, a:b] for x in whole), info.take(slice(a, b)))
+        for a, b in zip(np.cumsum([0, *sizes[:-1]]), np.cumsum(sizes), strict=True)
+    ]
+    states = [run(KVCache(codec=codec), cut(sizes)) for sizes in ([70], [64, *[1] * 6])]
+    for state in states[1:]:
+        for a, b in zip(jax.tree.leaves(states[0]), jax.tree.leaves(state), strict=True):
+            np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), atol=1e-6)
+
+
+def test_keys_of_small_norm_stay():
+    given = list(passes([60]))
+    state = run(KVCache(policy=Evict(score=KeyNorm(), keep=16, sinks=2, recent=4)), given)
+    norms = np.linalg.norm(given[0][1], axis=-1)
+    for b, heads in enumerate(held_indices(None, state)):
+        for h, found in enumerate(heads):
+            others = np.argsort(norms[b, 2:56, h], kind="stable")[:10] + 2
+            assert found == sorted({0, 1, *range(56, 60), *others.tolist()})
+
+
+def test_a_share_grows_with_what_was_read():
+    counts = []
+    note = lambda state, *_: counts.append((np.asarray(state.held.info.segments) != 0).sum(axis=2).tolist())
+    run(KVCache(policy=Evict(score=KeyNorm(), keep=0.25)), passes([40, 20, 20]), each=note)
+    assert [one[1] for one in counts] == [[10, 10], [15, 15], [20, 20]]
+
+
+def test_decoding_drops_when_the_slots_behind_the_budget_are_full():
+    counts = []
+    note = lambda state, *_: counts.append(int((np.asarray(state.held.info.segments[1, 0]) != 0).sum()))
+    run(KVCache(policy=Evict(score=KeyNorm(), keep=10, every=3)), passes([12, *[1] * 8]), each=note)
+    assert counts == [10, 11, 12, 13, 10, 11, 12, 13, 10]
+
+
+def test_after_a_prefill_alone_answers_need_room():
+    cache = KVCache(policy=Evict(score=KeyNorm(), keep=10, scope="prefill", every=3))
+    assert run(cache, passes([20, 1, 1, 1])).overflow.tolist() == [0, 0]
+    assert run(cache, passes([20, 1, 1, 1, 1])).overflow.tolist() == [1, 1]
+
+
+def test_slots_side_by_side():
+    """Held keys stand right before the newest tokens: what a query finds is what it finds in a text of those tokens alone."""
+    cache = KVCache(policy=Evict(score=KeyNorm(), keep=8, heads="shared", recent=8), keys="raw", positions="slots")
+    given = list(passes([30, 1]))
+    state = run(cache, given[:1])
+    assert held_indices(cache, state) == [[list(range(22, 30))]] * 2
+    shifted = dataclasses.replace(cache, policy=dataclasses.replace(cache.policy, recent=4, sinks=4))
+    found = []
+    run(shifted, given, each=lambda state, q, k, v, info, out, lse, before: found.append((out, lse, before)))
+    out, lse, (_, values, info) = found[1]
+    (_, k, _, _), (q, new_k, new_v, new_info) = given
+    kept = [0, 1, 2, 3, 26, 27, 28, 29]
+    places = lambda index: jnp.broadcast_to(jnp.asarray(index, jnp.float32)[None, :, None], (2, len(index), 1))
+    held = rotate(k[:, jnp.asarray(kept)], places(range(22, 30)), FREQUENCIES, side="key")
+    wanted = expected(q, new_k, new_v, new_info, (held, values[:, :8], jax.tree.map(lambda x: x[:, :8], info)))
+    close((out, lse), wanted)
+
+
+def test_what_needs_raw_keys_says_so():
+    with pytest.raises(SpecError, match="keys = 'rotated': expected 'raw' beside positions = 'slots'"):
+        KVCache(positions="slots")
+
+
+@pytest.mark.parametrize("cls", parts(Policy), ids=lambda cls: cls.__name__)
+def test_every_policy_holds_no_more_than_it_says(cls):
+    for policy in list(cls.examples())[:1]:
+        cache = KVCache(policy=policy, keys="raw")
+        slots = policy.slots(96, 1.0)
+
+        def check(state, *_, slots=slots):
+            held = np.asarray(state.held.info.segments) != 0
+            assert held.shape[2] == slots and (held.sum(axis=2) <= slots).all()
+            assert (held[..., 1:] <= held[..., :-1]).all(), "slots in front are taken first"
+
+        run(cache, passes([40, 1, 40, 1, 1]), each=check)
+
+
+def test_bfloat16_is_held_as_such():
+    state = KVCache().init(1, 8, KV_HEADS, DIM, DIM, jnp.bfloat16)
+    assert state.held.k.dtype == state.waiting.k.dtype == jnp.bfloat16
