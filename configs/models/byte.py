@@ -12,13 +12,14 @@ from lcx.mixers.attention import Attention
 from lcx.mixers.short_convolution import ShortConvolution
 from lcx.models.decoder import Decoder
 from lcx.models.layer import Layer
+from lcx.positions.rope import Rope
 
 VOCAB = 264  # 256 bytes and 3 marks, rounded up so that it divides over 8 devices
 
 
 @auto_config
-def toy(width: int = 128, layers: int = 2, taps: int = 4) -> Decoder:
-    """Attention and SwiGLU layers, pre-norm, RoPE of base 10,000, a tied head."""
+def toy(width: int = 128, layers: int = 2, taps: int = 4, base: float = 10_000.0) -> Decoder:
+    """Attention and SwiGLU layers, pre-norm, RoPE, a tied head. base: of the rope."""
     return Decoder(
         vocab=VOCAB,
         width=width,
@@ -29,6 +30,7 @@ def toy(width: int = 128, layers: int = 2, taps: int = 4) -> Decoder:
             ),
         ),
         periods=layers,
+        rope=Rope(base=base),
         unroll="all",
         embed_mixer=ShortConvolution(taps=taps),
     )

@@ -59,11 +59,35 @@ def train(steps: int = 3300, batch_size: int = 8) -> Experiment:
 
 
 @auto_config
-def evaluate(model: str = "reader") -> Evaluation:
+def longer(steps: int = 1500, batch_size: int = 2) -> Experiment:
+    """The reader trained further on rows of 2,048, its rope's base raised: what is measured beyond 512 stands on it."""
+    return Experiment(
+        model=byte.toy(width=128, layers=3, taps=TAPS, base=50_000.0),
+        data=Pipeline(
+            mixture=(
+                Weighted(rows=PackedText(source=StandardLibrary(split="train")), weight=3.0),
+                Weighted(rows=Needles(needles=8, queries=8, answer_weight=10.0), weight=2.0),
+                Weighted(rows=Needles(needles=4, queries=4, haystack=StandardLibrary(split="train"), answer_weight=10.0)),
+                Weighted(rows=Needles(answer_weight=10.0)),
+                Weighted(rows=Records(answer_weight=10.0)),
+            ),
+            length=4 * WINDOW,
+            batch_size=batch_size,
+        ),
+        optimizer=AdamW(learning_rate=Cosine(peak=1e-3, warmup=60)),
+        steps=steps,
+        init_from="reader",
+        checkpoint=Checkpointing(every=300),
+        log_every=50,
+    )
+
+
+@auto_config
+def evaluate(model: str = "reader", longest: int = WINDOW) -> Evaluation:
     """Recall over length and depth up to the window, and held-out perplexity."""
     return Evaluation(
         model=model,
-        lengths=(256, 512),
+        lengths=(longest // 2, longest),
         tasks=(
             Retrieval(name="passkey", generator=Needles(), examples_each=40, depths=(0.0, 0.25, 0.5, 0.75, 1.0)),
             Retrieval(name="passkey_greedy", generator=Needles(), examples_each=40, mode="greedy"),

@@ -100,9 +100,15 @@ class Cache(Spec, abc.ABC):
 
         rules: how rows and heads lie on the ambient mesh; a device has whole rows."""
 
-    def prune(self, state: Any, asked: Asked, *, frequencies: Frequencies | None, rule: Rule) -> Any:
-        """The state after a pass, its queries answered: coded, and rid of what does not stay. After every `append`."""
+    def prune(self, state: Any, asked: Asked, *, frequencies: Frequencies | None, rule: Rule, leader: Any = None) -> Any:
+        """The state after a pass, its queries answered: coded, and rid of what does not stay. After every `append`.
+
+        leader: the state of the layer that `leads` this one, after its own pass."""
         return state
+
+    def leads(self, layer: int) -> int | None:
+        """The layer whose choice of tokens is that of `layer` too; None if it chooses for itself."""
+        return None
 
     @abc.abstractmethod
     def read(self, state: Any, frequencies: Frequencies | None) -> tuple[Array, Array, TokenInfo]:

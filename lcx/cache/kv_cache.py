@@ -24,7 +24,7 @@ from lcx.cache.codecs.codec import Codec, Quantizer
 from lcx.cache.codecs.plain import Plain
 from lcx.cache.kv_state import Held, KVState, Pass, Waiting, no_tokens, rounded_up, stored_blocks, taken, taken_first
 from lcx.cache.policies.policy import Policy
-from lcx.cache.scorers.scorer import Asked, Rule, Scored, received
+from lcx.cache.scorers.scorer import Asked, Rule, Scored
 from lcx.cache.spans import Slots, attend_slots
 from lcx.parallel.rules import Rules, ambient_mesh, shard
 from lcx.positions.frequencies import Frequencies
@@ -54,6 +54,9 @@ class KVCache(KeysCache):
     def by_layer(self):
         return self.codec.by_layer or (self.policy is not None and self.policy.by_layer)
 
+    def leads(self, layer):
+        return None if self.policy is None else self.policy.leader(layer)
+
     @property
     def by_head(self) -> bool:
         """Whether key heads hold tokens of their own."""
@@ -76,7 +79,7 @@ class KVCache(KeysCache):
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
             jax.eval_shape(lambda: coder.encode(jnp.zeros((B, K, S, size), dtype), known)),
         )
-        marks, counts = policy is not None and policy.marks, policy is not None and policy.counts
+        marks, counts = policy is not None and policy.marks, policy is not None and policy.merges
         held = Held(
             k=empty(self.coders[0], head_dim, tables[0]),
             v=empty(self.coders[1], value_dim, tables[1]),
@@ -148,7 +151,7 @@ class KVCache(KeysCache):
             def read(part) -> Slots:
                 (codes_k, codes_v, counts), info = part
                 keys = self._turned(self.coders[0].decode(codes_k, known[0]), info, frequencies)
-                extra = None if counts is None else jnp.log(counts)
+                extra = jnp.log(counts) if self.policy is not None and self.policy.weighs else None
                 return Slots(keys, self.coders[1].decode(codes_v, known[1]), info, extra)
 
             whole = self.codec == Plain() and self.keys == "rotated"  # nothing to decode
@@ -184,7 +187,7 @@ class KVCache(KeysCache):
         out = rules.partition(("batch", None, "heads"))
         return jax.shard_map(local, in_specs=specs, out_specs=(out, out), check_vma=False)(q, q_info, held, exact, was.tables)
 
-    def prune(self, state, asked, *, frequencies, rule):
+    def prune(self, state, asked, *, frequencies, rule, leader=None):
         was, policy, codec = state.state, self.policy, self.codec
         exact, held = _joined(state), was.held
         if policy is not None and policy.marks:
@@ -214,12 +217,14 @@ class KVCache(KeysCache):
         if several:
             return _where(
                 real.any(axis=1),
-                self._compressed(was, leaving, moved, asked, frequencies, rule),
+                self._compressed(was, leaving, moved, asked, frequencies, rule, leader),
                 self._written(was, leaving, moved, asked),
             )
         full = (was.used.max(axis=1) + moved > policy.budget(was.seen, was.share) + policy.every) & (moved > 0)
         compress = lambda: _where(
-            full, self._compressed(was, leaving, moved, asked, frequencies, rule), self._written(was, leaving, moved, asked)
+            full,
+            self._compressed(was, leaving, moved, asked, frequencies, rule, leader),
+            self._written(was, leaving, moved, asked),
         )
         return jax.lax.cond(full.any(), compress, lambda: self._written(was, leaving, moved, asked))
 
@@ -264,10 +269,10 @@ class KVCache(KeysCache):
     def _marked(self, state: KVState, exact: Waiting, asked: Asked, frequencies, rule: Rule) -> tuple[Waiting, Held]:
         """Tokens with what the queries of a pass looked at added."""
         k, _, info = self._decoded(state, frequencies)
-        marks = state.held.marks + received(asked, k, info, rule)
+        marks = state.held.marks + self.policy.mark(asked, k, info, rule, True)
         k = jnp.moveaxis(self.turned(exact.k, exact.info, frequencies), 2, 1)
         one = jax.tree.map(lambda x: x[:, None], exact.info)
-        late = exact.marks + jnp.moveaxis(received(asked, k, one, rule), 1, 2)
+        late = exact.marks + jnp.moveaxis(self.policy.mark(asked, k, one, rule, False), 1, 2)
         return dataclasses.replace(exact, marks=late), dataclasses.replace(state.held, marks=marks)
 
     def _queries(self, state: KVState, asked: Asked, info: TokenInfo) -> dict[str, Any]:
@@ -311,7 +316,14 @@ class KVCache(KeysCache):
         )
 
     def _compressed(
-        self, state: KVState, leaving: Waiting, moved: Int[Array, "B"], asked: Asked, frequencies, rule: Rule
+        self,
+        state: KVState,
+        leaving: Waiting,
+        moved: Int[Array, "B"],
+        asked: Asked,
+        frequencies,
+        rule: Rule,
+        leader: KVState | None,
     ) -> KVState:
         """With the policy's choice among what the slots hold and `moved` tokens more."""
         held, (B, L) = state.held, leaving.info.segments.shape
@@ -334,6 +346,8 @@ class KVCache(KeysCache):
         pick = lambda tree, index: jax.tree.map(functools.partial(taken, place=index, axis=2), tree)
         (k, v), ordered = pick(floats, by_all(order)), pick(info, order)
         policy = self.policy
+        budget = policy.budget(state.seen, state.share)
+        lost = jnp.minimum(budget, state.seen) - policy.most(state.length, state.share)
         scored = Scored(
             k=self._turned(k, ordered, frequencies),
             raw=k,
@@ -343,15 +357,16 @@ class KVCache(KeysCache):
             newest=state.newest,
             newest_info=state.newest_info,
             marks=None if marks is None else pick(marks, by_all(order)),
+            counts=None if counts is None else pick(counts, by_all(order)),
             watched=state.watched,
             seen=state.seen,
+            budget=budget,
             output=asked.output,
             frequencies=frequencies,
             rule=rule,
+            leader=None if leader is None else leader.held.info,
         )
-        budget = policy.budget(state.seen, state.share)
-        lost = jnp.minimum(budget, state.seen) - policy.most(state.length, state.share)
-        kept = policy.compress(scored, budget, S, None if counts is None else pick(counts, by_all(order)))
+        kept = policy.compress(scored, S)
         last = jnp.where(kept.there, kept.index, 0).max(axis=2, keepdims=True)  # fills up a block that it is in
         index = jnp.where(kept.there, kept.index, last)
         origin = jnp.take_along_axis(order, index, axis=2)

@@ -200,7 +200,7 @@ class AttentionModule(MixerModule):
                 keys = lambda k, v, info, new: sum_up(k, v, tokens_of(info), new, **how)
                 state = spec.cache.rewrite(state, before, keys)
             out, lse = spec.cache.attend(state, q, info, frequencies=frequencies, rules=rules, **options)
-            state = self._pruned(state, q, unturned[0], out, lse, info, frequencies)
+            state = self._pruned(state, q, unturned[0], out, lse, info, frequencies, place)
         out = self._with_learned(out, lse, unturned[0], info)
         if beside is not None:
             out = beside(out, *unturned)
@@ -217,14 +217,16 @@ class AttentionModule(MixerModule):
         at = At(layer=layer, depth=self.inherited.depth, heads=spec.heads, shards=axes_size(split_axes(rules)))
         return spec.cache.placed(spec.cache.init(batch_size, length, *sizes, dtype, axes, at), rules)
 
-    def _pruned(self, state, q, raw, out, lse, info: TokenInfo, frequencies: Frequencies | None):
+    def _pruned(self, state, q, raw, out, lse, info: TokenInfo, frequencies: Frequencies | None, place: Place):
         """The cache after a pass. lse: of keys; persistent keys and sinks take their share of the attention too."""
         spec = self.spec
         _, lse = self._with_persistent(out, lse, raw, info)
         lse = lse if self.sinks is None else jnp.where(lse == -jnp.inf, lse, jnp.logaddexp(lse, self.sinks[...]))
         asked = Asked(q=q, raw=raw, out=out, lse=lse, info=info.filled(), output=self.output[...])
         rule = Rule(mask=self.mask, scale=spec.softmax_scale, softcap=spec.softcap, bias=spec.distance_bias)
-        return spec.cache.prune(state, asked, frequencies=frequencies, rule=rule)
+        leads = None if place.number is None else spec.cache.leads(place.number)
+        leader = None if leads is None else place.above[leads]
+        return spec.cache.prune(state, asked, frequencies=frequencies, rule=rule, leader=leader)
 
     def _frequencies_at(self, length: int, place: Place) -> Frequencies | None:
         """Those in force, the model's where its rope is learned."""

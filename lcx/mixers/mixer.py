@@ -58,10 +58,13 @@ class Inherited:
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Place:
     """Where in a model a mixer is called. layer: which of the layers it is in, from 0; None outside of them. frequencies: of
-    the model's rope, if that is learned."""
+    the model's rope, if that is learned. number, above: the layer as a number, and the states of those before it after this
+    pass, where layers are called one by one."""
 
     layer: Int[Array, ""] | None = None
     frequencies: Frequencies | None = None
+    number: int | None = None
+    above: tuple[Any, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ the project is called as this one is: `model(batch, state=None, upto=None) -> (h
 """
 
 import dataclasses
+import itertools
 import math
 from typing import Any, Literal
 
@@ -183,13 +184,16 @@ class DecoderModel(nnx.Module):
         x, embed_state = self._entered(batch, state and state["embed"], Place(frequencies=rope))
         slots = tuple(self.slots) if periods == self.spec.periods else jax.tree.map(lambda p: p[:periods], tuple(self.slots))
 
-        def period(x, stacked):
+        def period(x, stacked, number: int | None = None, above: tuple = ()):
             blocks, states, first = stacked
             given = states if states is not None else (None,) * len(blocks)
             new, aux = [], []
             x = checkpoint_name(x, STREAM)
             for slot, (block, block_state) in enumerate(zip(blocks, given, strict=True)):
-                x, block_state, block_aux = block(x, batch, block_state, place=Place(layer=first + slot, frequencies=rope))
+                place = Place(layer=first + slot, frequencies=rope)
+                if number is not None:
+                    place = dataclasses.replace(place, number=number + slot, above=(*above, *new))
+                x, block_state, block_aux = block(x, batch, block_state, place=place)
                 new.append(block_state)
                 aux.append(block_aux)
             return x, (None if states is None else tuple(new), join_aux(*aux))
@@ -199,7 +203,8 @@ class DecoderModel(nnx.Module):
             blocks_of = self.blocks or self._blocks()
             for n, given in enumerate(state["layers"]):
                 blocks = blocks_of[n]
-                x, (new, aux) = period(x, (blocks, given, jnp.int32(n * len(slots))))
+                first, above = n * len(slots), tuple(itertools.chain(*states))
+                x, (new, aux) = period(x, (blocks, given, jnp.int32(first)), first, above)
                 states.append(new)
             return x, {"embed": embed_state, "layers": states}, aux
         policy = REMAT[self.spec.remat]
@@ -220,18 +225,24 @@ class DecoderModel(nnx.Module):
         """The empty state of every mixer, for `length` tokens a row."""
         first = [jax.tree.map(lambda p: p[0], slot) for slot in self.slots]
         layers = tuple(self._slot_state(n, slot, batch_size, length) for n, slot in enumerate(first))
+        if any(isinstance(slot, list) for slot in layers):  # of shapes of their own: by periods, as `apart` has them
+            each = [
+                slot if isinstance(slot, list) else [jax.tree.map(lambda x, n=n: x[n], slot) for n in range(self.spec.periods)]
+                for slot in layers
+            ]
+            layers = list(zip(*each, strict=True))
         embed = None if self.embed_mixer is None else self.embed_mixer.init_state(batch_size, length)
         return {"embed": shared_rows(embed, self.spec.rules), "layers": layers}
 
     def _slot_state(self, n: int, slot: nnx.Module, batch_size: int, length: int) -> Any:
-        """Of the layers of one slot of the pattern, stacked."""
+        """Of the layers of one slot of the pattern, stacked, or a list where they differ."""
         if not getattr(getattr(self.spec.pattern[n].mixer, "cache", None), "by_layer", False):
             stack = lambda leaf: jnp.broadcast_to(leaf, (self.spec.periods, *leaf.shape))
             return jax.tree.map(stack, slot.init_state(batch_size, length))
         layers = range(n, self.spec.depth, len(self.spec.pattern))
-        return jax.tree.map(
-            lambda *leaves: jnp.stack(leaves), *(slot.init_state(batch_size, length, layer) for layer in layers)
-        )
+        states = [slot.init_state(batch_size, length, layer) for layer in layers]
+        kinds = {(jax.tree.structure(state), *(x.shape for x in jax.tree.leaves(state))) for state in states}
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states) if len(kinds) == 1 else states
 
     def in_blocks(self) -> "DecoderModel":
         """A copy that has the parameters of each period apart, for a loop around it that would cut them out again and again."""
@@ -247,7 +258,7 @@ class DecoderModel(nnx.Module):
     def apart(self, state: Any) -> Any:
         """A state whose layers are not stacked, where all periods are unrolled: what is written to one leaves the others where
         they lie. Auxiliary values that come with it are of the last period alone."""
-        if self.spec.unroll != "all" or self.spec.memory is not None:
+        if self.spec.unroll != "all" or self.spec.memory is not None or isinstance(state["layers"], list):
             return state
         periods = [jax.tree.map(lambda leaf, n=n: leaf[n], state["layers"]) for n in range(self.spec.periods)]
         return state | {"layers": periods}

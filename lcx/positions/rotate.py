@@ -85,6 +85,13 @@ def rotate(
         sign = 1 if side == "query" else -1
         grown = jnp.exp(sign * frequencies.growth.astype(np.float32) * _driving(positions.astype(jnp.float32), frequencies))
         cosine, sine = cosine * grown[:, :, None], sine * grown[:, :, None]
+    return turned_by(x, cosine, sine, frequencies)
+
+
+def turned_by(
+    x: Float[Array, "B T H D"], cosine: Float[Array, "..."], sine: Float[Array, "..."], frequencies: Frequencies
+) -> Float[Array, "B T H D"]:
+    """`rotate` by given tables [B or 1, T or 1, 1, C], which means of several are too."""
     pairs = frequencies.inv_freq.shape[-1]
     if frequencies.pairing == "half":
         first, second = x[..., :pairs], x[..., pairs : 2 * pairs]

@@ -56,7 +56,7 @@ def feed(cache, state, q, k, v, info, mask):
     state = cache.append(state, k, v, info, FREQUENCIES)
     raw, q = q, rotate(q, info.positions, FREQUENCIES).astype(k.dtype)
     out, lse = cache.attend(state, q, info, mask=mask, scale=0.3, softcap=5.0, frequencies=FREQUENCIES)
-    asked = Asked(q=q, raw=raw, out=out, lse=lse, info=info.filled(), output=jnp.ones((HEADS, DIM, 5)))
+    asked = Asked(q=q, raw=raw, out=out, lse=lse, info=info.filled(), output=jnp.ones((HEADS, VALUE, 5)))
     rule = Rule(mask=mask, scale=0.3, softcap=5.0, bias=None)
     return cache.prune(state, asked, frequencies=FREQUENCIES, rule=rule), (out, lse)
 

@@ -1,6 +1,7 @@
 """Eviction: of the tokens, those that a scorer finds worth most stay as they are."""
 
 import dataclasses
+import math
 from typing import Literal
 
 import jax.numpy as jnp
@@ -28,11 +29,14 @@ def top(
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evict(Policy):
     """score: what tokens are worth. heads: whether key heads choose for themselves (`own`), or all by the mean of their scores
-    (`shared`), so that one list serves them. sinks: of each document, the first tokens, which always stay; recent: the newest,
-    which do too. Both count to `keep`."""
+    (`shared`), so that one list serves them, or draw on one budget (`adaptive`: AdaKV, 2024), each with at least `safe` and at
+    most `spread` of the mean. sinks: of each document, the first tokens, which always stay; recent: the newest, which do too.
+    Both count to `keep`."""
 
     score: Scorer
-    heads: Literal["own", "shared"] = "own"
+    heads: Literal["own", "shared", "adaptive"] = "own"
+    safe: float = 0.2
+    spread: float = 2.0
     sinks: int = 0
     recent: int = 0
 
@@ -40,11 +44,18 @@ class Evict(Policy):
         super().validate()
         self.check(self.sinks >= 0, "sinks", "0 or more tokens")
         room = not isinstance(self.keep, int) or self.sinks + self.recent <= self.keep
+        self.check(0 <= self.safe <= 1, "safe", "a share from 0 to 1")
+        self.check(self.spread >= 1, "spread", "at least 1, all heads alike")
         self.check(self.recent >= 0 and room, "recent", f"0 or more tokens, with sinks at most keep = {self.keep}")
 
     @property
     def by_head(self):
-        return self.heads == "own"
+        return self.heads != "shared"
+
+    def slots(self, length, share):
+        if self.heads != "adaptive" or self.scope == "decode":
+            return super().slots(length, share)
+        return min(length, math.ceil(self.most(length, share) * self.spread)) + self.every
 
     @property
     def queries(self):
@@ -57,6 +68,9 @@ class Evict(Policy):
     @property
     def raw(self):
         return self.score.raw
+
+    def mark(self, asked, k, info, rule, held):
+        return self.score.mark(asked, k, info, rule, held)
 
     def watch(self, watched, asked):
         return self.score.watch(watched, asked)
@@ -73,10 +87,27 @@ class Evict(Policy):
         stays = (now.info.index < self.sinks) | (place >= now.count[..., None] - self.recent)
         return jnp.where(now.there, jnp.where(stays, jnp.inf, scores), -jnp.inf)
 
-    def compress(self, now, budget, slots, counts):
+    def compress(self, now, slots):
         worth = self.worth(now)
-        index, there = top(worth, jnp.broadcast_to(budget[:, None], worth.shape[:2]), slots)
+        budget = jnp.broadcast_to(now.budget[:, None], worth.shape[:2])
+        if self.heads == "adaptive":
+            worth, budget = self._together(worth, now.budget, slots)
+        index, there = top(worth, budget, slots)
         return Kept(index=index, there=there)
+
+    def _together(self, worth: Float[Array, "B K N"], budget: Int[Array, "B"], slots: int):
+        """Scores and budgets of heads that draw on one budget: each first its safe share, then the best of all."""
+        B, K, N = worth.shape
+        place = jnp.argsort(jnp.argsort(-worth, axis=2, stable=True), axis=2)
+        safe = (budget * self.safe).astype(jnp.int32)[:, None, None]
+        room = worth > -jnp.inf
+        most = jnp.minimum(slots, jnp.ceil(budget * self.spread)).astype(jnp.int32)[:, None, None]
+        joint = jnp.where(room & (place < most), jnp.where(place < safe, jnp.inf, worth), -jnp.inf).reshape(B, 1, K * N)
+        index, there = top(joint, budget[:, None] * K, K * N)
+        rows = jnp.arange(B)[:, None]
+        chosen = jnp.zeros((B, K * N), bool).at[rows, jnp.where(there, index, K * N)[:, 0]].set(True, mode="drop")
+        chosen = chosen.reshape(B, K, N)
+        return jnp.where(chosen, worth, -jnp.inf), chosen.sum(axis=2)
 
     @classmethod
     def examples(cls):
@@ -86,4 +117,5 @@ class Evict(Policy):
         return (
             cls(score=KeyNorm(), keep=6, every=2, sinks=1, recent=2),
             cls(score=SnapKV(window=3, kernel=3), keep=0.5, every=3, heads="shared"),
+            cls(score=KeyNorm(), keep=8, every=2, heads="adaptive"),
         )

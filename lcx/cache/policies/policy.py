@@ -8,8 +8,9 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from lcx.batch import TokenInfo
 from lcx.cache.policies.budgets import Even, LayerBudgets
-from lcx.cache.scorers.scorer import Asked, Scored
+from lcx.cache.scorers.scorer import Asked, Rule, Scored, received
 from lcx.record import record
 from lcx.spec import Spec
 
@@ -88,10 +89,22 @@ class Policy(Spec, abc.ABC):
         """Whether it needs keys as they are before their rotation."""
         return False
 
+    def leader(self, layer: int) -> int | None:
+        """The layer whose choice is that of `layer` too; None if it chooses for itself."""
+        return None
+
     @property
-    def counts(self) -> bool:
+    def merges(self) -> bool:
         """Whether what it keeps stands for several tokens."""
         return False
+
+    @property
+    def weighs(self) -> bool:
+        """Whether attention counts what stands for several tokens so many times."""
+        return False
+
+    def mark(self, asked: Asked, k: Float[Array, "B K N D"], info: TokenInfo, rule: Rule, held: bool) -> Float[Array, "B K N"]:
+        return received(asked, k, info, rule)
 
     def watch(self, watched: Any, asked: Asked) -> Any:
         return watched
@@ -100,5 +113,5 @@ class Policy(Spec, abc.ABC):
         return None
 
     @abc.abstractmethod
-    def compress(self, now: Scored, budget: Int[Array, "B"], slots: int, counts: Float[Array, "B K N"] | None) -> Kept:
-        """What stays of the tokens, at most `budget` a row, in at most `slots` places. counts: what they stand for, if held."""
+    def compress(self, now: Scored, slots: int) -> Kept:
+        """What stays of the tokens, at most `now.budget` a row, in at most `slots` places."""

@@ -43,9 +43,11 @@ class Asked:
 class Scored:
     """The tokens that a policy chooses among, oldest first, [B, K, N] with those that are there in front.
 
-    k: rotated as they meet queries; raw: before, where the cache holds them so, else the same. count: tokens there. newest, its
-    info: the last queries that the scorer asked for, padding first. marks: attention received so far, if asked for.
-    watched: what the scorer made of all queries. seen: tokens that the row has read. layer: of the model.
+    k: rotated as they meet queries; raw: as the cache holds them, which a policy may ask to be before their rotation. count: of
+    tokens there. newest, its info: the last queries that were asked for, padding first. marks: attention received so far, and
+    counts: the tokens that each stands for, if asked for. watched: what was made of all queries. seen: tokens that the row has
+    read; budget: that it keeps. output: the matrix that heads are projected by. leader: what the layer holds whose choice counts
+    here.
     """
 
     k: Float[Array, "B K N D"]
@@ -56,11 +58,14 @@ class Scored:
     newest: Float[Array, "B W H D"]
     newest_info: TokenInfo
     marks: Float[Array, "B K N"] | None
+    counts: Float[Array, "B K N"] | None
     watched: Any
     seen: Int[Array, "B"]
+    budget: Int[Array, "B"]
     output: Float[Array, "H E M"]
     frequencies: Any
     rule: Rule
+    leader: TokenInfo | None
 
     @property
     def there(self) -> Bool[Array, "B G N"]:
@@ -137,6 +142,10 @@ class Scorer(Spec, abc.ABC):
         """Whether it reads keys before their rotation."""
         return False
 
+    def mark(self, asked: Asked, k: Float[Array, "B K N D"], info: TokenInfo, rule: Rule, held: bool) -> Float[Array, "B K N"]:
+        """What queries of a pass add to the marks of tokens: those that are `held`, or those of the pass and that waited."""
+        return received(asked, k, info, rule)
+
     def watch(self, watched: Any, asked: Asked) -> Any:
         """What it makes of the queries of one more pass; of none at first."""
         return watched
@@ -144,3 +153,31 @@ class Scorer(Spec, abc.ABC):
     def watching(self, rows: int, heads: int, head_dim: int) -> Any:
         """What it has made of no queries: arrays [B, ...]."""
         return None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wrapper(Scorer):
+    """A scorer that goes by another. of: what tokens are worth before."""
+
+    of: Scorer
+
+    @property
+    def queries(self):
+        return self.of.queries
+
+    @property
+    def marks(self):
+        return self.of.marks
+
+    @property
+    def raw(self):
+        return self.of.raw
+
+    def mark(self, asked, k, info, rule, held):
+        return self.of.mark(asked, k, info, rule, held)
+
+    def watch(self, watched, asked):
+        return self.of.watch(watched, asked)
+
+    def watching(self, rows, heads, head_dim):
+        return self.of.watching(rows, heads, head_dim)

@@ -1,0 +1,238 @@
+"""KVQuant (2024): keys by channel before their rotation, values by token, codes of a codebook, outliers apart.
+
+    z = (upper + lower) / 2,   r = (upper - lower) / 2,   code = nearest of the codebook to (x - z) / r
+
+Of keys, upper and lower are percentiles of each channel, measured beforehand; of values, the largest and smallest of the token
+without its outliers. One codebook a layer for keys and one for values: k-means of many (x - z) / r, weighted by the squared
+gradient of the loss. Numbers outside, a share of all, are held in half precision with their channel; so are the first tokens,
+which much attention goes to. Q-Norm moves what codes stand for to the mean and deviation of what they were made of.
+
+`lcx.inference.calibration` makes the tables. As the authors', but for ranges and outliers of values, which are those of one head
+(theirs: of all heads of a token), and for how many outliers a token's key may have: as many as its value, the farthest out.
+"""
+
+import dataclasses
+import functools
+import math
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+from lcx.cache.codecs.codec import Codec, Quantizer
+from pallas_kernels.quantized_attention.packing import BLOCK, pack, unpack
+
+HALF = jnp.float16
+
+
+class Coded(NamedTuple):
+    """codes: packed or not. place, number: channels of outliers, one beyond the last where there is none, and what they are.
+    range: zero point and half range of a token, if it has its own."""
+
+    codes: Array | tuple[Array, ...]
+    place: Int[Array, "B K N O"]
+    number: Float[Array, "B K N O"]
+    range: Float[Array, "B K N 2"] | None
+
+
+def outliers_of(share: float, channels: int) -> int:
+    """Outliers on either side of so many channels: those at or beyond the percentiles that cut off half of `share`."""
+    return math.floor(share / 2 * (channels - 1)) + 1 if share else 0
+
+
+def nearest(x: Float[Array, "*n D"], codebook: Float[Array, "B K c"]) -> UInt8[Array, "*n D"]:
+    """The index of the codebook's number that is nearest to each; of two the lower."""
+    between = (codebook[..., 1:] + codebook[..., :-1]) / 2
+    above = [x > between[..., n][:, :, None, None] for n in range(between.shape[-1])]
+    return sum((one.astype(jnp.uint8) for one in above), jnp.zeros(x.shape, jnp.uint8))
+
+
+def looked_up(codes: UInt8[Array, "*n D"], codebook: Float[Array, "B K c"]) -> Float[Array, "*n D"]:
+    """Numbers of codes, by a tree of choices, bit after bit."""
+    level = [codebook[..., n][:, :, None, None] for n in range(codebook.shape[-1])]
+    for bit in range(codebook.shape[-1].bit_length() - 1):
+        chosen = (codes >> bit) & 1 == 1
+        level = [jnp.where(chosen, high, low) for low, high in zip(level[::2], level[1::2], strict=True)]
+    return jnp.broadcast_to(level[0], codes.shape)
+
+
+class _Coder(Quantizer):
+    block = BLOCK
+
+    def _sparse(self, x, far: Float[Array, "B K N D"], most: int):
+        """(place, number) of the `most` channels that are farthest out, of those with far > 0."""
+        D = x.shape[-1]
+        kind = jnp.uint8 if D < 256 else jnp.uint16
+        value, place = jax.lax.top_k(far, most)
+        number = jnp.take_along_axis(x, place, axis=-1).astype(HALF)
+        return jnp.where(value > 0, place, D).astype(kind), jnp.where(value > 0, number, 0)
+
+    def _value(self, loose: Coded, z, r, tables):
+        x = looked_up(loose.codes, tables["codebook"])
+        x = x * tables["scale"][..., None, None] + tables["shift"][..., None, None]
+        x = x * r + z
+        channel = jnp.arange(x.shape[-1])
+        for n in range(loose.place.shape[-1]):
+            x = jnp.where(channel == loose.place[..., n : n + 1], loose.number[..., n : n + 1].astype(jnp.float32), x)
+        return x
+
+    def tightened(self, loose, tables=None):
+        return loose._replace(codes=pack(loose.codes, self.bits))
+
+    def loosened(self, codes, tables=None):
+        return codes._replace(codes=unpack(codes.codes, self.bits))
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys(_Coder):
+    """tables: upper, lower [B, K, D], codebook [B, K, c], and of Q-Norm scale and shift [B, K]."""
+
+    bits: int
+    outliers: float
+
+    def _ranges(self, tables):
+        upper, lower = (tables[name][:, :, None] for name in ("upper", "lower"))
+        return (upper + lower) / 2, (upper - lower) / 2
+
+    def loose(self, x, tables):
+        x = x.astype(jnp.float32)
+        z, r = self._ranges(tables)
+        scaled = (x - z) / jnp.where(r > 0, r, 1)
+        most = min(2 * outliers_of(self.outliers, x.shape[-1]), x.shape[-1])
+        place, number = self._sparse(x, jnp.maximum(jnp.abs(scaled) - 1, 0) if most else scaled, most)
+        return Coded(nearest(scaled, tables["codebook"]), place, number, None)
+
+    def value(self, loose, tables):
+        return self._value(loose, *self._ranges(tables), tables)
+
+
+@dataclasses.dataclass(frozen=True)
+class Values(_Coder):
+    """tables: codebook [B, K, c], and of Q-Norm scale and shift [B, K]."""
+
+    bits: int
+    outliers: float
+
+    def loose(self, x, tables):
+        x = x.astype(jnp.float32)
+        D, side = x.shape[-1], outliers_of(self.outliers, x.shape[-1])
+        order = jnp.argsort(x, axis=-1, stable=True)
+        ranked = jnp.take_along_axis(x, order, axis=-1)
+        inner = ranked[..., side : D - side] if 2 * side < D else ranked[..., D // 2 : D // 2 + 1]
+        low, high = inner[..., :1], inner[..., -1:]
+        limits = jnp.clip(jnp.concatenate([(high + low) / 2, (high - low) / 2], axis=-1), -65504, 65504).astype(HALF)
+        z, r = (limits[..., n : n + 1].astype(jnp.float32) for n in (0, 1))
+        scaled = (x - z) / jnp.where(r > 0, r, 1)
+        place = jnp.concatenate([order[..., :side], order[..., D - side :]], axis=-1)
+        number = jnp.take_along_axis(x, place, axis=-1).astype(HALF)
+        kind = jnp.uint8 if D < 256 else jnp.uint16
+        return Coded(nearest(scaled, tables["codebook"]), place.astype(kind), number, limits)
+
+    def value(self, loose, tables):
+        z, r = (loose.range[..., n : n + 1].astype(jnp.float32) for n in (0, 1))
+        return self._value(loose, z, r, tables)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KVQuant(Codec):
+    """calibration: the tables of a model, a file of `experiments.calibrate` or the name of a shipped one; "" are none: every
+    channel of a key ranges from -8 to 8. bits: 2, 3 or 4. outliers: the share of numbers held apart. codebook: of calibration,
+    with Q-Norm (`normed`) or without, or equally spaced. rotated: codes keys after their rotation, as a comparison.
+    sinks: first tokens of a row in full precision."""
+
+    calibration: str = ""
+    bits: Literal[2, 3, 4] = 3
+    outliers: float = 0.01
+    codebook: Literal["learned", "normed", "uniform"] = "learned"
+    rotated: bool = False
+    sinks: int = 1
+
+    def validate(self):
+        self.check(0 <= self.outliers < 0.5, "outliers", "a share of at least 0 and below 0.5")
+        self.check(self.sinks >= 0, "sinks", "0 or more tokens")
+        known = self.calibration or self.codebook == "uniform"
+        self.check(
+            bool(known),
+            "calibration",
+            "a file of experiments.calibrate, or the name of a shipped one, beside a learned codebook",
+        )
+
+    @property
+    def keys(self):
+        return Keys(self.bits, self.outliers)
+
+    @property
+    def values(self):
+        return Values(self.bits, self.outliers)
+
+    @property
+    def raw(self):
+        return not self.rotated
+
+    @property
+    def first(self):
+        return self.sinks
+
+    @property
+    def by_layer(self):
+        return bool(self.calibration)
+
+    def tables(self, layer, kv_heads, head_dim, value_dim):
+        wide = functools.partial(np.full, (kv_heads, head_dim))
+        even = np.broadcast_to(np.linspace(-1, 1, 2**self.bits, dtype=np.float32), (kv_heads, 2**self.bits))
+        plain = {"codebook": even, "scale": np.ones(kv_heads, np.float32), "shift": np.zeros(kv_heads, np.float32)}
+        if not self.calibration:
+            return plain | {"upper": wide(np.float32(8)), "lower": wide(np.float32(-8))}, dict(plain)
+        held, kind = calibrated(self.calibration), "rotated" if self.rotated else "raw"
+        sides = []
+        for side, ranges in ((kind, ("upper", "lower")), ("values", ())):
+            at = f"{side}/{self.outliers:g}"
+            tables = dict(plain)
+            for name in ranges:
+                tables[name] = self._table(held, f"{at}/{name}", layer, (kv_heads, head_dim))
+            if self.codebook != "uniform":
+                made = self._table(held, f"{at}/{self.bits}/codebook", layer, (2**self.bits,))
+                tables["codebook"] = np.broadcast_to(made, even.shape)
+            if self.codebook == "normed":
+                norm = self._table(held, f"{at}/{self.bits}/norm", layer, (2,))
+                tables |= {name: np.full(kv_heads, n, np.float32) for name, n in zip(("scale", "shift"), norm, strict=True)}
+            sides.append(tables)
+        return tuple(sides)
+
+    def _table(self, held: dict[str, np.ndarray], name: str, layer: int, shape: tuple[int, ...]) -> np.ndarray:
+        if name not in held:
+            made = sorted({tuple(key.split("/")[:2]) for key in held if key.count("/") >= 2})
+            self.fail(
+                "outliers", self.outliers, f"one that {self.calibration} was made for: {', '.join(f'{s} {o}' for s, o in made)}"
+            )
+        if layer >= len(held[name]) or held[name].shape[1:] != shape:
+            found = f"{len(held[name])} layers of {held[name].shape[1:]}"
+            self.fail("calibration", self.calibration, f"tables of this model, {shape} of layer {layer}, not {found}")
+        return held[name][layer]
+
+    @classmethod
+    def examples(cls):
+        return (
+            cls(codebook="uniform"),
+            cls(codebook="uniform", bits=2, outliers=0.2, sinks=2),
+            cls(codebook="uniform", outliers=0.0),
+        )
+
+
+SHIPPED = Path(__file__).parents[2] / "assets"
+
+
+@functools.lru_cache(maxsize=8)
+def calibrated(name: str) -> dict[str, np.ndarray]:
+    """The tables of a file, or of a model that comes with lcx. Raises FileNotFoundError that says what there is."""
+    for path in (Path(name), SHIPPED / f"{name}.kvquant.npz"):
+        if path.is_file():
+            with np.load(path) as held:
+                return {key: held[key].astype(np.float32) for key in held.files}
+    shipped = ", ".join(sorted(path.name.removesuffix(".kvquant.npz") for path in SHIPPED.glob("*.kvquant.npz"))) or "none"
+    raise FileNotFoundError(
+        f"KVQuant.calibration = {name!r}: expected a file of experiments.calibrate, or a shipped one: {shipped}"
+    )

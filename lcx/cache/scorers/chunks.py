@@ -1,0 +1,59 @@
+"""Wrappers that score by chunks of neighbours.
+
+`WholeChunks` is ChunkKV (2025): a chunk is worth the mean of its tokens' scores, over all key heads, so that it stays or goes
+whole. `EachChunk` ranks tokens within their chunk, so that every part of a text keeps its share.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lcx.cache.scorers.scorer import Wrapper
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Chunks(Wrapper):
+    """size: of a chunk, in tokens that are there."""
+
+    size: int = 20
+
+    def validate(self):
+        self.check(self.size >= 1, "size", "at least 1 token")
+
+    def _apart(self, x: Float[Array, "B K N"], blank: float) -> Float[Array, "B K n size"]:
+        padded = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % self.size)), constant_values=blank)
+        return padded.reshape(*x.shape[:2], -1, self.size)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WholeChunks(_Chunks):
+    def score(self, now):
+        scores = self.of.score(now)
+        top = jnp.where(now.there & jnp.isfinite(scores), scores, -jnp.inf).max(axis=2, keepdims=True)
+        finite = jnp.where(jnp.isposinf(scores), top + 1, scores)  # what has to stay weighs as a little more than the best
+        total = self._apart(jnp.where(now.there, finite, 0).sum(axis=1, keepdims=True), 0.0).sum(axis=3)
+        count = self._apart(jnp.broadcast_to(now.there, scores.shape)[:, :1].astype(jnp.float32), 0.0).sum(axis=3)
+        worth = jnp.repeat(total / jnp.maximum(count, 1), self.size, axis=2)[:, :, : scores.shape[2]]
+        return jnp.broadcast_to(worth, scores.shape)
+
+    @classmethod
+    def examples(cls):
+        from lcx.cache.scorers.key_norm import KeyNorm
+
+        return (cls(of=KeyNorm(), size=3),)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EachChunk(_Chunks):
+    def score(self, now):
+        scores = jnp.where(now.there, self.of.score(now), -jnp.inf)
+        apart = self._apart(scores, -jnp.inf)
+        rank = jnp.argsort(jnp.argsort(apart, axis=3), axis=3).reshape(*scores.shape[:2], -1)[:, :, : scores.shape[2]]
+        return jnp.where(jnp.isposinf(scores), jnp.inf, rank.astype(jnp.float32))
+
+    @classmethod
+    def examples(cls):
+        from lcx.cache.scorers.key_norm import KeyNorm
+
+        return (cls(of=KeyNorm(), size=4),)
