@@ -66,6 +66,11 @@ class Cache(Spec, abc.ABC):
         """The state with the non-padding tokens of a chunk after those already there; `k` comes raw, before rotation."""
 
     @property
+    def exact(self) -> bool:
+        """Whether queries find in it what they find in all keys as they are."""
+        return False
+
+    @property
     def by_layer(self) -> bool:
         """Whether layers have states of their own kind."""
         return False

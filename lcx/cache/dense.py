@@ -79,6 +79,10 @@ _put_in_place.defvjp(lambda old, new, row, slot: (_put_in_place(old, new, row, s
 class DenseCache(KeysCache):
     """keys: whether slots hold rotated or raw keys."""
 
+    @property
+    def exact(self):
+        return True
+
     def init(self, batch_size, length, kv_heads, head_dim, value_dim, dtype, axes=1, at=At()):
         empty = jnp.zeros((batch_size, length), jnp.int32)
         info = TokenInfo(

@@ -51,6 +51,10 @@ class KVCache(KeysCache):
         )
 
     @property
+    def exact(self):
+        return self.codec == Plain() and self.policy is None and self.positions == "own"
+
+    @property
     def by_layer(self):
         return self.codec.by_layer or (self.policy is not None and self.policy.by_layer)
 

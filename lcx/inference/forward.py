@@ -27,8 +27,14 @@ def token_logprobs(
     if positions is not None:
         info = dataclasses.replace(info, positions=positions)
     hidden, _, _ = model(Batch(tokens=tokens, info=info))
-    targets = jnp.roll(tokens, -1, axis=1)
-    rows, length = tokens.shape
+    return logprobs_of(model, hidden, jnp.roll(tokens, -1, axis=1))
+
+
+def logprobs_of(
+    model: DecoderModel, hidden: Float[Array, "B T M"], targets: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+    """Log-probability of each target behind a hidden state, and whether it is the likeliest."""
+    rows, length = targets.shape
     chunk = min(length, max(1, HEAD_TOKENS // rows))
     pad = lambda x: jnp.pad(x, ((0, 0), (0, -length % chunk)) + ((0, 0),) * (x.ndim - 2))
     cut = lambda x: jnp.moveaxis(pad(x).reshape(rows, -1, chunk, *x.shape[2:]), 1, 0)

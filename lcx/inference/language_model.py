@@ -30,6 +30,7 @@ from lcx.inference.requests import (
 )
 from lcx.inference.sampling import Sampling
 from lcx.inference.shapes import bucket, right_padded
+from lcx.inference.streamed import exact, streamed_logprobs
 from lcx.models.decoder import DecoderModel
 from lcx.positions.visual import Placed
 
@@ -73,6 +74,9 @@ class Scored(NamedTuple):
 class LocalModel:
     """A decoder and its tokenizer on this machine. row_tokens: tokens of a forward pass, which decides the rows of a batch.
 
+    chunk: tokens of a prompt that are read at a time. step: those behind it that are scored at a time, where a cache drops or
+    rounds: what a model knows then depends on how it read, and rows are read as a server would.
+
     Raises ValueError if the model lacks ids of the tokenizer.
     """
 
@@ -80,6 +84,8 @@ class LocalModel:
     tokenizer: Tokenizer
     window: int
     row_tokens: int = 8192
+    chunk: int = 512
+    step: int = 32
     caps = frozenset({"Gen", "Score", "Embed"})
 
     def __post_init__(self):
@@ -124,6 +130,17 @@ class LocalModel:
             if not 1 <= start <= len(row):
                 raise ValueError(f"logprobs: start = {start} in a row of {len(row)} tokens: expected from 1 to its length")
         found: dict[int, Scored] = {}
+        if not exact(self.model.spec):
+            if placed is not None:
+                raise ValueError("logprobs: placed rows with a cache that drops or rounds: expected a DenseCache")
+            for members, _, size in self._batches(rows):
+                mine, begin = [rows[n] for n in members], [starts[n] for n in members]
+                logprobs, greedy = streamed_logprobs(self.model, mine, begin, size=size, chunk=self.chunk, step=self.step)
+                counts = [len(row) - start for row, start in zip(mine, begin, strict=True)]
+                found |= {
+                    n: Scored(logprobs[b, :c], greedy[b, :c]) for b, (n, c) in enumerate(zip(members, counts, strict=True))
+                }
+            return [found[n] for n in range(len(rows))]
         for members, length, size in self._batches(rows):
             mine = [rows[n] for n in members]
             padded = right_padded(mine, length, size, self.model.spec.vocab)
@@ -151,7 +168,7 @@ class LocalModel:
         seeds = range(len(prompts)) if seeds is None else seeds
         until = [None] * len(prompts) if until is None else until
         found: dict[int, Generated] = {}
-        options = {"max_new": max_new, "sampling": sampling, "stop": self.tokenizer.stops}
+        options = {"max_new": max_new, "sampling": sampling, "stop": self.tokenizer.stops, "chunk": self.chunk}
         for members, _, _ in self._batches(prompts, extra=max_new):
             own = {"seeds": [seeds[n] for n in members], "until": [until[n] for n in members]}
             own["placed"] = None if placed is None else [placed[n] for n in members]

@@ -101,6 +101,17 @@ def feed(
 
     positions: of the chunk; by default they go on behind what was read.
     """
+    return passed(model, tokens, segments, read, positions)[1]
+
+
+def passed(
+    model: DecoderModel,
+    tokens: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+    read: Consumed,
+    positions: Float[Array, "B T P"] | None = None,
+) -> tuple[Float[Array, "B T M"], Consumed]:
+    """(hidden states of the chunk, the rows after it), as `feed`."""
     real = segments != PADDING
     seen = read.seen + real.sum(axis=1, dtype=jnp.int32)
     lengths = {None: None, "frozen": read.most, "growing": seen}[length_policy(model.spec)]
@@ -113,4 +124,4 @@ def feed(
     newest = tokens.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)
     last = jnp.take_along_axis(hidden, newest[:, None, None], axis=1)[:, 0]
     last = jnp.where(real.any(axis=1, keepdims=True), last, read.last)
-    return dataclasses.replace(read, last=last, state=state, seen=seen)
+    return hidden, dataclasses.replace(read, last=last, state=state, seen=seen)

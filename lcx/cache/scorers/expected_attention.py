@@ -38,7 +38,7 @@ class ExpectedAttention(Scorer):
         return {name: watched[name] + new[name] for name in watched}
 
     def score(self, now):
-        watched, (B, K, _, D), scale = now.watched, now.k.shape, now.rule.scale
+        watched, (B, K), scale = now.watched, now.k.shape[:2], now.rule.scale
         count = jnp.maximum(watched["count"], 1)[:, None, None]
         mean = watched["sum"] / count
         spread = watched["square"] / count[..., None] - mean[..., :, None] * mean[..., None, :]
