@@ -6,8 +6,10 @@
     python -m experiments.evaluate --config="config:recipes.extend_hf.measured('runs/extended')" --run_dir=runs/after
     python -m experiments.convert --run_dir=runs/extended --format=hf --to=models/llama-3-8b-long
 
-Every field can be set: another rule (`--config='set:model.rope=NTK(factor=8.0, base=500000.0)'`), positions instead of long
-rows, your own text, a mesh, `trainable`. `docs/models.md` walks through it.
+A folder whose rope has a factor already (Llama 3.1, YaRN) gets a larger one. Every field can be set: another rule
+(`--config='set:model.rope=NTK(factor=8.0, base=500000.0)'`), positions instead of long rows, a mesh, `trainable`, and your own
+text, of which the shipped source has few windows of 32768 tokens (`--config='set:tasks[0].source=TextFolder(path="books")'`).
+`docs/models.md` walks through it.
 """
 
 from pathlib import Path
@@ -17,7 +19,7 @@ from lcx.data.pipeline import Pipeline, Weighted
 from lcx.data.sources import StandardLibrary
 from lcx.evaluation.evaluation import Evaluation
 from lcx.evaluation.tasks.perplexity import Perplexity
-from lcx.positions.yarn import YaRN
+from lcx.positions.extended import extended as extended_rope
 from lcx.spec import edits
 from lcx.training.checkpoint import Checkpointing
 from lcx.training.experiment import Experiment
@@ -27,15 +29,14 @@ from lcx.training.schedules import Cosine
 
 
 def extended(folder: str, factor: float = 4.0, steps: int = 100, batch_size: int = 1) -> Experiment:
-    """YaRN with the folder's own base, trained on rows of `factor` times its window."""
+    """The folder's rope for `factor` times its window (YaRN where it is plain), trained on rows of that length."""
     found = pretrained(Path(folder))
-    rope, window = found.model.rope, found.data.length
-    yarn = YaRN(factor=factor, original_length=window, base=rope.base, rotary=rope.rotary)
+    rope, length = extended_rope(found.model.rope, found.data.length, factor)
     return Experiment(
-        model=edits(found.model, [("rope", yarn), ("remat", "full")]),
+        model=edits(found.model, [("rope", rope), ("remat", "full")]),
         data=Pipeline(
             mixture=(Weighted(rows=PackedText(source=StandardLibrary(split="train"))),),
-            length=round(factor * window),
+            length=length,
             batch_size=batch_size,
             tokenizer=found.data.tokenizer,
         ),

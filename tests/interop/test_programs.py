@@ -13,6 +13,7 @@ from experiments.program import run
 from lcx.interop.folder import Folder
 
 FOLDER = GOLDEN / "llama3.1"
+LLAMA3 = {key: value for key, value in Folder(FOLDER).config["rope_parameters"].items() if key != "rope_theta"}
 
 
 def told(main, *argv, capsys, status=0):
@@ -72,15 +73,15 @@ def test_convert_writes_the_folder_again_with_another_rope(tmp_path, capsys):
 
 
 def test_a_folder_is_trained_on_measured_and_written_back(tmp_path, capsys):
-    """Fine-tuned on text under another rope and a longer window, then a checkpoint folder again that says so."""
+    """Fine-tuned on text under a rope for a longer window, then a checkpoint folder again that says so."""
     base = f"config:recipes.extend_hf.extended({str(FOLDER)!r}, factor=2.0, steps=12)"
     source = 'set:data.mixture[0].rows.source=StandardLibrary(split="heldout")'
     flags = [f"--config={base}", f"--config={source}"]
     told(train.main, *flags, f"--run_dir={tmp_path}/run", capsys=capsys)
-    told(convert.main, f"--run_dir={tmp_path}/run", "--format=hf", f"--to={tmp_path}/out", "--window=384", capsys=capsys)
+    told(convert.main, f"--run_dir={tmp_path}/run", "--format=hf", f"--to={tmp_path}/out", capsys=capsys)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["max_position_embeddings"] == 384
-    assert config["rope_scaling"]["rope_type"] == "yarn" and config["rope_scaling"]["factor"] == 2.0
+    assert config["rope_scaling"] == {**LLAMA3, "factor": 16.0}  # twice that of the folder, of the same trained window
     out = told(generate.main, f"--run_dir={tmp_path}/out", "--prompt=hi", "--max_new=3", capsys=capsys)
     assert out.startswith("hi")
     told(
