@@ -7,6 +7,7 @@ all. Restoring always takes target shardings, so a checkpoint of eight devices r
 
 import contextlib
 import dataclasses
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +53,10 @@ class Checkpoints:
     """The checkpoints of the run that this process trains. A context: leaving it waits for the last one to be written."""
 
     def __init__(self, run_dir: Path, spec: Checkpointing):
-        self._manager = _manager(run_dir, max_to_keep=spec.keep, keep_period=spec.keep_every, cleanup_tmp_directories=True)
+        if jax.process_index() == 0:  # not by the manager, whose thread for it may outlast a start that is refused
+            for unfinished in folder(run_dir).glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+                shutil.rmtree(unfinished)
+        self._manager = _manager(run_dir, max_to_keep=spec.keep, keep_period=spec.keep_every)
 
     def __enter__(self) -> "Checkpoints":
         return self

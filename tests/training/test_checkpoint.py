@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
@@ -107,6 +109,18 @@ def test_retention(decoder, tmp_path):
         for number in range(1, 8):
             checkpoints.save(state, step=number, data={}, meta={})
     assert sorted(int(path.name) for path in folder(tmp_path).iterdir()) == [4, 6, 7]
+
+
+def test_what_was_left_unfinished_is_gone_and_no_thread_is_left(tmp_path, monkeypatch):
+    """A start that is refused closes at once; a thread that works on behind it would fail when the interpreter ends."""
+    started = []
+    monkeypatch.setattr(threading.Thread, "start", started.append)
+    unfinished = folder(tmp_path) / f"3{ocp.utils.TMP_DIR_SUFFIX}-0"
+    (unfinished / "params").mkdir(parents=True)
+    with Checkpoints(tmp_path, Checkpointing()) as checkpoints:
+        assert not unfinished.exists() and not started
+        monkeypatch.undo()
+        assert checkpoints.latest() is None
 
 
 def test_another_layout_is_refused(decoder, tmp_path):
