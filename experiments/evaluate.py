@@ -8,6 +8,7 @@ Leaves results.jsonl (one tidy row a number) and table.md in the folder, and pri
 
 from experiments.program import Arguments, launch
 from lcx.config_text import render
+from lcx.evaluation.checks import check_inputs
 from lcx.evaluation.evaluation import Evaluation, evaluate
 from lcx.plan import listed, model_figures
 from lcx.support import validate
@@ -20,6 +21,8 @@ def main(arguments: Arguments) -> None:
     validate(experiment)
     if arguments.dry_run:
         check_config(arguments.run_dir, evaluation)
+        tokenizer = experiment.data.tokenizer
+        check_inputs((tokenizer, task, length) for task in evaluation.tasks for length in evaluation.lengths)
         print(render(evaluation, "config"), render(experiment.model, "model"), sep="\n\n")
         print("", listed(model_figures(experiment.model, evaluation.lengths, experiment.data.length)), sep="\n")
         return

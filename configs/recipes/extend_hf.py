@@ -48,5 +48,6 @@ def extended(folder: str, factor: float = 4.0, steps: int = 100, batch_size: int
 
 
 def measured(model: str, lengths: tuple[int, ...] = (2048, 8192, 32768)) -> Evaluation:
-    """Held-out source code at each length."""
-    return Evaluation(model=model, tasks=(Perplexity(source=StandardLibrary(split="heldout"), windows=16),), lengths=lengths)
+    """Held-out source code at each length, 16 windows or as many as there are."""
+    text = Perplexity(source=StandardLibrary(split="heldout"), windows=16, fewer="take")
+    return Evaluation(model=model, tasks=(text,), lengths=lengths)

@@ -42,6 +42,10 @@ def test_buckets_follow_positions(folder):
 def test_windows_are_refused_where_the_text_ends(folder):
     with pytest.raises(ValueError, match="windows = 4: expected at most what the source has, 3 of length 40"):
         Perplexity(source=folder, windows=4).measure(Uniform(), 40)
+    every = Perplexity(source=folder, windows=4, fewer="take")
+    assert len(every.inputs(Uniform().tokenizer, 40)) == 3
+    with pytest.raises(ValueError, match=r"source = TextFolder.*: expected a document of length = 4000 tokens"):
+        every.inputs(Uniform().tokenizer, 4000)
     with pytest.raises(ValueError, match="buckets = 4: expected at most half of length = 7"):
         Perplexity(source=folder).measure(Uniform(), 7)
 

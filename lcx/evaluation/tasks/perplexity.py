@@ -8,6 +8,7 @@ tokenizer is a byte, so there `nll` is nats a byte.
 
 import dataclasses
 import itertools
+from typing import Literal
 
 import numpy as np
 
@@ -17,11 +18,13 @@ from lcx.evaluation.tasks.task import NLL, Task
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Perplexity(Task):
-    """windows: how many are read, spread evenly over all that the source has. buckets: stretches of a window."""
+    """windows: how many are read, spread evenly over all that the source has. fewer: what becomes of a length that the source
+    has fewer of; `take` reads those, at least one. buckets: stretches of a window."""
 
     name: str = "text"
     source: Source
     windows: int = 32
+    fewer: Literal["refuse", "take"] = "refuse"
     buckets: int = 4
 
     def validate(self):
@@ -33,17 +36,22 @@ class Perplexity(Task):
         return {"nll": NLL}
 
     def inputs(self, tokenizer, length) -> list[list[int]]:
-        """The windows. Raises SpecError if the source has fewer of this length than are wanted."""
+        """The windows. Raises SpecError if the source has none of this length, or fewer than are wanted and not to be taken."""
         if length < 2 * self.buckets:
             self.fail("buckets", self.buckets, f"at most half of length = {length}")
         documents = self.source.documents()
-        found = []
+        found, longest = [], 0
         for i in range(len(documents)):
             ids = tokenizer.encode(documents[i])
+            longest = max(longest, len(ids))
             found += [ids[at : at + length] for at in range(0, len(ids) - length + 1, length)]
-        if len(found) < self.windows:
-            self.fail("windows", self.windows, f"at most what the source has, {len(found)} of length {length}")
-        return [found[n * len(found) // self.windows].tolist() for n in range(self.windows)]
+        if not found:
+            self.fail("source", self.source, f"a document of length = {length} tokens or more; its longest has {longest}")
+        if len(found) < self.windows and self.fewer == "refuse":
+            expected = f"at most what the source has, {len(found)} of length {length}, or fewer = 'take'"
+            self.fail("windows", self.windows, expected)
+        windows = min(self.windows, len(found))
+        return [found[n * len(found) // windows].tolist() for n in range(windows)]
 
     def measure(self, model, length):
         rows = self.inputs(model.tokenizer, length)
