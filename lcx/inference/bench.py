@@ -53,7 +53,7 @@ def folder(shape: dict) -> Path:
         from safetensors.numpy import save_file
 
         from lcx.interop.families import family_of
-        from lcx.interop.families.family import Config
+        from lcx.interop.families.config import Config
 
         config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_key_value_heads": 4, "dtype": "float32"}
         config |= {"max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, **shape}

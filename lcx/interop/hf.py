@@ -21,7 +21,8 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from lcx.interop.families import family_for, family_of
-from lcx.interop.families.family import Config, Family, same_model
+from lcx.interop.families.config import Config
+from lcx.interop.families.family import Family, same_model
 from lcx.interop.folder import BESIDE, CONFIG, INDEX, SINGLE, Folder, forget, is_folder, written_whole
 from lcx.interop.tensors import Part, Tensor
 from lcx.models.decoder import Decoder
@@ -35,10 +36,13 @@ _log = logging.getLogger(__name__)
 
 
 def read_decoder(folder: Folder) -> tuple[Decoder, int]:
-    """(the decoder of a folder, the window that it is for). Raises SpecError for what is not known."""
-    config = Config(folder.config)
-    family = family_of(config)
-    spec, window = family.decoder(config), family.length(config)
+    """(the decoder of a folder, the window that it is for). Raises SpecError, of the folder's file, for what is not known."""
+    try:
+        config = Config(folder.config)
+        family = family_of(config)
+        spec, window = family.decoder(config), family.length(config)
+    except SpecError as error:
+        raise SpecError(f"{folder.path / CONFIG}: {str(error).removeprefix(f'{CONFIG}: ')}") from None
     if config.unread:
         _log.info("%s: nothing reads %s", folder.path / CONFIG, ", ".join(config.unread))
     return spec, window

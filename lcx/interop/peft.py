@@ -9,7 +9,8 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from lcx.interop.families import family_of
-from lcx.interop.families.family import Config, same_model
+from lcx.interop.families.config import Config
+from lcx.interop.families.family import same_model
 from lcx.interop.folder import Folder, written_whole
 from lcx.models.decoder import DecoderModel
 from lcx.spec import SpecError

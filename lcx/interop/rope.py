@@ -6,6 +6,7 @@ entry for each kind of layer. An entry of a kind, or with a key, that is not kno
 
 from typing import Any
 
+from lcx.interop.entries import check
 from lcx.positions.dynamic_ntk import DynamicNTK
 from lcx.positions.frequencies import FrequencyRule
 from lcx.positions.linear import LinearInterpolation
@@ -41,6 +42,7 @@ _NEEDED = {
     "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "longrope": ("short_factor", "long_factor"),
+    "yarn": ("factor",),
 }
 
 
@@ -50,6 +52,8 @@ def read(entry: dict[str, Any], *, window: int, original: int | None = None) -> 
     window: `max_position_embeddings`. original: `original_max_position_embeddings` of the config itself. Raises SpecError for
     what is not known.
     """
+    for key, value in entry.items():
+        check(key, value, "config.json: rope entry")
     kind = entry.get("rope_type", entry.get("type", "default"))
     if kind not in _KEYS:
         raise SpecError(f"config.json: rope_type = {kind!r}: expected one of {', '.join(_KEYS)}")
@@ -58,7 +62,7 @@ def read(entry: dict[str, Any], *, window: int, original: int | None = None) -> 
             raise SpecError(f"config.json: rope entry {key} = {value!r} beside rope_type = {kind!r}: not known there")
     for key in _NEEDED.get(kind, ()):
         if entry.get(key) is None:
-            raise SpecError(f"config.json: rope entry {key} is missing beside rope_type = {kind!r}")
+            raise SpecError(f"config.json: rope entry {key} is missing beside rope_type = {kind!r}: expected it there")
     entry = {key: value for key, value in entry.items() if value is not None}
     if "rope_theta" not in entry:
         raise SpecError("config.json: rope_theta = null: expected the base of the rope")

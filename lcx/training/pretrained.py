@@ -7,7 +7,8 @@ from lcx.data.packing import PackedText
 from lcx.data.pipeline import Pipeline, Weighted
 from lcx.data.sources import StandardLibrary
 from lcx.data.tokenizers import HFTokenizer
-from lcx.interop.folder import Folder
+from lcx.interop.entries import check
+from lcx.interop.folder import CONFIG, Folder
 from lcx.interop.hf import read_decoder
 from lcx.spec import SpecError
 from lcx.training.experiment import Experiment
@@ -22,8 +23,12 @@ def pretrained(path: Path) -> Experiment:
     """
     folder = Folder(path)
     spec, window = read_decoder(folder)
+    tokenizer = tokenizer_of(folder)
+    if spec.vocab < tokenizer.size:
+        expected = f"expected at least the {tokenizer.size} ids of its tokenizer.json"
+        raise SpecError(f"{path / CONFIG}: vocab_size = {spec.vocab}: {expected}")
     rows = PackedText(source=StandardLibrary(split="train"))
-    data = Pipeline(mixture=(Weighted(rows=rows),), length=window, batch_size=1, tokenizer=tokenizer_of(folder))
+    data = Pipeline(mixture=(Weighted(rows=rows),), length=window, batch_size=1, tokenizer=tokenizer)
     optimizer = AdamW(learning_rate=Constant(peak=1e-5))
     return Experiment(model=spec, data=data, optimizer=optimizer, steps=1, init_from=str(path))
 
@@ -35,17 +40,25 @@ def tokenizer_of(folder: Folder) -> HFTokenizer:
         raise SpecError(f"{file}: there is no such file; transformers writes it with AutoTokenizer's save_pretrained")
     said = folder.json("tokenizer_config.json")
     words = _words(file)
-    ids = [*_ids(folder.json("generation_config.json")), *_ids(folder.config)]
-    named = [_word(said.get("eos_token")), *(words.get(i) for i in ids)]
+    ids = [i for name in ("generation_config.json", CONFIG) for i in _ids(folder, name, words)]
+    named = [_word(said.get("eos_token")), *(words[i] for i in ids)]
     ends = list(dict.fromkeys(token for token in named if token is not None))
     if not ends:
         raise SpecError(f"{folder.path}: no eos_token in tokenizer_config.json, no eos_token_id in config.json: expected one")
     return HFTokenizer(path=str(file), eos_token=ends[0], pad_token=_word(said.get("pad_token")), stop_tokens=tuple(ends[1:]))
 
 
-def _ids(config: dict[str, Any]) -> list[int]:
-    found = config.get("eos_token_id")
-    return [] if found is None else found if isinstance(found, list) else [found]
+def _ids(folder: Folder, name: str, words: dict[int, str]) -> list[int]:
+    """The ids that a file of the folder ends answers at. Raises SpecError for one that is no token."""
+    found = folder.json(name).get("eos_token_id")
+    check("eos_token_id", found, f"{folder.path / name}:")
+    ids = [] if found is None else found if isinstance(found, list) else [found]
+    for i in ids:
+        if i not in words:
+            raise SpecError(
+                f"{folder.path / name}: eos_token_id = {found}: {i} is no id of tokenizer.json: expected ids of its tokens"
+            )
+    return ids
 
 
 def _word(token: Any) -> str | None:

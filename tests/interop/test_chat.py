@@ -74,6 +74,22 @@ def test_folders_without_a_part_are_refused(tmp_path):
         pretrained(tmp_path / "a")
 
 
+@pytest.mark.parametrize(
+    ("file", "entries", "line"),
+    [
+        ("config.json", {"vocab_size": 5}, "vocab_size = 5: expected at least the 37 ids of its tokenizer.json"),
+        ("config.json", {"eos_token_id": "a"}, "eos_token_id = 'a': expected a token's id or a list of ids"),
+        ("generation_config.json", {"eos_token_id": [1, 99]}, r"eos_token_id = \[1, 99\]: 99 is no id of tokenizer.json"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_tokenizer_is_named(file, entries, line, tmp_path):
+    shutil.copytree(FOLDER, tmp_path / "a")
+    said = json.loads((FOLDER / file).read_text()) | entries
+    (tmp_path / "a" / file).write_text(json.dumps(said))
+    with pytest.raises(SpecError, match=f"{file}: {line}"):
+        pretrained(tmp_path / "a")
+
+
 def test_older_forms_of_a_template(tmp_path):
     shutil.copytree(FOLDER, tmp_path / "a")
     source = (FOLDER / "chat_template.jinja").read_text()

@@ -1,6 +1,7 @@
 """Model families of `transformers`, one file each; `family_of` finds the one of a config, `family_for` that of a decoder."""
 
-from lcx.interop.families.family import Config, Family, same_model
+from lcx.interop.families.config import Config
+from lcx.interop.families.family import Family, same_model
 from lcx.interop.families.gemma import Gemma2, Gemma3
 from lcx.interop.families.gpt_neox import GPTNeoX
 from lcx.interop.families.llama import Llama, Mistral

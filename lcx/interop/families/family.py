@@ -13,6 +13,7 @@ from lcx.cache.dense import DenseCache
 from lcx.channels.glu import GLU
 from lcx.config_text import first_difference
 from lcx.interop import rope
+from lcx.interop.families.config import Config
 from lcx.interop.tensors import Tensor, from_heads, heads_bias, linear, table, to_heads, vector
 from lcx.mixers.attention import Attention
 from lcx.models.decoder import Decoder
@@ -35,41 +36,6 @@ NORMS = {
         "post_feedforward_layernorm",
     ),
 }
-_IDLE = {  # keys that say nothing of what a model gives for tokens
-    "_name_or_path", "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "use_cache",
-    "pad_token_id", "bos_token_id", "eos_token_id", "initializer_range", "pretraining_tp", "attention_dropout",
-    "hidden_dropout", "resid_pdrop", "embd_pdrop", "classifier_dropout", "_attn_implementation", "cache_implementation",
-    "attn_implementation", "is_decoder", "use_bfloat16", "unsloth_fixed", "unsloth_version",
-}  # fmt: skip
-
-
-class Config:
-    """The entries of a config.json. `unread` are those that nothing has asked for."""
-
-    def __init__(self, entries: dict[str, Any]):
-        self.entries, self.asked = entries, set(_IDLE)
-        if entries.get("quantization_config") is not None:
-            raise SpecError("config.json: quantization_config: expected none, weights as they are")
-
-    def get(self, key: str, default: Any) -> Any:
-        """The entry, or the default where there is none or it is null."""
-        self.asked.add(key)
-        found = self.entries.get(key)
-        return default if found is None else found
-
-    def need(self, key: str) -> Any:
-        if (found := self.get(key, None)) is None:
-            raise SpecError(f"config.json: {key} is missing")
-        return found
-
-    def expect(self, key: str, *accepted: Any) -> None:
-        """Raises SpecError if the entry is there and is none of these."""
-        if (found := self.get(key, accepted[0])) not in accepted:
-            raise SpecError(f"config.json: {key} = {found!r}: expected {' or '.join(map(repr, accepted))}")
-
-    @property
-    def unread(self) -> list[str]:
-        return sorted(set(self.entries) - self.asked)
 
 
 class Family(abc.ABC):
@@ -142,10 +108,14 @@ class LlamaLike(Family):
     def attention(self, config: Config, n: int) -> Attention:
         """That of layer n."""
         heads = config.need("num_attention_heads")
+        keys = config.get("num_key_value_heads", self.keys or heads)
+        if heads % keys:
+            expected = f"expected a divisor of num_attention_heads = {heads}"
+            raise SpecError(f"config.json: num_key_value_heads = {keys}: {expected}")
         biased = "all" if config.get("attention_bias", False) else self.biased
         return Attention(
             heads=heads,
-            kv_heads=config.get("num_key_value_heads", self.keys or heads),
+            kv_heads=keys,
             head_dim=config.get("head_dim", config.need("hidden_size") // heads),
             bias=biased,
         )
@@ -250,10 +220,9 @@ def split_entry(entry: dict[str, Any]) -> dict[str, Any]:
 
 def repeated(layers: Sequence[Layer]) -> tuple[tuple[Layer, ...], int]:
     """(pattern, periods): the shortest pattern that gives the layers."""
-    for size in range(1, len(layers) + 1):
-        if len(layers) % size == 0 and all(layer == layers[n % size] for n, layer in enumerate(layers)):
-            return tuple(layers[:size]), len(layers) // size
-    raise SpecError("config.json: num_hidden_layers = 0: expected at least 1")
+    fits = lambda size: len(layers) % size == 0 and all(layer == layers[n % size] for n, layer in enumerate(layers))
+    size = next(filter(fits, range(1, len(layers) + 1)))
+    return tuple(layers[:size]), len(layers) // size
 
 
 def compute(config: Config) -> str:

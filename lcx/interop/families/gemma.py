@@ -82,17 +82,24 @@ class Gemma3(Gemma2):
         if not isinstance(mixer.mask, Window):
             return mixer
         entry = {"rope_theta": config.get("rope_local_base_freq", self.near)}
-        entry |= config.get("rope_parameters", {}).get(SLIDING) or {}
+        entry |= self._entry(config, SLIDING)
         return edits(mixer, [("rope", rope.read(entry, window=self.length(config)))])
 
     def rope(self, config):
         entries = config.get("rope_parameters", {})
         if entries and not {FULL, SLIDING} & set(entries):
             raise SpecError(f"config.json: rope_parameters: expected an entry for {FULL} and one for {SLIDING}")
-        own, older = entries.get(FULL) or {}, config.get("rope_scaling", {})
+        own, older = self._entry(config, FULL), config.get("rope_scaling", {})
         if own and older and own != older:
             raise SpecError("config.json: rope_parameters and rope_scaling differ: expected one of them")
         return self.rope_entry(config, own or older, self.theta)
+
+    def _entry(self, config, kind: str) -> dict[str, Any]:
+        """That of a kind of layers in rope_parameters; nothing where there is none."""
+        entry = config.get("rope_parameters", {}).get(kind) or {}
+        if not isinstance(entry, dict):
+            raise SpecError(f"config.json: rope_parameters.{kind} = {entry!r}: expected an object")
+        return entry
 
     def rope_entries(self, spec, window):
         entry, _ = rope.write(rope_of(spec), attention_of(spec).head_dim)

@@ -1,7 +1,8 @@
 """Qwen2 and Qwen2.5 (biases on queries, keys and values) and Qwen3 (norms of queries and keys instead)."""
 
 from lcx.attention.mask import Causal, Window
-from lcx.interop.families.family import Config, LlamaLike
+from lcx.interop.families.config import Config
+from lcx.interop.families.family import LlamaLike
 from lcx.mixers.attention import Attention
 from lcx.models.decoder import Decoder
 from lcx.norms import RMSNorm

@@ -4,7 +4,7 @@ from lcx.attention.mask import Window
 from lcx.interop.families.family import LlamaLike
 from lcx.interop.families.qwen import SLIDING, layer_types, mask_of
 from lcx.models.decoder import Decoder
-from lcx.spec import edits
+from lcx.spec import SpecError, edits
 
 
 class SmolLM3(LlamaLike):
@@ -15,6 +15,8 @@ class SmolLM3(LlamaLike):
     def attention(self, config, n):
         every = config.get("no_rope_layer_interval", 4)
         turns = config.get("no_rope_layers", None)
+        if turns is not None and n >= len(turns):
+            raise SpecError(f"config.json: no_rope_layers of {len(turns)} layers: expected num_hidden_layers of them")
         turned = (n + 1) % every != 0 if turns is None else bool(turns[n])
         size, uses = config.get("sliding_window", None), config.get("use_sliding_window", False)
         types = config.get("layer_types", None)
