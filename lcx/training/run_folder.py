@@ -23,6 +23,7 @@ import jax
 
 from lcx.config import build, dumps, load_file
 from lcx.config_text import first_difference, render
+from lcx.interop import peft
 from lcx.interop.folder import is_folder
 from lcx.parallel.hosts import check_shared
 from lcx.spec import Spec, SpecError, fingerprint
@@ -130,7 +131,11 @@ def read_trained(model: Path | str) -> Spec:
     if is_folder(folder):
         return pretrained(folder)
     if not (folder / CONFIG).is_file():
-        wanted = f"expected the folder of a training run, or a shipped model ({', '.join(shipped.names())})"
+        kinds = f"a training run, a checkpoint of transformers, or a shipped model ({', '.join(shipped.names())})"
+        wanted = f"expected the folder of {kinds}"
+        if (folder / peft.CONFIG).is_file():
+            merged = "a folder that it was merged into, by convert --format=hf of its run or by peft's merge_and_unload"
+            wanted = f"{peft.CONFIG}, of an adapter, is not read back: expected {merged}"
         raise SpecError(f"model {str(model)!r}: the folder holds no {CONFIG}: {wanted}")
     return read_config(folder)
 

@@ -34,7 +34,10 @@ def run_folder(model: str | Path) -> Path:
         return Path(model)
     if str(model) in names():
         return Path(str(resources.files("lcx") / "assets" / str(model)))
-    raise SpecError(f"model {str(model)!r}: no such run folder, nor a shipped model ({', '.join(names()) or 'there are none'})")
+    shipped = f"nor a shipped model ({', '.join(names()) or 'there are none'})"
+    raise SpecError(
+        f"model {str(model)!r}: no such run folder, {shipped}, nor a checkpoint folder (config.json, *.safetensors)"
+    )
 
 
 def export(model: nnx.Module, step: int, run_dir: Path | str, target: Path | str) -> int:

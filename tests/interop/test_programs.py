@@ -131,6 +131,11 @@ def test_an_adapter_is_trained_merged_and_written(tmp_path, capsys):
     assert held[f"{first}.lora_A.weight"].shape == (2, 16) and held[f"{first}.lora_B.weight"].shape == (24, 2)
     said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert said["target_modules"] == sorted(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down"))
+    line = told(generate.main, f"--run_dir={tmp_path}/adapter", "--prompt=hi", capsys=capsys, status=2)
+    assert "adapter_config.json, of an adapter, is not read back: expected a folder that it was merged into" in line
+    (tmp_path / "adapter" / "adapter_config.json").unlink()
+    line = told(generate.main, f"--run_dir={tmp_path}/adapter", "--prompt=hi", capsys=capsys, status=2)
+    assert "expected the folder of a training run, a checkpoint of transformers, or a shipped model" in line
     line = told(convert.main, f"--run_dir={FOLDER}", "--format=peft", f"--to={tmp_path}/no", capsys=capsys, status=2)
     assert "model.lora = None: expected a model with LoRA" in line
     told(train.main, *flags[:1], f"--run_dir={tmp_path}/all", "--config=set:trainable=None", capsys=capsys)
