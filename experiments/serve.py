@@ -8,6 +8,9 @@
 that are refilled as they finish. A field that is not served is refused by its name. Needs the `serve` extra.
 """
 
+import contextlib
+import socket
+
 from absl import flags
 
 from experiments.generate import define_mesh, on_mesh, template_of
@@ -60,12 +63,31 @@ def main(arguments: Arguments) -> None:
     except SpecError as error:
         template = None
         print(f"chats are refused, completions are not: {error}", flush=True)
+    listening = _bound(asked.host, asked.port)
     model = load_model(run_folder(arguments.run_dir), model_spec, step=asked.step, mesh=mesh)
     engine = Engine(model, window=window, rows=asked.rows, chunk=asked.chunk, burst=asked.burst, mesh=mesh)
     name = asked.name or arguments.run_dir.name
     app = build_app(Worker(engine, asked.waiting), tokenizer, template, name)
-    print(f"{name}: window of {window:,} tokens, {engine.rows} rows, http://{asked.host}:{asked.port}/v1", flush=True)
-    uvicorn.run(app, host=asked.host, port=asked.port, log_level="warning")
+    address = f"http://{asked.host}:{listening.getsockname()[1]}/v1"
+    print(f"{name}: window of {window:,} tokens, {engine.rows} rows, {address}", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket that has the address, before a model is read for it. Raises SpecError where it cannot be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except socket.gaierror as error:
+        raise SpecError(f"--host={host}: {error.strerror}: expected an address of this machine") from None
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        made.bind(address)
+    except OSError as error:
+        made.close()
+        raise SpecError(f"--host={host} --port={port}: {error.strerror}: expected a free port of this machine") from None
+    return made
 
 
 if __name__ == "__main__":
