@@ -6,7 +6,8 @@
     python -m experiments.convert --run_dir=runs/lora --to=adapter --format=peft               # what LoRA adds, for its base
 
 --run_dir is a run, a shipped model or a checkpoint folder; --to a new folder; --format=hf has LoRA merged, and may have
-another rope: --config edits what config.json says, as long as the parameters stay. Exit status: 0 written, 2 refused.
+another rope, as long as the parameters stay: --config=set:model.rope.factor=32.0 --window=524288 edits what config.json says.
+Exit status: 0 written, 2 refused.
 """
 
 from pathlib import Path
@@ -50,7 +51,12 @@ def main(arguments: Arguments) -> None:
     if asked.format == "lcx" and is_folder(folder):
         raise SpecError(f"{folder}: a checkpoint folder, which is read where it stands: expected --format=hf")
     if asked.format == "hf":
-        family_for(edit(experiment.model, "lora", None), window)
+        rope = experiment.model.rope
+        if asked.window is None and rope != read_trained(folder).model.rope:
+            raise SpecError(f"--window is missing: expected the tokens that the edited rope is for, {rope}")
+        said = family_for(edit(experiment.model, "lora", None), window)[1]["max_position_embeddings"]
+        if asked.window not in (None, said):
+            raise SpecError(f"--window={window}: expected {said}, which config.json has to say for {rope}")
     base = None
     if asked.format == "peft":
         base = experiment.init_from and Path(experiment.init_from)

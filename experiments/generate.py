@@ -8,7 +8,7 @@
     ... --tensor=8     # on eight devices, heads shared out
 
 Another rope or cache than the trained one is an edit, the parameters stay:
-    --config=config_file:runs/quick/config.json --config='set:model.rope=YaRN(factor=4.0, original_length=256)' --window=1024
+    --run_dir=runs/quick --config='set:model.rope=YaRN(factor=4.0, original_length=256)' --window=1024
 
 --chat reads a line a message from standard input and answers by the chat template of the model's folder, until the input ends.
 """

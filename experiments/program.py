@@ -6,9 +6,10 @@
     --config='set:model.rope=YaRN(factor=4.0, original_length=128)'
     --config=fiddler:ablations.rope_extension.longer(2)   a function under `configs` that edits the config
 
-They apply from left to right and the parts are built once, at the end. Exit status: 0 success, 1 training diverged, told in one
-line, 2 a config or command line that cannot work, told in one line before anything is compiled, 141 standard output was closed
-by its reader; any other failure keeps its traceback, with status 1.
+They apply from left to right and the parts are built once, at the end; `set:` and `fiddler:` alone apply to the config of
+--run_dir, a run or a checkpoint folder. Exit status: 0 success, 1 training diverged, told in one line, 2 a config or command
+line that cannot work, told in one line before anything is compiled, 141 standard output was closed by its reader; any other
+failure keeps its traceback, with status 1.
 """
 
 import ast
@@ -32,7 +33,7 @@ from absl import flags
 from fiddle import absl_flags
 
 import configs
-from lcx.config import ONLY_PARTS, accepted_at, assign, build, load_file, suggestion
+from lcx.config import ONLY_PARTS, accepted_at, assign, build, expand, load_file, of_spec, suggestion
 from lcx.config_text import NoSuchPart, parse
 from lcx.data.recall import TaskDoesNotFit
 from lcx.data.sources import SourceError
@@ -51,6 +52,7 @@ REFUSALS = (  # faults of the command line, the config or the data it names
     ChatError,
     flags.Error,
 )
+NO_BASE = "--config={} comes first: expected config:<name> or config_file:<path> before it"
 FAILURES = (TrainingDiverged,)  # what may happen to a run that was right to start, and needs no traceback
 Kind = TypeVar("Kind", bound=Spec)
 Define = Callable[[flags.FlagValues], None]
@@ -63,12 +65,15 @@ class Arguments:
     flags: flags.FlagValues
 
     def spec(self, kind: type[Kind] | tuple[type[Kind], ...], *, read: Callable[[Path], Spec] = read_config) -> Kind:
-        """The config, built: from --config, or from `read(run_dir)` if that is all there is. Raises SpecError."""
+        """The config, built: from --config, or from `read(run_dir)` where that has no base, edited. Raises SpecError."""
         directives = self.flags["config"]
-        if directives.present:
+        if directives.folder is not None:
             spec = build(directives.value)
         elif self.flags.run_dir:
             spec = read(self.run_dir)
+            spec = build(directives.edited(of_spec(spec))) if directives.waiting else spec
+        elif directives.waiting:
+            raise SpecError(f"{NO_BASE.format(directives.waiting[0])}, or --run_dir of an earlier run")
         else:
             raise SpecError("--config is missing: expected --config=config:<name>, or --run_dir of an earlier run")
         if not isinstance(spec, kind):
@@ -129,7 +134,8 @@ def run(main: Main, argv: list[str]) -> int:
 
 def _parse(name: str, argv: list[str], define: Define | None) -> flags.FlagValues:
     own = flags.FlagValues()
-    words = "config:<name> or config_file:<path>, then any of set:<field>=<value> and fiddler:<name>, from left to right"
+    words = "config:<name> or config_file:<path>, then any of set:<field>=<value> and fiddler:<name>, from left to right; "
+    words += "without the first they edit the config of --run_dir"
     config = ConfigFlag(name="config", parser=flags.ArgumentParser(), serializer=None, help_string=words)
     flags.DEFINE_flag(config, flag_values=own)
     flags.DEFINE_string("run_dir", None, "folder of the run; default runs/<config name>", flag_values=own)
@@ -163,6 +169,7 @@ class ConfigFlag(absl_flags.FiddleFlag):
     def __init__(self, **options):
         super().__init__(default=None, default_module=configs, allow_imports=True, pyref_policy=ONLY_PARTS, **options)
         self.folder: Path | None = None
+        self.waiting: list[str] = []  # edits without a base
 
     def parse(self, arguments):
         """Checks one directive and hands it to Fiddle, `set:` as the fiddler that does the same with parts."""
@@ -170,12 +177,14 @@ class ConfigFlag(absl_flags.FiddleFlag):
         if command in ("config", "config_file"):
             if self.folder is not None:
                 raise SpecError(f"--config={arguments} is a second base config: expected one, then set: and fiddler:")
+            if self.waiting:
+                raise SpecError(NO_BASE.format(self.waiting[0]))
             self.folder = _config_folder(expression) if command == "config" else _file_folder(expression)
             directives = [arguments, "fiddler:lcx.config.expand"]
-        elif self.folder is None:
+        elif self.folder is None and command not in ("set", "fiddler"):
             if arguments.partition("(")[0] in config_names():
                 raise SpecError(f"--config={arguments}: did you mean --config=config:{arguments}?")
-            raise SpecError(f"--config={arguments} comes first: expected config:<name> or config_file:<path> before it")
+            raise SpecError(NO_BASE.format(arguments))
         elif command == "fiddler":
             _check_call(expression, skip=1)
             directives = [f"fiddler:experiments.program.edit_with({expression!r})", "fiddler:lcx.config.expand"]
@@ -184,7 +193,20 @@ class ConfigFlag(absl_flags.FiddleFlag):
             directives = [f"fiddler:experiments.program.set_field({path!r}, {text!r})"]
         else:
             raise SpecError(f"--config={arguments}: expected config:, config_file:, set:<path>=<value> or fiddler:")
-        super().parse(directives)
+        if self.folder is None:
+            self.waiting.append(arguments)
+        else:
+            super().parse(directives)
+
+    def edited(self, tree: Any) -> Any:
+        """The tree with the edits that had no base."""
+        for command, _, expression in (arguments.partition(":") for arguments in self.waiting):
+            if command == "fiddler":
+                tree = expand(edit_with(tree, expression))
+            else:
+                path, _, text = expression.partition("=")
+                tree = set_field(tree, path, text)
+        return tree
 
 
 def set_field(tree: Any, path: str, text: str) -> Any:

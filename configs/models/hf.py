@@ -1,8 +1,8 @@
-"""A checkpoint folder of `transformers` as a config, so that its fields can be set where the folder itself is read.
+"""A checkpoint folder of `transformers` as a config, for a run of its own. Where it is --run_dir itself, `set:` is enough.
 
 F=models/llama-3-8b
-python -m experiments.generate --run_dir=$F --config="config:models.hf.folder('$F')" --config=set:model.compute=float32
-python -m experiments.serve --run_dir=$F --config="config:models.hf.folder('$F')" --config=set:mesh.tensor=8
+python -m experiments.train --config="config:models.hf.folder('$F')" --config=set:data.length=4096 --run_dir=runs/further
+python -m experiments.generate --run_dir=$F --config=set:model.compute=float32
 """
 
 from pathlib import Path

@@ -14,7 +14,8 @@ from configs.ablations import rope_extension
 from configs.recipes import quick_text
 from experiments import ablate, bench, evaluate, train
 from experiments.program import config_names, run
-from lcx.spec import edit
+from lcx.attention.mask import Window
+from lcx.spec import edit, edits
 from lcx.training.metrics import TrainingDiverged
 from lcx.training.run_folder import open_run, read_config
 
@@ -50,6 +51,8 @@ WRONG = {
     ),
     "unknown directive": ([QUICK, "--config=sett:steps=1"], "expected config:, config_file:, set:<path>=<value> or fiddler:"),
     "set before config": (["--config=set:steps=1", QUICK], "comes first"),
+    "set without a config or a run": (["--config=set:steps=1"], "comes first: expected config:<name> or config_file:<path>"),
+    "set over a folder that is no run": (["--config=set:steps=1", "--run_dir=nowhere"], "nowhere: no config.json"),
     "two configs": ([QUICK, QUICK], "is a second base config"),
     "missing file": (["--config=config_file:nowhere.json"], "nowhere.json: there is no such file"),
     "fiddler that does not fit": (
@@ -208,6 +211,15 @@ def test_a_run_is_repeated_from_its_folder_alone(again, monkeypatch, tmp_path):
     with pytest.raises(AttributeError):  # the stand-in gives no result to print
         run(train.main, [again.format(tmp_path)])
     assert seen == [(experiment, tmp_path)]
+
+
+def test_edits_alone_are_of_the_run_of_the_folder(monkeypatch, tmp_path):
+    open_run(tmp_path, quick_text.quick())
+    seen = []
+    monkeypatch.setattr(train, "train", lambda experiment, _: seen.append(experiment))
+    with pytest.raises(AttributeError):
+        run(train.main, ["--config=set:steps=900", f"--run_dir={tmp_path}", "--config=fiddler:edits.windowed(64)"])
+    assert seen == [edits(quick_text.quick(), [("steps", 900), ("model.pattern[0].mixer.mask", Window(size=64))])]
 
 
 def test_the_default_folder_is_named_after_the_config(monkeypatch, tmp_path, capsys):

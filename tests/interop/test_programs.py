@@ -66,6 +66,16 @@ def test_convert_writes_the_folder_again_with_another_rope(tmp_path, capsys):
         np.testing.assert_array_equal(before.read(name), after.read(name))
     names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
     assert all((FOLDER / name).read_bytes() == (tmp_path / "out" / name).read_bytes() for name in names)
+    longer = (f"--run_dir={FOLDER}", "--config=set:model.rope.factor=16.0", "--format=hf", f"--to={tmp_path}/longer")
+    assert "--window is missing: expected the tokens that the edited rope is for" in told(
+        convert.main, *longer, capsys=capsys, status=2
+    )
+    told(convert.main, *longer, "--window=384", capsys=capsys)
+    said = Folder(tmp_path / "longer").config
+    assert (said["max_position_embeddings"], said["rope_scaling"]) == (384, {**LLAMA3, "factor": 16.0})
+    dynamic = "--config=set:model.rope=DynamicNTK(original_length=192)"
+    line = told(convert.main, longer[0], dynamic, *longer[2:3], "--window=384", f"--to={tmp_path}/no", capsys=capsys, status=2)
+    assert "--window=384: expected 192, which config.json has to say for DynamicNTK" in line
     line = told(convert.main, f"--run_dir={FOLDER}", f"--to={tmp_path}/no", capsys=capsys, status=2)
     assert "a checkpoint folder, which is read where it stands: expected --format=hf" in line
     line = told(convert.main, "--run_dir=reader", "--format=hf", f"--to={tmp_path}/no", capsys=capsys, status=2)
