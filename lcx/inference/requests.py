@@ -1,5 +1,7 @@
 """What is asked of a language model, what comes back, and the errors that refuse a request before anything runs."""
 
+import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -14,6 +16,18 @@ class WindowOverflow(ValueError):
     def __init__(self, n_prompt: int, max_new: int, window: int):
         super().__init__(f"prompt of {n_prompt} tokens + {max_new} new ones: expected at most window = {window}")
         self.n_prompt, self.max_new, self.window = n_prompt, max_new, window
+
+
+class NotFinite(ArithmeticError):
+    """A model gives no numbers."""
+
+
+def check_finite(logprobs: Sequence[float]) -> None:
+    """Raises NotFinite unless all of an answer's log-probabilities are finite."""
+    for n, logprob in enumerate(logprobs):
+        if not math.isfinite(logprob):
+            causes = "the weights hold some that are not, or numbers too large for model.compute"
+            raise NotFinite(f"log-probability {n} of the answer = {logprob}: expected finite numbers; {causes}")
 
 
 class Unsupported(TypeError):

@@ -6,6 +6,7 @@ from jax.sharding import Mesh
 
 from lcx.data.tokenizers import Tokenizer
 from lcx.inference.engine import Ask, Engine
+from lcx.inference.requests import check_finite
 from lcx.inference.sampling import Sampling
 from lcx.inference.text import Unfolding
 from lcx.models.decoder import DecoderModel
@@ -23,9 +24,10 @@ def stream(
     mesh: Mesh | None = None,
 ) -> Iterator[int]:
     """Up to `max_new` tokens after the prompt, ended by any id of `stop`; the arguments are those of `generate`.
-    mesh: see `Engine`."""
+    mesh: see `Engine`. Raises NotFinite for a model that gives no numbers."""
     engine = Engine(model, window=max(1, len(prompt) + max_new), rows=1, chunk=chunk, burst=1, mesh=mesh)
     for piece in engine.run([Ask(prompt, max_new, sampling, seed, stop)]):
+        check_finite(piece.logprobs)
         yield from piece.ids
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -47,6 +47,10 @@ class ChatTemplate:
             return _compiled(self.source).render(**given)
         except Exception as error:  # a template is a program, which may fail in any way
             raise ChatError(f"messages: the chat template refuses them: {error}") from None
+
+    def reads(self, name: str) -> bool:
+        """Whether the template looks at something that it is given by this name."""
+        return any(found.name == name for found in _environment().parse(self.source).find_all(nodes.Name))
 
     def turns(self, messages: Sequence[Message]) -> list[tuple[str, bool]]:
         """The text of the messages in pieces, each with whether it is what the model said and is to learn to say.
@@ -113,12 +117,17 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(source: str):
+def _compiled(source: str) -> Template:
+    return _environment().from_string(source)
+
+
+@functools.cache
+def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
     environment.filters["tojson"] = lambda x, **options: json.dumps(x, **{"ensure_ascii": False, **options})
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment.from_string(source)
+    return environment
 
 
 def _refuse(message: str) -> None:

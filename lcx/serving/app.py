@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -16,7 +17,7 @@ from starlette.routing import Route
 from lcx.data.tokenizers import Tokenizer
 from lcx.inference.compilations import Compilations
 from lcx.inference.engine import Ask, Piece
-from lcx.inference.requests import WindowOverflow
+from lcx.inference.requests import NotFinite, WindowOverflow, check_finite
 from lcx.inference.text import Unfolding
 from lcx.interop.chat import ChatError, ChatTemplate
 from lcx.serving.requests import Refused, Wanted, chat, completion
@@ -40,7 +41,8 @@ def build_app(worker: Worker, tokenizer: Tokenizer, template: ChatTemplate | Non
         worker.close()
         service.compiled.close()
 
-    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={Refused: _refused})
+    handlers = {Refused: _refused, HTTPException: _not_there}
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
 
 
 class _Service:
@@ -69,6 +71,8 @@ class _Service:
         wanted = chat(await _body(request), (self.name,))
         if self.template is None:
             raise Refused("the model has no chat template: expected a request for /v1/completions")
+        if wanted.tools is not None and not self.template.reads("tools"):
+            raise Refused("tools: expected none, as the chat template of the model does not read them", "tools")
         try:
             text = self.template.render(wanted.messages, tools=wanted.tools)
         except ChatError as error:
@@ -124,6 +128,10 @@ class _Told:
 
     async def pieces(self) -> AsyncIterator[tuple[str, list[tuple], str | None]]:
         async for piece in self.answer:
+            try:
+                check_finite(piece.logprobs)
+            except NotFinite as error:
+                raise Failed(str(error)) from None
             before = self.text.needed
             text = self.text.add(piece.ids)
             taken = self.text.needed - before if self.text.stops else len(piece.ids)
@@ -257,6 +265,17 @@ async def _body(request: Request) -> Any:
         return json.loads(await request.body())
     except (ValueError, RecursionError) as error:
         raise Refused(f"the body is no JSON: {error}") from None
+
+
+async def _not_there(request: Request, error: HTTPException) -> Response:
+    """A path that there is not, or not with this method, in the form of every other refusal."""
+    methods = sorted((error.headers or {}).get("Allow", "").split(", "))
+    expected = " or ".join(methods) if any(methods) else "/v1/models, /v1/completions, /v1/chat/completions or /health"
+    asked = f"{request.method} {request.url.path}: {error.detail}"
+    refused = Refused(f"{asked}: expected {expected}", status=error.status_code)
+    response = await _refused(request, refused)
+    response.headers.update(error.headers or {})
+    return response
 
 
 async def _refused(_: Request, error: Refused) -> Response:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lcx.inference.sampling import Sampling
-from lcx.spec import SpecError
 
 
 class Refused(ValueError):
@@ -48,7 +47,7 @@ class Fields:
             return default
         value = self.left.pop(name)
         if not ok(value):
-            raise Refused(f"{name} = {str(value)[:80]!r}: expected {expected}", name)
+            raise Refused(f"{name} = {repr(value)[:80]}: expected {expected}", name)
         return value
 
     def number(self, name: str, default: float | None, low: int, high: int) -> float | None:
@@ -128,13 +127,11 @@ def _rest(fields: Fields, models: tuple[str, ...], *, top: int | None, default: 
     if model not in models:
         raise Refused(f"model = {model!r}: expected {', '.join(models)}", "model", status=404, code="model_not_found")
     temperature = fields.number("temperature", 1.0, 0, 100)
-    cuts = {"top_k": fields.integer("top_k", None, 1, MOST - 2), "top_p": fields.number("top_p", None, 0, 1)}
-    cuts["min_p"] = fields.number("min_p", None, 0, 1)
+    cuts = {"top_k": fields.integer("top_k", None, 1, MOST - 2), "min_p": fields.number("min_p", None, 0, 1)}
+    is_share = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and 0 < x <= 1
+    cuts["top_p"] = fields.take("top_p", None, is_share, "a number above 0, 1 at most")
     cuts = {name: cut for name, cut in cuts.items() if cut is not None and (name, cut) not in (("top_p", 1), ("min_p", 0))}
-    try:
-        sampling = Sampling(temperature=temperature, **(cuts if temperature else {}))
-    except SpecError as error:
-        raise Refused(str(error), next(iter(cuts), "temperature")) from None
+    sampling = Sampling(temperature=temperature, **(cuts if temperature else {}))
     is_stops = lambda x: isinstance(x, str) or (isinstance(x, list) and all(isinstance(one, str) for one in x))
     stop = fields.take("stop", [], is_stops, "a text or a list of texts")
     stop = (stop,) if isinstance(stop, str) else tuple(stop)

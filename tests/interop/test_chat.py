@@ -50,6 +50,11 @@ def test_messages_that_are_refused(messages, line):
         chat_template(FOLDER).render(messages)
 
 
+def test_a_template_says_what_it_reads():
+    assert not chat_template(FOLDER).reads("tools")
+    assert ChatTemplate("{% if x %}{% set tools = x %}{% endif %}{% for one in tools %}{{ one }}{% endfor %}").reads("tools")
+
+
 def test_a_template_cannot_reach_out():
     with pytest.raises(ChatError, match="unsafe"):
         ChatTemplate("{{ messages.__class__.__mro__ }}").render([{"role": "user", "content": ""}])

@@ -2,11 +2,12 @@
 
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
 from golden import GOLDEN
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from experiments import convert, evaluate, generate, train
 from experiments.program import run
@@ -55,6 +56,15 @@ def test_answers_on_a_mesh_are_those_of_one_device(capsys):
 )
 def test_what_cannot_be_generated(argv, line, capsys):
     assert line in told(generate.main, f"--run_dir={FOLDER}", *argv, capsys=capsys, status=2)
+
+
+def test_weights_that_are_no_numbers_are_told_of(tmp_path, capsys):
+    shutil.copytree(FOLDER, tmp_path / "broken")
+    held = load_file(FOLDER / "model.safetensors")
+    held["model.norm.weight"][0] = np.nan
+    save_file(held, tmp_path / "broken" / "model.safetensors")
+    line = told(generate.main, f"--run_dir={tmp_path}/broken", "--prompt=hi", capsys=capsys, status=1)
+    assert "generate: log-probability 0 of the answer = nan: expected finite numbers; the weights hold some" in line
 
 
 def test_convert_writes_the_folder_again_with_another_rope(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -117,9 +118,15 @@ COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
         (COMPLETIONS, {}, 400, "prompt", "prompt is missing"),
         (COMPLETIONS, {"prompt": "a", "logit_bias": {"1": 2}}, 400, "logit_bias", "as nothing else is served"),
         (COMPLETIONS, {"prompt": "a", "temprature": 1}, 400, "temprature", "no field that is served"),
-        (COMPLETIONS, {"prompt": "a", "temperature": -1}, 400, "temperature", "expected a number from 0 to 100"),
+        (
+            COMPLETIONS,
+            {"prompt": "a", "temperature": -1},
+            400,
+            "temperature",
+            "temperature = -1: expected a number from 0 to 100",
+        ),
         (COMPLETIONS, {"prompt": "a", "max_tokens": True}, 400, "max_tokens", "expected an integer"),
-        (COMPLETIONS, {"prompt": "a", "top_p": 0}, 400, "top_p", "top_p = 0.0: expected a share"),
+        (COMPLETIONS, {"prompt": "a", "top_p": 0}, 400, "top_p", "top_p = 0: expected a number above 0"),
         (COMPLETIONS, {"prompt": "a", "stop": ["", "b"]}, 400, "stop", "expected some text"),
         (COMPLETIONS, {"prompt": "a", "stream_options": {}}, 400, "stream_options", "beside stream = true"),
         (COMPLETIONS, {"prompt": "a", "model": "gpt"}, 404, "model", "expected tiny"),
@@ -128,6 +135,9 @@ COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
         (COMPLETIONS, {"prompt": ["a"] * 7}, 429, None, "expected 6 at most"),
         (CHATS, {"messages": []}, 400, "messages", "at least one"),
         (CHATS, {"messages": [{"role": "tool", "content": "a"}]}, 400, "messages", "no role tool"),
+        (CHATS, {"messages": MESSAGES, "tools": [{}]}, 400, "tools", "the chat template of the model does not read them"),
+        ("/v1/embeddings", {}, 404, None, "POST /v1/embeddings: Not Found: expected /v1/models, /v1/completions"),
+        ("/health", {}, 405, None, "POST /health: Method Not Allowed: expected GET or HEAD"),
         (CHATS, {"messages": MESSAGES, "top_logprobs": 2}, 400, "top_logprobs", "expected logprobs = true"),
         (CHATS, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages", "type text alone"),
     ],
@@ -159,6 +169,18 @@ def test_other_requests(client):
 def test_a_model_without_a_template_refuses_chats(engine):
     with TestClient(build_app(Worker(engine), TOKENIZER, None, NAME)) as client:
         assert "no chat template" in client.post(CHATS, json={"messages": MESSAGES}).json()["error"]["message"]
+
+
+def test_an_answer_without_numbers_is_no_answer(engine, monkeypatch):
+    """Of one request; the engine goes on."""
+    step = engine.step
+    broken = lambda: [piece._replace(logprobs=[math.nan] * len(piece.ids)) for piece in step()]
+    with TestClient(build_app(Worker(engine), TOKENIZER, None, NAME)) as client:
+        monkeypatch.setattr(engine, "step", broken)
+        found = client.post(COMPLETIONS, json={"prompt": "hi", "logprobs": 0, **GREEDY})
+        assert found.status_code == 500 and "= nan: expected finite numbers" in found.json()["error"]["message"]
+        monkeypatch.undo()
+        assert client.post(COMPLETIONS, json={"prompt": "hi", **GREEDY}).status_code == 200
 
 
 def test_an_engine_that_fails_is_told_of(engine, monkeypatch):
