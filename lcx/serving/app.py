@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import time
-import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from lcx.inference.engine import Ask, Piece
 from lcx.inference.requests import NotFinite, WindowOverflow, check_finite
 from lcx.inference.text import Unfolding
 from lcx.interop.chat import ChatError, ChatTemplate
+from lcx.serving.forms import ChatForm, CompletionForm, Form
 from lcx.serving.requests import Refused, Wanted, chat, completion
 from lcx.serving.worker import Answer, Busy, Failed, Worker
 
@@ -65,7 +65,7 @@ class _Service:
     async def completions(self, request: Request) -> Response:
         wanted = completion(await _body(request), (self.name,))
         texts = [one if isinstance(one, tuple) else tuple(self.tokenizer.prompt(one).tolist()) for one in wanted.prompts]
-        return await self._answer(request, wanted, texts, _Completion(self.name, self.tokenizer, wanted))
+        return await self._answer(request, wanted, texts, CompletionForm(self.name, self.tokenizer, wanted))
 
     async def chat(self, request: Request) -> Response:
         wanted = chat(await _body(request), (self.name,))
@@ -78,7 +78,7 @@ class _Service:
         except ChatError as error:
             raise Refused(str(error), "messages") from None
         return await self._answer(
-            request, wanted, [tuple(self.tokenizer.encode(text).tolist())], _Chat(self.name, self.tokenizer, wanted)
+            request, wanted, [tuple(self.tokenizer.encode(text).tolist())], ChatForm(self.name, self.tokenizer, wanted)
         )
 
     def _described(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class _Service:
     def window(self) -> int:
         return self.worker.engine.window
 
-    async def _answer(self, request: Request, wanted: Wanted, prompts: Sequence[tuple[int, ...]], form: "_Form") -> Response:
+    async def _answer(self, request: Request, wanted: Wanted, prompts: Sequence[tuple[int, ...]], form: Form) -> Response:
         asks = [self._ask(wanted, prompt, wanted.seed + n) for prompt in prompts for n in range(wanted.n)]
         try:
             answers = self.worker.submit(asks)
@@ -152,77 +152,7 @@ class _Told:
         return "".join(text), tokens, self.finish
 
 
-class _Form:
-    """How a kind of request is answered: `whole` is a choice, `part` one of a stream."""
-
-    kind: str
-    part_kind: str
-    prefix: str
-    prompt: str
-
-    def __init__(self, name: str, tokenizer: Tokenizer, wanted: Wanted):
-        self.name, self.tokenizer, self.wanted = name, tokenizer, wanted
-        self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
-
-    def head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.name}
-
-    def word(self, token: int) -> str:
-        return self.tokenizer.decode([token])
-
-
-class _Completion(_Form):
-    kind = part_kind = "text_completion"
-    prefix, prompt = "cmpl", "prompt"
-
-    def whole(self, n: int, told: tuple) -> dict[str, Any]:
-        text, tokens, finish = told
-        return {"index": n, "text": text, "finish_reason": finish, "logprobs": self._logprobs(tokens)}
-
-    def part(self, n: int, told: tuple, first: bool) -> dict[str, Any]:
-        return self.whole(n, told)
-
-    def _logprobs(self, tokens: list[tuple]) -> dict[str, Any] | None:
-        if self.wanted.top is None:
-            return None
-        words = [self.word(token) for token, _, _ in tokens]
-        places = [sum(map(len, words[:i])) for i in range(len(words))]
-        tops = [{self.word(i): x for i, x in top} for _, _, top in tokens] if self.wanted.top else None
-        return {
-            "tokens": words,
-            "token_logprobs": [logprob for _, logprob, _ in tokens],
-            "top_logprobs": tops,
-            "text_offset": places,
-        }
-
-
-class _Chat(_Form):
-    kind, part_kind = "chat.completion", "chat.completion.chunk"
-    prefix, prompt = "chatcmpl", "messages"
-
-    def whole(self, n: int, told: tuple) -> dict[str, Any]:
-        text, tokens, finish = told
-        message = {"role": "assistant", "content": text}
-        return {"index": n, "message": message, "finish_reason": finish, "logprobs": self._logprobs(tokens)}
-
-    def part(self, n: int, told: tuple, first: bool) -> dict[str, Any]:
-        text, tokens, finish = told
-        delta = ({"role": "assistant"} if first else {}) | {"content": text}
-        return {"index": n, "delta": delta, "finish_reason": finish, "logprobs": self._logprobs(tokens)}
-
-    def _logprobs(self, tokens: list[tuple]) -> dict[str, Any] | None:
-        if self.wanted.top is None:
-            return None
-        one = lambda token, logprob: {
-            "token": self.word(token),
-            "logprob": logprob,
-            "bytes": list(self.word(token).encode()),
-        }
-        content = [one(token, x) | {"top_logprobs": [one(*pair) for pair in top]} for token, x, top in tokens]
-        return {"content": content, "refusal": None}
-
-
-async def _streamed(form: _Form, told: Sequence[_Told], used: int, usage: bool) -> AsyncIterator[str]:
+async def _streamed(form: Form, told: Sequence[_Told], used: int, usage: bool) -> AsyncIterator[str]:
     """Server-sent events of all choices, one after the other."""
     event = lambda body: f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
     try:
