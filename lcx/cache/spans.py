@@ -47,8 +47,8 @@ def attend_slots(
 ) -> Part:
     """(out [B, T, H, E], lse [B, T, H]) of queries and `size` slots, of which those from `used` on are empty.
 
-    held: arrays [B, K, n, ...] with n in proportion to the slots, cut only between blocks, and not at all if block is None; read:
-    of a span of them. heads, head_axes and options: of `local_fold`.
+    held: arrays [B, K, n, ...] with n in proportion to the slots, cut only between blocks, or not at all if block is None.
+    read: of a span of them. heads, head_axes and options: of `local_fold`.
     """
     B, T, H, _ = q.shape
     group = H // kv_heads

@@ -1,7 +1,7 @@
 """Log-probabilities as a server would find them: prompts read in chunks into the state, what is scored behind them.
 
-A parallel pass never meets a cache. Where the cache drops or rounds, what a model knows of a text depends on how it was read, so
-the passes are part of the measurement.
+A parallel pass never meets a cache. Where the cache drops or rounds, what a model knows of a text depends on how it was read,
+so the passes are part of the measurement.
 """
 
 import functools

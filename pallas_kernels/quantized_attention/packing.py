@@ -1,7 +1,7 @@
 """Codes of 1, 2, 3, 4 or 8 bits, packed along tokens into 32-bit words, a block of 32 tokens at a time.
 
-A width is a sum of planes, each a divisor of 32: 3 bits are a plane of 2 (the low bits) and a plane of 1. In a plane of w bits a
-block of 32 tokens fills w words a channel; bit field j of word r is token j w + r of the block. So unpacking is a shift and a
+A width is a sum of planes, each a divisor of 32: 3 bits are a plane of 2 (the low bits) and a plane of 1. In a plane of w bits
+a block of 32 tokens fills w words a channel; bit field j of word r is token j w + r of the block. So unpacking is a shift and a
 mask of whole words, channels stay where they lie, and 3 bits take 3 bits.
 """
 

@@ -1,5 +1,7 @@
 """Codecs: what codes stand for, packed bit for bit, and what attention finds behind them."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,11 @@ import pytest
 
 from lcx.cache.codecs.codec import Codec, bits_of
 from lcx.cache.codecs.groups import KIVI, IntGroups
+from lcx.cache.codecs.kvquant import Keys, KVQuant, Values, outliers_of
 from lcx.cache.codecs.plain import Plain
-from lcx.cache.codecs.scaled import Fp8, Int8
+from lcx.cache.codecs.scaled import Fp8, Int8, widened
 from lcx.parts import parts
+from lcx.spec import SpecError
 from pallas_kernels.quantized_attention.packing import PLANES, pack, unpack
 
 EXAMPLES = [(f"{cls.__name__}-{n}", spec) for cls in parts(Codec) for n, spec in enumerate(cls.examples())]
@@ -104,7 +108,65 @@ def test_bits_are_what_the_arrays_take():
 
 def test_every_float_of_eight_bits_is_widened():
     codes = jnp.arange(256, dtype=jnp.uint8).view(jnp.float8_e4m3fn)
-    from lcx.cache.codecs.scaled import _widened
-
     known = ~np.isnan(np.asarray(codes.astype(jnp.float32)))
-    np.testing.assert_array_equal(np.asarray(_widened(codes))[known], np.asarray(codes.astype(jnp.float32))[known])
+    np.testing.assert_array_equal(np.asarray(widened(codes))[known], np.asarray(codes.astype(jnp.float32))[known])
+
+
+@pytest.fixture(scope="module")
+def golden():
+    """What authors' quantizers make of the same numbers (tests/oracles/quantizers.py)."""
+    with np.load(Path(__file__).parents[1] / "oracles" / "golden" / "quantizers.npz") as file:
+        return {name: file[name] for name in file.files}
+
+
+def test_kivi_equals_the_authors(golden):
+    """They unpack to float16, here scales are held in it: a code at the edge may fall to the other side."""
+    codec, x = KIVI(bits=2, group=32), jnp.asarray(golden["x"])
+    values = IntGroups(bits=2, group=16).values
+    for coder, name in ((codec.keys, "kivi/keys"), (values, "kivi/values")):
+        found, wanted = np.asarray(coder.decode(coder.encode(x))), golden[name]
+        near = np.abs(found - wanted) <= 2e-3 * np.abs(wanted) + 1e-3
+        assert near.mean() > 0.985
+        step = np.abs(np.asarray(x) - wanted).max()
+        assert np.abs(found - wanted).max() < 2.1 * step
+
+
+def kvquant_tables(golden, scale=1.0, shift=0.0):
+    by_head = lambda name: jnp.asarray(golden[f"kvquant/{name}"].reshape(1, 2, 32))
+    codebook = jnp.broadcast_to(jnp.asarray(golden["kvquant/codebook"]), (1, 2, 8))
+    norm = {"scale": jnp.full((1, 2), scale), "shift": jnp.full((1, 2), shift)}
+    return {"upper": by_head("upper"), "lower": by_head("lower"), "codebook": codebook} | norm
+
+
+@pytest.mark.parametrize("name, outliers, norm", [("keys", 0.02, ()), ("normed", 0.02, (1.1, 0.02)), ("plain", 0.0, ())])
+def test_keys_of_kvquant_equal_the_authors(name, outliers, norm, golden):
+    coder, tables = Keys(3, 0.3 if outliers else 0.0), kvquant_tables(golden, *norm)  # room for all outliers of a token
+    x = jnp.asarray(golden["x"])
+    found = np.moveaxis(np.asarray(coder.decode(coder.encode(x, tables), tables))[0], 0, 1).reshape(64, 64)
+    np.testing.assert_allclose(found, golden[f"kvquant/{name}"], atol=0.02, rtol=6e-4)  # outliers in half precision
+
+
+def test_values_of_kvquant_equal_the_authors(golden):
+    coder, tables = Values(3, 0.02), kvquant_tables(golden)
+    x = jnp.asarray(golden["x"])
+    found = np.asarray(coder.decode(coder.encode(x, tables), tables))[0, 0]
+    near = np.abs(found - golden["kvquant/values"]) <= 0.02 + 1e-3 * np.abs(golden["kvquant/values"])
+    assert near.mean() > 0.99  # ranges are held in half precision: a number between two codes may take the other
+
+
+def test_outliers_are_as_many_as_the_percentiles_cut_off():
+    """21 on each side of 4,096, as the authors cap them; 1 of 128."""
+    assert [outliers_of(0.01, n) for n in (4096, 128, 32)] == [21, 1, 1] and outliers_of(0.0, 128) == 0
+
+
+def test_tables_of_another_model_are_refused(tmp_path):
+    np.savez(tmp_path / "t.npz", **{"raw/0.01/upper": np.zeros((2, 3, 8)), "raw/0.01/lower": np.zeros((2, 3, 8))})
+    codec = KVQuant(calibration=str(tmp_path / "t.npz"), codebook="uniform")
+    with pytest.raises(SpecError, match="expected tables of this model"):
+        codec.tables(0, 4, 8, 8)
+    with pytest.raises(SpecError, match=r"outliers = 0\.05: expected one that"):
+        KVQuant(calibration=str(tmp_path / "t.npz"), codebook="uniform", outliers=0.05).tables(0, 3, 8, 8)
+    with pytest.raises(SpecError, match=r"expected a file of experiments\.calibrate, or a shipped model"):
+        KVQuant(calibration="nowhere").tables(0, 3, 8, 8)
+    with pytest.raises(SpecError, match="beside a learned codebook"):
+        KVQuant()

@@ -5,8 +5,8 @@
     kvpress     NVIDIA/kvpress 8bb29b9c3078452a86d692f29123fa6c793e2b05, kvpress/presses/*.py
     WindowKV    optim996/WindowKV 7513467999fe8fb9d895d94f2ba2f5d1439a0362, models/compress_utils.py
 
-Their classes run as they are in float64, on one layer of stand-ins: a module that has sizes, an output matrix and a rope of base
-10,000 in halves, and whose hidden states are the queries themselves.
+Their classes run as they are in float64, on one layer of stand-ins: a module that has sizes, an output matrix and a rope of
+base 10,000 in halves, and whose hidden states are the queries themselves.
 
     q [1,60,4,8], k [1,60,2,8] before their rotation, v [1,60,2,8], output [4,8,12], directions [2,8,6] of the leverage scores
     kept/<name>    [2,n] places that each key head keeps, sorted; n = 24 of 60
@@ -14,8 +14,8 @@ Their classes run as they are in float64, on one layer of stand-ins: a module th
     masked/adakv   [2,60] whether a head keeps it, of a budget that heads share, scores of SnapKV
     merged/values  [2,24,8] values of the merging wrapper over key norms
     windows/<task> places kept of 60 by windows of 8 with a suffix of 6 and a budget of 24, for all heads
-    budgets/pyramid, budgets/windowkv    of 8 layers, mean 64 behind a window of 8 and beta 20; of 16 layers, mean 128, groups of 4,
-                                         beta 14
+    budgets/pyramid    of 8 layers, a quarter of 1,024, beta 20
+    budgets/windowkv   of 16 layers, mean 128, groups of 4, beta 14
 """
 
 import dataclasses

@@ -7,7 +7,7 @@ without its outliers. One codebook a layer for keys and one for values: k-means 
 gradient of the loss. Numbers outside, a share of all, are held in half precision with their channel; so are the first tokens,
 which much attention goes to. Q-Norm moves what codes stand for to the mean and deviation of what they were made of.
 
-`lcx.inference.calibration` makes the tables. As the authors', but for ranges and outliers of values, which are those of one head
+`lcx.inference.calibration` makes the tables. As the authors', but for ranges and outliers of values, which are of one head
 (theirs: of all heads of a token), and for how many outliers a token's key may have: as many as its value, the farthest out.
 """
 
@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from lcx.cache.codecs.codec import Codec, Quantizer
+from lcx.spec import SpecError
 from pallas_kernels.quantized_attention.packing import BLOCK, pack, unpack
 
 HALF = jnp.float16
@@ -138,7 +139,7 @@ class Values(_Coder):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVQuant(Codec):
-    """calibration: the tables of a model, a file of `experiments.calibrate` or the name of a shipped one; "" are none: every
+    """calibration: the tables of a model, a file of `experiments.calibrate` or a shipped model's name; "" are none: every
     channel of a key ranges from -8 to 8. bits: 2, 3 or 4. outliers: the share of numbers held apart. codebook: of calibration,
     with Q-Norm (`normed`) or without, or equally spaced. rotated: codes keys after their rotation, as a comparison.
     sinks: first tokens of a row in full precision."""
@@ -223,16 +224,15 @@ class KVQuant(Codec):
 
 
 SHIPPED = Path(__file__).parents[2] / "assets"
+TABLES = "kvquant.npz"
 
 
 @functools.lru_cache(maxsize=8)
 def calibrated(name: str) -> dict[str, np.ndarray]:
-    """The tables of a file, or of a model that comes with lcx. Raises FileNotFoundError that says what there is."""
-    for path in (Path(name), SHIPPED / f"{name}.kvquant.npz"):
+    """The tables of a file, or of a model that comes with lcx. Raises SpecError that says what there is."""
+    for path in (Path(name), SHIPPED / name / TABLES):
         if path.is_file():
             with np.load(path) as held:
                 return {key: held[key].astype(np.float32) for key in held.files}
-    shipped = ", ".join(sorted(path.name.removesuffix(".kvquant.npz") for path in SHIPPED.glob("*.kvquant.npz"))) or "none"
-    raise FileNotFoundError(
-        f"KVQuant.calibration = {name!r}: expected a file of experiments.calibrate, or a shipped one: {shipped}"
-    )
+    shipped = ", ".join(sorted(path.parent.name for path in SHIPPED.glob(f"*/{TABLES}"))) or "none"
+    raise SpecError(f"KVQuant.calibration = {name!r}: expected a file of experiments.calibrate, or a shipped model: {shipped}")

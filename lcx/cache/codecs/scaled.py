@@ -34,11 +34,11 @@ class ByToken(Quantizer):
         return Scaled(codes, scale)
 
     def value(self, loose, tables=None):
-        numbers = loose.codes.astype(jnp.float32) if self.kind == "int8" else _widened(loose.codes)
+        numbers = loose.codes.astype(jnp.float32) if self.kind == "int8" else widened(loose.codes)
         return numbers * loose.scale
 
 
-def _widened(codes: Array) -> Float[Array, "*n"]:
+def widened(codes: Array) -> Float[Array, "*n"]:
     """E4M3 in float32, by its bits in a float16 of the same mantissa, 2^8 too small: what XLA converts by branches on a CPU."""
     bits = jax.lax.bitcast_convert_type(codes, jnp.uint8).astype(jnp.uint16)
     halves = jax.lax.bitcast_convert_type((bits & 0x80) << 8 | (bits & 0x7F) << 7, jnp.float16)

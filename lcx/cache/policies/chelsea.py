@@ -122,7 +122,7 @@ class Chelsea(Policy):
 def matched(
     keys: Float[Array, "B K c half 2 D"], free: Bool[Array, "B K c half 2"], links: Int[Array, "B K 1 1"]
 ) -> tuple[Bool[Array, "B K c half"], Int[Array, "B K c half"]]:
-    """(whether each even token joins an odd one, which): of each chunk the `links` most alike; bipartite soft matching (ToMe)."""
+    """(whether each even token joins an odd one, which): of each chunk the `links` most alike. Soft matching of ToMe."""
     alike = jnp.einsum("bkcid,bkcjd->bkcij", unit(keys[..., 0, :]), unit(keys[..., 1, :]), precision="highest")
     alike = jnp.where(free[..., 0][..., None] & free[..., 1][..., None, :], alike, -jnp.inf)
     best, target = alike.max(axis=4), alike.argmax(axis=4)

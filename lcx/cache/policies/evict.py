@@ -14,7 +14,7 @@ from lcx.cache.scorers.scorer import Scored, Scorer
 def top(
     scores: Float[Array, "B G N"], budget: Int[Array, "B G"], places: int
 ) -> tuple[Int[Array, "B G C"], Bool[Array, "B G C"]]:
-    """(index, there) of the `budget` largest scores of each row, oldest first. -inf is never taken; of equals the older stays."""
+    """(index, there) of the `budget` largest scores of each row, oldest first. -inf is not taken; of equals the older is."""
     scores = jnp.pad(scores, ((0, 0), (0, 0), (0, max(0, places - scores.shape[2]))), constant_values=-jnp.inf)
     best = jnp.argsort(-scores, axis=2, stable=True)[..., :places]
     there = jnp.take_along_axis(scores, best, axis=2) > -jnp.inf

@@ -1,11 +1,11 @@
 """WindowKV (2025): of a prompt whole windows stay, chosen by what its last tokens look at, for all heads and a group of layers.
 
     a_j = sum over the suffix's queries of p_ij,   the suffix itself stays, beside the budget
-    a window's score is the mean over heads of its largest a_j, half of them (`localization`: answers stand in one place), or of
-    all (`aggregation`);   all but the ceil((tokens - budget) / window) lowest stay
+    a window's score is the mean over heads of its largest a_j, half of them (`localization`: answers stand in one place), or
+    of all (`aggregation`);   all but the ceil((tokens - budget) / window) lowest stay
 
-The first layer of a group chooses, the others hold what it holds; budgets fall from group to group. The authors tell the task by
-a classifier; here it is a field.
+The first layer of a group chooses, the others hold what it holds; budgets fall from group to group. The authors tell the task
+by a classifier; here it is a field.
 """
 
 import dataclasses

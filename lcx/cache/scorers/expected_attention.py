@@ -7,6 +7,7 @@ Sinks take no part and stay.
 """
 
 import dataclasses
+from typing import Literal
 
 import jax.numpy as jnp
 
@@ -17,9 +18,11 @@ from lcx.positions.rotate import tables, turned_by
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpectedAttention(Scorer):
-    """ahead: positions of queries to come. sinks: first tokens of a document, left out and kept."""
+    """ahead: positions of queries to come. sinks: first tokens of a document, left out and kept. values: whether shares are
+    times the `norm` of a token's value."""
 
     ahead: int = 512
+    values: Literal["norm", "left out"] = "norm"
     sinks: int = 4
 
     def validate(self):
@@ -58,7 +61,8 @@ class ExpectedAttention(Scorer):
         top = logit.max(axis=-1, keepdims=True)
         found = jnp.exp(logit - jnp.where(jnp.isneginf(top), 0, top))
         share = mean_of_group(found / jnp.maximum(found.sum(axis=-1, keepdims=True), 1e-30))
-        return jnp.where(sink, jnp.inf, share * jnp.linalg.norm(now.v, axis=-1))
+        norm = jnp.linalg.norm(now.v, axis=-1) if self.values == "norm" else 1.0
+        return jnp.where(sink, jnp.inf, share * norm)
 
     @classmethod
     def examples(cls):

@@ -46,8 +46,8 @@ class Scored:
     k: rotated as they meet queries; raw: as the cache holds them, which a policy may ask to be before their rotation. count: of
     tokens there. newest, its info: the last queries that were asked for, padding first. marks: attention received so far, and
     counts: the tokens that each stands for, if asked for. watched: what was made of all queries. seen: tokens that the row has
-    read; budget: that it keeps. output: the matrix that heads are projected by. leader: what the layer holds whose choice counts
-    here.
+    read; budget: that it keeps. output: the matrix that heads are projected by. leader: what the layer that leads this one
+    holds.
     """
 
     k: Float[Array, "B K N D"]

@@ -1,0 +1,67 @@
+"""Calibrates KVQuant for a model: writes the tables that its codec reads.
+
+    python -m experiments.calibrate --run_dir=reader --to=reader.npz
+    python -m experiments.calibrate --run_dir=models/llama-3.1-8b --to=llama.npz --text=books --length=2048 --windows=16
+
+The tables are of texts of --length tokens, by default the model's window: of the folder --text, or of the standard library's
+source code. Then --config=set:model.pattern[0].mixer.cache=KVCache(keys='raw',codec=KVQuant(calibration='reader.npz'))
+reads them. Exit status: 0 written, 2 refused.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from experiments.program import Arguments, launch
+from lcx.data.sources import StandardLibrary, TextFolder
+from lcx.evaluation.tasks.perplexity import Perplexity
+from lcx.inference.calibration import tables
+from lcx.spec import SpecError
+from lcx.training.checkpoint import load_model
+from lcx.training.experiment import Experiment
+from lcx.training.run_folder import read_trained
+from lcx.training.shipped import run_folder
+
+
+def define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("to", None, "file to write", flag_values=values)
+    flags.DEFINE_string("text", None, "folder of texts; default: the standard library's source code", flag_values=values)
+    flags.DEFINE_integer("windows", 16, "texts that are read", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("length", None, "tokens of each; default: the model's window", lower_bound=8, flag_values=values)
+    flags.DEFINE_list("outliers", ["0", "0.01"], "shares of numbers held apart", flag_values=values)
+    flags.DEFINE_integer("sinks", 1, "first tokens of a text that are left out", lower_bound=0, flag_values=values)
+
+
+def main(arguments: Arguments) -> None:
+    asked = arguments.flags
+    experiment = arguments.spec(Experiment, read=read_trained)
+    if asked.to is None or not asked.to.endswith(".npz"):
+        raise SpecError(f"--to={asked.to}: expected the file to write, such as tables.npz")
+    if Path(asked.to).exists():
+        raise SpecError(f"--to={asked.to}: exists already: expected a new file")
+    shares = [_share(text) for text in asked.outliers]
+    source = TextFolder(path=asked.text) if asked.text else StandardLibrary(split="train")
+    length = asked.length or experiment.data.length
+    rows = Perplexity(source=source, windows=asked.windows, buckets=1).inputs(experiment.data.tokenizer, length)
+    if arguments.dry_run:
+        print(f"would read {len(rows)} texts of {length} tokens")
+        return
+    model = load_model(run_folder(arguments.run_dir), experiment.model)
+    made = tables(model, rows, outliers=shares, sinks=asked.sinks)
+    np.savez_compressed(asked.to, **made)
+    print(f"{asked.to}: {Path(asked.to).stat().st_size:,} bytes, {experiment.model.depth} layers")
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 0.5:
+        raise SpecError(f"--outliers={text}: expected shares of at least 0 and below 0.5, such as 0,0.01")
+    return share
+
+
+if __name__ == "__main__":
+    launch(main)

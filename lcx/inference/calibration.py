@@ -1,0 +1,162 @@
+"""Calibration of KVQuant (2024): what its codec has to know beforehand of a model's keys and values.
+
+Texts are read once, keys raw, with a tap that adds nothing to every key and value: the gradient of the loss by it, squared, is
+the weight of that number (the diagonal of the Fisher information). Then, for each layer and share of outliers,
+
+    upper, lower     percentiles of each channel of keys that leave half of the outliers beyond each
+    codebook         k-means of (x - z) / r of what is no outlier, weighted, for each number of bits
+    norm             scale and shift by which codes get the mean and deviation of what they stand for (Q-Norm)
+
+The first `sinks` tokens of a text are left out, as they are never coded. Tables are also made of rotated keys, to compare with.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from lcx.batch import Batch, causal_info
+from lcx.cache.codecs.kvquant import Values
+from lcx.cache.dense import DenseCache, DenseState
+from lcx.inference.forward import logprobs_of
+from lcx.mixers.attention import Attention
+from lcx.models.decoder import DecoderModel, rebuild
+from lcx.positions.rotate import rotate
+from lcx.record import record
+from lcx.spec import SpecError, edit
+
+ROUNDS = 50  # of k-means, at most
+
+
+@record
+class Tapped:
+    """held: keys and values. k, v: what is added to them."""
+
+    held: DenseState
+    k: Float[Array, "B S K D"]
+    v: Float[Array, "B S K E"]
+
+
+class _Tap(DenseCache):
+    """A dense cache of raw keys with something added to what it holds."""
+
+    def init(self, *sizes, **options):
+        held = super().init(*sizes, **options)
+        return Tapped(held=held, k=held.k, v=held.v)
+
+    def length(self, state):
+        return super().length(getattr(state, "held", state))
+
+    def append(self, state, *new):
+        return dataclasses.replace(state, held=super().append(state.held, *new))
+
+    def placed(self, state, rules):
+        return state
+
+    def attend(self, state, *query, **options):
+        held = dataclasses.replace(state.held, k=state.held.k + state.k, v=state.held.v + state.v)
+        return super().attend(held, *query, **options)
+
+
+def tables(
+    model: DecoderModel,
+    rows: Sequence[Sequence[int]],
+    *,
+    outliers: Sequence[float] = (0.0, 0.01),
+    bits: Sequence[int] = (2, 3, 4),
+    sinks: int = 1,
+    at_once: int = 2,
+) -> dict[str, np.ndarray]:
+    """By name `<raw, rotated or values>/<outliers>/...`: upper, lower [L, K, D], <bits>/codebook [L, 2^bits] and
+    <bits>/norm [L, 2].
+
+    rows: texts of one length, in ids. Raises SpecError for a model that has another mixer than plain attention in some layer.
+    """
+    spec = model.spec
+    for n, layer in enumerate(spec.pattern):
+        if type(layer.mixer) is not Attention or layer.mixer.distances is not None or spec.memory is not None:
+            raise SpecError(f"model.pattern[{n}].mixer: expected plain attention, without a distance plan or model.memory")
+        spec = edit(spec, f"pattern[{n}].mixer.cache", _Tap(keys="raw"))
+    tapped = rebuild(model, edit(spec, "compute", "float32"))
+    seen = [_read(tapped, jnp.asarray(rows[n : n + at_once], jnp.int32)) for n in range(0, len(rows), at_once)]
+    made: dict[str, list[np.ndarray]] = {}
+    for layer in range(spec.depth):
+        period, slot = divmod(layer, len(spec.pattern))
+        k, v, dk, dv = (np.concatenate([np.asarray(part[slot][n][period])[:, sinks:] for part in seen]) for n in range(4))
+        turn = functools.partial(_turned, spec, spec.pattern[slot].mixer, sinks, len(rows[0]))
+        for side, x, slope in (("raw", k, dk), ("rotated", turn(k), turn(dk)), ("values", v, dv)):
+            for share in outliers:
+                _of_layer(made, f"{side}/{share:g}", x, np.square(slope, dtype=np.float64), share, bits, side == "values")
+    return {name: np.stack(layers).astype(np.float32) for name, layers in made.items()}
+
+
+@jax.jit
+def _read(model: DecoderModel, tokens: Int[Array, "B T"]) -> tuple[Any, ...]:
+    """(keys, values, and the gradient by each) [periods, B, T, K, D] of every slot of the pattern."""
+    state = model.init_state(*tokens.shape)
+
+    def loss(taps):
+        layers = tuple(dataclasses.replace(x, k=k, v=v) for x, (k, v) in zip(state["layers"], taps, strict=True))
+        hidden, after, _ = model(Batch(tokens=tokens, info=causal_info(jnp.ones_like(tokens))), state | {"layers": layers})
+        logprobs, _ = logprobs_of(model, hidden[:, :-1], tokens[:, 1:])
+        return -logprobs.sum(), [(x.held.k, x.held.v) for x in after["layers"]]
+
+    slopes, held = jax.grad(loss, has_aux=True)([(x.k, x.v) for x in state["layers"]])
+    return tuple((*x, *slope) for x, slope in zip(held, slopes, strict=True))
+
+
+def _turned(spec, mixer, sinks: int, length: int, x: Float[np.ndarray, "N S K D"]) -> Float[np.ndarray, "N S K D"]:
+    rope = spec.rope_of(mixer)
+    if rope is None:
+        return x
+    places = jnp.broadcast_to(jnp.arange(sinks, length, dtype=jnp.float32)[None, :, None], (*x.shape[:2], 1))
+    frequencies = rope.frequencies(mixer.head_dim, length)
+    lengths = jnp.full(x.shape[:2], length, jnp.int32)
+    return np.asarray(rotate(jnp.asarray(x), places, frequencies, lengths if frequencies.by_length else None, side="key"))
+
+
+def _of_layer(made, name: str, x, weight, share: float, bits: Sequence[int], values: bool) -> None:
+    """Adds the tables of one side of a layer."""
+    add = lambda key, value: made.setdefault(f"{name}/{key}", []).append(np.asarray(value))
+    if values:
+        even = {"codebook": jnp.zeros((len(x), x.shape[2], 2)), "scale": jnp.ones((1, 1)), "shift": jnp.zeros((1, 1))}
+        by_head = jnp.moveaxis(jnp.asarray(x), 1, 2)
+        coded = Values(2, share).loose(by_head, even)
+        z, r = (np.moveaxis(np.asarray(coded.range[..., n : n + 1], np.float32), 1, 2) for n in (0, 1))
+        place = np.moveaxis(np.asarray(coded.place, np.int64), 1, 2)
+        inside = ~(place[..., None] == np.arange(x.shape[3])).any(axis=3)
+    else:
+        flat = x.reshape(-1, *x.shape[2:])
+        upper, lower = np.percentile(flat, [100 * (1 - share / 2), 100 * share / 2], axis=0)
+        add("upper", upper)
+        add("lower", lower)
+        z, r = (upper + lower) / 2, (upper - lower) / 2
+        inside = (x <= upper) & (x >= lower)
+    scaled = ((x - z) / np.where(r > 0, r, 1))[inside]
+    for width in bits:
+        book = codebook(scaled, weight[inside], 2**width)
+        codes = book[np.searchsorted((book[1:] + book[:-1]) / 2, scaled)]
+        ratio = scaled.std() / max(codes.std(), 1e-12)
+        add(f"{width}/codebook", book)
+        add(f"{width}/norm", [ratio, scaled.mean() - codes.mean() * ratio])
+
+
+def codebook(x: Float[np.ndarray, "N"], weight: Float[np.ndarray, "N"], size: int) -> Float[np.ndarray, "size"]:
+    """Ascending centres of weighted k-means, from the quantiles of x, until nothing changes or `ROUNDS` are done."""
+    order = np.argsort(x, kind="stable")
+    x, weight = x[order].astype(np.float64), weight[order] + 1e-30
+    mass, moment = (np.concatenate([[0.0], np.cumsum(y)]) for y in (weight, weight * x))
+    centres = np.quantile(x, (np.arange(size) + 0.5) / size)
+    for _ in range(ROUNDS):
+        edges = np.concatenate([[0], np.searchsorted(x, (centres[1:] + centres[:-1]) / 2, side="right"), [len(x)]])
+        total = np.diff(mass[edges])
+        new = np.where(total > 0, np.diff(moment[edges]) / np.where(total > 0, total, 1), centres)
+        if np.array_equal(new, centres):
+            break
+        centres = np.sort(new)
+    return centres
