@@ -71,6 +71,11 @@ class Cache(Spec, abc.ABC):
         return False
 
     @property
+    def room(self) -> int | None:
+        """The most tokens of an answer that it has slots for; None if it holds whatever length it was made for."""
+        return None
+
+    @property
     def by_layer(self) -> bool:
         """Whether layers have states of their own kind."""
         return False

@@ -32,6 +32,8 @@ from lcx.record import replaced
 from pallas_kernels.target import platform
 from pallas_kernels.tile_attention import op
 
+OF_TOKENS = ("k", "v", "marks", "counts")  # what is held of each
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVCache(KeysCache):
@@ -53,6 +55,10 @@ class KVCache(KeysCache):
     @property
     def exact(self):
         return self.codec == Plain() and self.policy is None and self.positions == "own"
+
+    @property
+    def room(self):
+        return self.policy.every if self.policy is not None and self.policy.scope == "prefill" else None
 
     @property
     def by_layer(self):
@@ -127,7 +133,7 @@ class KVCache(KeysCache):
         by = lambda *names: lambda x: shard(x, rules, *names[: x.ndim], *(None,) * (x.ndim - len(names)))
         slots, held = by("batch", "kv_heads", "slots"), state.held
         info = jax.tree.map(by("batch", heads, "slots"), held.info)
-        coded = {name: jax.tree.map(slots, getattr(held, name)) for name in ("k", "v", "marks", "counts")}
+        coded = {name: jax.tree.map(slots, getattr(held, name)) for name in OF_TOKENS}
         waiting = {
             name: jax.tree.map(by("batch", None, "kv_heads"), getattr(state.waiting, name)) for name in ("k", "v", "marks")
         }
@@ -171,21 +177,16 @@ class KVCache(KeysCache):
         if ambient_mesh() is None:
             return local(q, q_info, held, exact, was.tables)
         by = lambda *names: lambda tree: jax.tree.map(lambda x: rules.partition(names[: x.ndim]), tree)
-        slots = by("batch", "kv_heads", "slots")
+        slots, waits, by_head = (
+            by("batch", "kv_heads", "slots"),
+            by("batch", None, "kv_heads"),
+            "kv_heads" if self.by_head else None,
+        )
         specs = (
             by("batch", None, "heads")(q),
             by("batch")(q_info),
-            dataclasses.replace(
-                held,
-                info=by("batch", "kv_heads" if self.by_head else None, "slots")(held.info),
-                **{name: slots(getattr(held, name)) for name in ("k", "v", "marks", "counts")},
-            ),
-            Waiting(
-                k=by("batch", None, "kv_heads")(exact.k),
-                v=by("batch", None, "kv_heads")(exact.v),
-                info=by("batch")(exact.info),
-                marks=by("batch", None, "kv_heads")(exact.marks),
-            ),
+            replaced(held, info=by("batch", by_head, "slots")(held.info), **{n: slots(getattr(held, n)) for n in OF_TOKENS}),
+            replaced(exact, info=by("batch")(exact.info), **{n: waits(getattr(exact, n)) for n in ("k", "v", "marks")}),
             by("batch", "kv_heads")(was.tables),
         )
         out = rules.partition(("batch", None, "heads"))
@@ -396,14 +397,9 @@ class KVCache(KeysCache):
     @classmethod
     def examples(cls):
         from lcx.cache.policies.evict import Evict
-        from lcx.cache.scorers.key_norm import KeyNorm
         from lcx.cache.scorers.snapkv import SnapKV
 
-        return (
-            cls(),
-            cls(keys="raw", policy=Evict(score=KeyNorm(), keep=1.0)),
-            cls(policy=Evict(score=SnapKV(window=3), keep=13, every=2, heads="shared")),
-        )
+        return cls(), cls(keys="raw", policy=Evict(score=SnapKV(window=3), keep=13, every=2))
 
 
 def _joined(state: Pass) -> Waiting:

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lcx.inference.decoding import Asked, checked_seed, decode, keys_of, nothing_decoded, stop_rows
-from lcx.inference.reading import Consumed, feed, nothing_read, padded_rows
+from lcx.inference.reading import Consumed, check_room, feed, nothing_read, padded_rows
 from lcx.inference.requests import WindowOverflow
 from lcx.inference.sampling import Sampling, sampling_rows
 from lcx.inference.shapes import bucket, right_padded
@@ -94,6 +94,7 @@ class Engine:
         if not 0 <= ask.top <= vocab:
             raise ValueError(f"top = {ask.top}: expected 0 to the {vocab} ids of the vocabulary")
         checked_seed(ask.seed)
+        check_room(self.model.spec, ask.max_new)
 
     def submit(self, ask: Ask) -> int:
         """The number under which its pieces come. Raises as `check`."""

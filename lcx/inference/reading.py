@@ -17,14 +17,16 @@ from jaxtyping import Array, Float, Int
 
 from lcx.attention.split_keys import split_axes
 from lcx.batch import PADDING, Batch, causal_info
+from lcx.cache.cache import Cache
 from lcx.inference.placed import behind, padded_positions
 from lcx.inference.shapes import bucket, right_padded
-from lcx.models.decoder import DecoderModel
+from lcx.models.decoder import Decoder, DecoderModel
 from lcx.parallel.gathered import axes_size
 from lcx.parallel.rules import Rules, ambient_mesh
 from lcx.positions.length_rule import length_policy
 from lcx.positions.visual import Placed
 from lcx.record import record
+from lcx.spec import below
 
 
 @record
@@ -49,7 +51,10 @@ def prefill(
     chunk: int,
     placed: Sequence[Placed] | None = None,
 ) -> Consumed:
-    """`rows` rows that have read the prompts, `chunk` tokens a step, with room for `max_new` tokens more."""
+    """`rows` rows that have read the prompts, `chunk` tokens a step, with room for `max_new` tokens more.
+
+    Raises ValueError if a cache has none."""
+    check_room(model.spec, max_new)
     longest = bucket(max(map(len, prompts)))
     tokens, segments = right_padded(prompts, longest, rows, model.spec.vocab)
     most = np.asarray([*map(len, prompts), *[0] * (rows - len(prompts))], np.int32) + max_new
@@ -76,6 +81,15 @@ def padded_rows(prompts: int, rules: Rules) -> int:
         raise ValueError(f"generate: rows are shared out over {', '.join(several)}: expected whole rows, a token at a time")
     shards = math.prod(mesh.shape[axis] for axis in rules.batch)
     return -(-rows // shards) * shards
+
+
+def check_room(spec: Decoder, new: int) -> None:
+    """Raises ValueError if a cache has no room for so many tokens behind a prompt."""
+    for path, part in below(spec, "model"):
+        if isinstance(part, Cache) and part.room is not None and new > part.room:
+            raise ValueError(
+                f"{path}.policy.every = {part.room}: expected at least {new}, an answer's tokens, as it drops in prefill alone"
+            )
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "length"))

@@ -69,6 +69,10 @@ class Evict(Policy):
     def raw(self):
         return self.score.raw
 
+    @property
+    def expects_turns(self):
+        return self.score.expects_turns
+
     def mark(self, asked, k, info, rule, held):
         return self.score.mark(asked, k, info, rule, held)
 

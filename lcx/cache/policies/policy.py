@@ -85,6 +85,11 @@ class Policy(Spec, abc.ABC):
         return False
 
     @property
+    def expects_turns(self) -> bool:
+        """Whether it asks how queries to come are rotated."""
+        return False
+
+    @property
     def raw(self) -> bool:
         """Whether it needs keys as they are before their rotation."""
         return False

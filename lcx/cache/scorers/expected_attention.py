@@ -29,6 +29,10 @@ class ExpectedAttention(Scorer):
         self.check(self.ahead >= 1, "ahead", "at least 1 position")
         self.check(self.sinks >= 0, "sinks", "0 or more tokens")
 
+    @property
+    def expects_turns(self):
+        return True
+
     def watching(self, rows, heads, head_dim):
         zeros = lambda *shape: jnp.zeros((rows, *shape))
         return {"count": zeros(), "sum": zeros(heads, head_dim), "square": zeros(heads, head_dim, head_dim)}

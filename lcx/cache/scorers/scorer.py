@@ -142,6 +142,11 @@ class Scorer(Spec, abc.ABC):
         """Whether it reads keys before their rotation."""
         return False
 
+    @property
+    def expects_turns(self) -> bool:
+        """Whether it asks how queries to come are rotated."""
+        return False
+
     def mark(self, asked: Asked, k: Float[Array, "B K N D"], info: TokenInfo, rule: Rule, held: bool) -> Float[Array, "B K N"]:
         """What queries of a pass add to the marks of tokens: those that are `held`, or those of the pass and that waited."""
         return received(asked, k, info, rule)
@@ -172,6 +177,10 @@ class Wrapper(Scorer):
     @property
     def raw(self):
         return self.of.raw
+
+    @property
+    def expects_turns(self):
+        return self.of.expects_turns
 
     def mark(self, asked, k, info, rule, held):
         return self.of.mark(asked, k, info, rule, held)

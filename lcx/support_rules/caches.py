@@ -1,0 +1,84 @@
+"""Rules of whole configs: a KV cache stands where tokens are attention's alone, and finds the layers and ropes it counts on."""
+
+import functools
+import re
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from lcx.cache.cache import At
+from lcx.cache.kv_cache import KVCache
+from lcx.mixers.attention import Attention
+from lcx.positions.frequencies import FrequencyRule
+from lcx.positions.length_rule import LengthRule
+from lcx.spec import SpecError
+from lcx.support_rules.walk import attentions
+from lcx.training.experiment import Experiment
+
+OWN = re.compile(r"model\.pattern\[\d+\]\.mixer")  # a layer's mixer, not one within another
+
+
+def _cached(experiment: Experiment) -> Iterator[tuple[str, Attention, KVCache]]:
+    for path, mixer in attentions(experiment):
+        if isinstance(mixer.cache, KVCache):
+            yield path, mixer, mixer.cache
+
+
+def caches_are_of_plain_attention(experiment: Experiment) -> Iterator[str]:
+    for path, _, _ in _cached(experiment):
+        if not OWN.fullmatch(path):
+            yield f"{path}.cache: expected a DenseCache within another mixer, which reads what attention holds"
+        elif experiment.model.memory is not None:
+            yield f"{path}.cache: expected a DenseCache beside model.memory, which says itself what is kept of far tokens"
+
+
+def caches_meet_their_queries(experiment: Experiment) -> Iterator[str]:
+    for path, mixer, cache in _cached(experiment):
+        policy, plan = cache.policy, mixer.distances
+        if plan is not None and plan.reads_queries:
+            yield f"{path}.cache: expected a DenseCache beside {path}.distances, which writes to keys what queries ask"
+        if plan is not None and policy is not None and (policy.queries or policy.marks or policy.weighs):
+            expected = "expected one that reads no queries and weighs no tokens"
+            yield f"{path}.cache.policy: {expected} beside {path}.distances, under which a pair has no single logit"
+        if policy is not None and policy.weighs and mixer.softcap is not None:
+            yield f"{path}.cache.policy.mass = 'counted': expected 'one' beside a softcap: no method says which comes first"
+
+
+def caches_turn_keys(experiment: Experiment) -> Iterator[str]:
+    for path, mixer, cache in _cached(experiment):
+        rule = experiment.model.rope_of(mixer)
+        if cache.positions == "slots":
+            static = isinstance(rule, FrequencyRule) and not isinstance(rule, LengthRule) and not rule.sections
+            if not static or mixer.distances is not None or mixer.distance_bias is not None:
+                expected = "expected 'own' but beside a rope of one axis that no length changes, and no other distances"
+                yield f"{path}.cache.positions = 'slots': {expected}"
+        if cache.policy is not None and cache.policy.expects_turns and isinstance(rule, FrequencyRule):
+            growth = rule.frequencies(mixer.head_dim, experiment.data.length).growth is not None
+            if growth or rule.learned or mixer.distances is not None:
+                yield f"{path}.cache.policy: expected another beside this rope, whose mean turn it does not know"
+
+
+def caches_fit_their_layers(experiment: Experiment) -> Iterator[str]:
+    model = experiment.model
+    for n, layer in enumerate(model.pattern):
+        path, cache = f"model.pattern[{n}].mixer", getattr(layer.mixer, "cache", None)
+        if not isinstance(cache, KVCache) or not isinstance(layer.mixer, Attention):
+            continue
+        mixer, layers = layer.mixer, range(n, model.depth, len(model.pattern))
+        sizes = (mixer.kv_heads, mixer.head_dim, mixer.head_dim)
+        try:
+            for number in layers:
+                cache.codec.tables(number, *sizes)
+            sizes = (1, experiment.data.length, *sizes, jnp.dtype(model.compute), 1, At(depth=model.depth, heads=mixer.heads))
+            jax.eval_shape(functools.partial(cache.init, *sizes))
+            shares = {1.0 if cache.policy is None else cache.policy.layers.share(number, model.depth) for number in layers}
+            leaders = {cache.leads(number) for number in layers}
+        except (SpecError, ValueError) as error:
+            yield f"{path}.cache: {error}"
+            continue
+        apart = len(shares) > 1 or leaders != {None}
+        if apart and model.unroll != "all":
+            yield f"model.unroll = {model.unroll!r}: expected 'all', as each layer's {path}.cache holds tokens of its own"
+        if leaders != {None} and len(model.pattern) > 1:
+            yield f"{path}.cache.policy: expected a model of one kind of layer, as groups of layers share a choice"
