@@ -7,11 +7,11 @@ compressed cache and one pass, in a prefill by chunks too. Attention to slots de
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from lcx.attention.attend import local_fold
 from lcx.attention.mask import tokens_of
@@ -22,14 +22,13 @@ from lcx.batch import PADDING, TokenInfo
 from lcx.cache.cache import At, KeysCache
 from lcx.cache.codecs.codec import Codec, Quantizer
 from lcx.cache.codecs.plain import Plain
-from lcx.cache.kv_state import Held, KVState, Pass, Waiting, no_tokens, rounded_up, stored_blocks, taken, taken_first
+from lcx.cache.kv_state import Held, KVState, Pass, Waiting, joined, no_tokens, rounded_up
 from lcx.cache.policies.policy import Policy
-from lcx.cache.scorers.scorer import Asked, Rule, Scored
+from lcx.cache.pruning import Pruning
 from lcx.cache.spans import Slots, attend_slots
 from lcx.parallel.rules import Rules, ambient_mesh, shard
 from lcx.positions.frequencies import Frequencies
 from lcx.record import replaced
-from pallas_kernels.target import platform
 from pallas_kernels.tile_attention import op
 
 OF_TOKENS = ("k", "v", "marks", "counts")  # what is held of each
@@ -145,7 +144,7 @@ class KVCache(KeysCache):
         )
 
     def attend(self, state, q, q_info, *, frequencies, rules=Rules(), scale, **options):
-        was, exact = state.state, _joined(state)
+        was, exact = state.state, joined(state)
         held, kv_heads, heads = self._standing(was, exact), state.k.shape[2], q.shape[2]
         axes = split_axes(rules)
 
@@ -160,7 +159,7 @@ class KVCache(KeysCache):
 
             def read(part) -> Slots:
                 (codes_k, codes_v, counts), info = part
-                keys = self._turned(self.coders[0].decode(codes_k, known[0]), info, frequencies)
+                keys = self.turned_slots(self.coders[0].decode(codes_k, known[0]), info, frequencies)
                 extra = jnp.log(counts) if self.policy is not None and self.policy.weighs else None
                 return Slots(keys, self.coders[1].decode(codes_v, known[1]), info, extra)
 
@@ -193,49 +192,11 @@ class KVCache(KeysCache):
         return jax.shard_map(local, in_specs=specs, out_specs=(out, out), check_vma=False)(q, q_info, held, exact, was.tables)
 
     def prune(self, state, asked, *, frequencies, rule, leader=None):
-        was, policy, codec = state.state, self.policy, self.codec
-        exact, held = _joined(state), was.held
-        if policy is not None and policy.marks:
-            exact, held = self._marked(was, exact, asked, frequencies, rule)
-        real = state.info.segments != PADDING
-        exact = taken_first(exact, exact.info.segments != PADDING)
-        count = (exact.info.segments != PADDING).sum(axis=1)
-        most = exact.k.shape[1] - codec.first - codec.recent
-        moved = jnp.maximum(0, count - codec.first - codec.recent) // codec.block * codec.block
-        leaving = jax.tree.map(lambda x: x[:, codec.first : codec.first + most // codec.block * codec.block], exact)
-        place = jnp.arange(was.waiting.k.shape[1])
-        place = jnp.where(place < codec.first, place, place + moved[:, None])
-        waiting = taken(exact, jnp.minimum(place, exact.k.shape[1] - 1))
-        here = place < count[:, None]
-        waiting = jax.tree.map(lambda x: jnp.where(here.reshape(*here.shape, *(1,) * (x.ndim - 2)), x, 0), waiting)
-        was = dataclasses.replace(
-            was,
-            held=held,
-            waiting=waiting,
-            seen=was.seen + real.sum(axis=1),
-            **self._queries(was, asked, state.info),
-            watched=was.watched if policy is None else policy.watch(was.watched, asked),
-        )
-        several = state.k.shape[1] > 1
-        if policy is None or policy.scope == ("decode" if several else "prefill"):
-            return self._written(was, leaving, moved, asked)
-        if several:
-            return _where(
-                real.any(axis=1),
-                self._compressed(was, leaving, moved, asked, frequencies, rule, leader),
-                self._written(was, leaving, moved, asked),
-            )
-        full = (was.used.max(axis=1) + moved > policy.budget(was.seen, was.share) + policy.every) & (moved > 0)
-        compress = lambda: _where(
-            full,
-            self._compressed(was, leaving, moved, asked, frequencies, rule, leader),
-            self._written(was, leaving, moved, asked),
-        )
-        return jax.lax.cond(full.any(), compress, lambda: self._written(was, leaving, moved, asked))
+        return Pruning(self, asked, frequencies, rule, leader)(state)
 
     def read(self, state, frequencies):
         """Every slot and the tokens that wait; where key heads hold their own, each is a row with one head."""
-        k, v, info = self._decoded(state, frequencies)
+        k, v, info = self.decoded(state, frequencies)
         (B, K), G, wait = k.shape[:2], info.segments.shape[1], state.waiting
         rows = lambda x: jnp.moveaxis(x.reshape(B * G, K // G, *x.shape[2:]), 1, 2)
         join = lambda a, b: jnp.concatenate([a, b], axis=1)
@@ -244,7 +205,9 @@ class KVCache(KeysCache):
         info = jax.tree.map(lambda a, b: join(a, jnp.repeat(b, G, axis=0)), flat, wait.info)
         return join(rows(k), rows(late_k)), join(rows(v), rows(jnp.moveaxis(wait.v, 2, 1))), info
 
-    def _turned(self, k: Float[Array, "B K n D"], info: TokenInfo, frequencies: Frequencies | None) -> Float[Array, "B K n D"]:
+    def turned_slots(
+        self, k: Float[Array, "B K n D"], info: TokenInfo, frequencies: Frequencies | None
+    ) -> Float[Array, "B K n D"]:
         """Decoded keys, rotated; infos [B, K or 1, n]."""
         if self.keys == "rotated" or frequencies is None:
             return k
@@ -254,11 +217,11 @@ class KVCache(KeysCache):
         rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), info)
         return self.turned(k.reshape(-1, k.shape[2], 1, k.shape[3]), rows, frequencies).reshape(k.shape)
 
-    def _decoded(self, state: KVState, frequencies) -> tuple[Float[Array, "B K S D"], Float[Array, "B K S E"], TokenInfo]:
+    def decoded(self, state: KVState, frequencies) -> tuple[Float[Array, "B K S D"], Float[Array, "B K S E"], TokenInfo]:
         """All slots, keys rotated."""
         held = state.held
         k, v = (coder.decode(x, known) for coder, x, known in zip(self.coders, (held.k, held.v), state.tables, strict=True))
-        return self._turned(k, held.info, frequencies), v, held.info
+        return self.turned_slots(k, held.info, frequencies), v, held.info
 
     def _standing(self, state: KVState, exact: Waiting) -> Held:
         """Slots with the positions at which they are read."""
@@ -271,157 +234,12 @@ class KVCache(KeysCache):
         positions = jnp.broadcast_to(place[..., None], held.info.positions.shape).astype(jnp.float32)
         return dataclasses.replace(held, info=replaced(held.info, positions=positions))
 
-    def _marked(self, state: KVState, exact: Waiting, asked: Asked, frequencies, rule: Rule) -> tuple[Waiting, Held]:
-        """Tokens with what the queries of a pass looked at added."""
-        k, _, info = self._decoded(state, frequencies)
-        marks = state.held.marks + self.policy.mark(asked, k, info, rule, True)
-        k = jnp.moveaxis(self.turned(exact.k, exact.info, frequencies), 2, 1)
-        one = jax.tree.map(lambda x: x[:, None], exact.info)
-        late = exact.marks + jnp.moveaxis(self.policy.mark(asked, k, one, rule, False), 1, 2)
-        return dataclasses.replace(exact, marks=late), dataclasses.replace(state.held, marks=marks)
-
-    def _queries(self, state: KVState, asked: Asked, info: TokenInfo) -> dict[str, Any]:
-        """The newest queries after a pass."""
-        if not (several := state.newest.shape[1]):
-            return {}
-        new = jnp.where((info.segments != PADDING)[..., None, None], asked.q, 0).astype(state.newest.dtype)
-        q = jnp.concatenate([state.newest, new], axis=1)
-        info = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), state.newest_info, info)
-        order = jnp.argsort(info.segments != PADDING, axis=1, stable=True)[:, -several:]
-        return {"newest": taken(q, order), "newest_info": taken(info, order)}
-
-    def _written(self, state: KVState, leaving: Waiting, moved: Int[Array, "B"], asked: Asked) -> KVState:
-        """With `moved` tokens, whole blocks, behind those that the slots hold."""
-        held, (B, L), block = state.held, leaving.info.segments.shape, self.codec.block
-        K, (G, S) = leaving.k.shape[2], held.info.segments.shape[1:]
-        blocks = L // block
-        slot = (state.used // block)[:, :, None] + jnp.arange(blocks)
-        slot = jnp.where(jnp.arange(blocks) < (moved // block)[:, None, None], slot, S // block)
-        heads = jnp.broadcast_to(slot, (B, K, blocks))
-        by_head = lambda x: jnp.moveaxis(x, 1, 2)
-        coded = [
-            coder.encode(by_head(x).astype(jnp.float32), known)
-            for coder, x, known in zip(self.coders, (leaving.k, leaving.v), state.tables, strict=True)
-        ]
-        after = asked.out if blocks == 1 and platform() == "cpu" else None
-        put = functools.partial(stored_blocks, slot=heads, after=after)
-        info = jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], (B, G, *x.shape[1:])), leaving.info)
-        used = state.used + moved[:, None]
-        return dataclasses.replace(
-            state,
-            held=Held(
-                k=jax.tree.map(put, held.k, coded[0]),
-                v=jax.tree.map(put, held.v, coded[1]),
-                info=jax.tree.map(functools.partial(stored_blocks, slot=slot, after=after), held.info, info),
-                marks=None if held.marks is None else put(held.marks, by_head(leaving.marks)),
-                counts=None if held.counts is None else put(held.counts, jnp.ones((B, K, L))),
-            ),
-            used=jnp.minimum(used, S),
-            overflow=state.overflow + jnp.maximum(used - S, 0).max(axis=1),
-        )
-
-    def _compressed(
-        self,
-        state: KVState,
-        leaving: Waiting,
-        moved: Int[Array, "B"],
-        asked: Asked,
-        frequencies,
-        rule: Rule,
-        leader: KVState | None,
-    ) -> KVState:
-        """With the policy's choice among what the slots hold and `moved` tokens more."""
-        held, (B, L) = state.held, leaving.info.segments.shape
-        K, (G, S) = leaving.k.shape[2], held.info.segments.shape[1:]
-        by_head = lambda x: jnp.moveaxis(x, 1, 2)
-        join = lambda a, b: jnp.concatenate([a, b], axis=2)
-        loose, floats = [], []
-        for coder, codes, new, known in zip(self.coders, (held.k, held.v), (leaving.k, leaving.v), state.tables, strict=True):
-            old, new = coder.loosened(codes, known), by_head(new).astype(jnp.float32)
-            loose.append(jax.tree.map(join, old, coder.loose(new, known)))
-            floats.append(join(coder.value(old, known).astype(jnp.float32), new))
-        here = jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], (B, G, *x.shape[1:])), leaving.info)
-        here = _hidden(here, jnp.arange(L) < moved[:, None, None])
-        info = jax.tree.map(join, held.info, here)
-        marks = None if held.marks is None else join(held.marks, by_head(leaving.marks))
-        counts = None if held.counts is None else join(held.counts, jnp.ones((B, K, L)))
-        there = info.segments != PADDING
-        order = jnp.argsort(~there, axis=2, stable=True)
-        by_all = lambda index: jnp.broadcast_to(index, (B, K, index.shape[2]))
-        pick = lambda tree, index: jax.tree.map(functools.partial(taken, place=index, axis=2), tree)
-        (k, v), ordered = pick(floats, by_all(order)), pick(info, order)
-        policy = self.policy
-        budget = policy.budget(state.seen, state.share)
-        lost = jnp.minimum(budget, state.seen) - policy.most(state.length, state.share)
-        scored = Scored(
-            k=self._turned(k, ordered, frequencies),
-            raw=k,
-            v=v,
-            info=ordered,
-            count=there.sum(axis=2),
-            newest=state.newest,
-            newest_info=state.newest_info,
-            marks=None if marks is None else pick(marks, by_all(order)),
-            counts=None if counts is None else pick(counts, by_all(order)),
-            watched=state.watched,
-            seen=state.seen,
-            budget=budget,
-            output=asked.output,
-            frequencies=frequencies,
-            rule=rule,
-            leader=None if leader is None else leader.held.info,
-        )
-        kept = policy.compress(scored, S)
-        last = jnp.where(kept.there, kept.index, 0).max(axis=2, keepdims=True)  # fills up a block that it is in
-        index = jnp.where(kept.there, kept.index, last)
-        origin = jnp.take_along_axis(order, index, axis=2)
-        codes = []
-        for coder, old, new, known in zip(self.coders, loose, (kept.k, kept.v), state.tables, strict=True):
-            stays = pick(old, by_all(origin)) if new is None else coder.loose(new, known)
-            codes.append(coder.tightened(stays, known))
-        block, some = self.codec.block, kept.there.sum(axis=2)
-        ones = None if counts is None else pick(counts, by_all(origin))
-        return dataclasses.replace(
-            state,
-            held=Held(
-                k=codes[0],
-                v=codes[1],
-                info=_hidden(pick(info, origin), kept.there),
-                marks=None if marks is None else pick(marks, by_all(origin)),
-                counts=ones if kept.counts is None else kept.counts,
-            ),
-            used=-(-some // block) * block,
-            overflow=jnp.maximum(state.overflow, lost),
-        )
-
     @classmethod
     def examples(cls):
         from lcx.cache.policies.evict import Evict
         from lcx.cache.scorers.snapkv import SnapKV
 
         return cls(), cls(keys="raw", policy=Evict(score=SnapKV(window=3), keep=13, every=2))
-
-
-def _joined(state: Pass) -> Waiting:
-    """The tokens in full precision: those that waited, and those of the pass."""
-    join = lambda a, b: jnp.concatenate([a, b], axis=1)
-    wait, marks = state.state.waiting, None
-    if wait.marks is not None:
-        marks = join(wait.marks, jnp.zeros((*state.info.segments.shape, state.k.shape[2])))
-    return Waiting(
-        k=join(wait.k, state.k), v=join(wait.v, state.v), info=jax.tree.map(join, wait.info, state.info), marks=marks
-    )
-
-
-def _hidden(info: TokenInfo, there: Bool[Array, "*n"]) -> TokenInfo:
-    """With padding where there is no token."""
-    return replaced(info, segments=jnp.where(there, info.segments, PADDING))
-
-
-def _where(rows: Bool[Array, "B"], some: KVState, others: KVState) -> KVState:
-    """Some rows of one state and the others of another; what has no rows is in both."""
-    choose = lambda a, b: a if a is b else jnp.where(rows.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
-    return jax.tree.map(choose, some, others)
 
 
 def _grown(state: KVState, new: TokenInfo) -> KVState:

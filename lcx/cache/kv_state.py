@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lcx.batch import PADDING, TokenInfo
-from lcx.record import record, static
+from lcx.record import record, replaced, static
 
 
 @record
@@ -100,3 +100,19 @@ def stored_blocks(held: Array, new: Array, *, slot: Int[Array, "B K n"], after: 
         return put(old).reshape(held.shape)
     turns = jnp.minimum((slot < old.shape[2]).any().astype(jnp.int32), 1 + jnp.isnan(after.sum()).astype(jnp.int32))
     return jax.lax.fori_loop(0, turns, lambda _, old: put(old), old).reshape(held.shape)
+
+
+def joined(state: Pass) -> Waiting:
+    """The tokens in full precision: those that waited, and those of the pass."""
+    join = lambda a, b: jnp.concatenate([a, b], axis=1)
+    wait, marks = state.state.waiting, None
+    if wait.marks is not None:
+        marks = join(wait.marks, jnp.zeros((*state.info.segments.shape, state.k.shape[2])))
+    return Waiting(
+        k=join(wait.k, state.k), v=join(wait.v, state.v), info=jax.tree.map(join, wait.info, state.info), marks=marks
+    )
+
+
+def hidden(info: TokenInfo, there: Bool[Array, "*n"]) -> TokenInfo:
+    """With padding where there is no token."""
+    return replaced(info, segments=jnp.where(there, info.segments, PADDING))

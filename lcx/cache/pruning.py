@@ -1,0 +1,190 @@
+"""What becomes of a KV cache after a pass: tokens wait, move into slots coded, or are dropped and merged by the policy."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from lcx.batch import PADDING, TokenInfo
+from lcx.cache.kv_state import Held, KVState, Pass, Waiting, hidden, joined, stored_blocks, taken, taken_first
+from lcx.cache.scorers.scorer import Asked, Rule, Scored
+from lcx.positions.frequencies import Frequencies
+from pallas_kernels.target import platform
+
+
+@dataclasses.dataclass(frozen=True)
+class Pruning:
+    """After a pass of a cache's queries. leader: the state of the layer whose choice is this one's too."""
+
+    cache: Any
+    asked: Asked
+    frequencies: Frequencies | None
+    rule: Rule
+    leader: KVState | None
+
+    def __call__(self, state: Pass) -> KVState:
+        """The state after the pass."""
+        was, policy, codec = state.state, self.cache.policy, self.cache.codec
+        exact, held = joined(state), was.held
+        if policy is not None and policy.marks:
+            exact, held = self._marked(was, exact)
+        real = state.info.segments != PADDING
+        exact = taken_first(exact, exact.info.segments != PADDING)
+        count = (exact.info.segments != PADDING).sum(axis=1)
+        most = exact.k.shape[1] - codec.first - codec.recent
+        moved = jnp.maximum(0, count - codec.first - codec.recent) // codec.block * codec.block
+        leaving = jax.tree.map(lambda x: x[:, codec.first : codec.first + most // codec.block * codec.block], exact)
+        place = jnp.arange(was.waiting.k.shape[1])
+        place = jnp.where(place < codec.first, place, place + moved[:, None])
+        waiting = taken(exact, jnp.minimum(place, exact.k.shape[1] - 1))
+        here = place < count[:, None]
+        waiting = jax.tree.map(lambda x: jnp.where(here.reshape(*here.shape, *(1,) * (x.ndim - 2)), x, 0), waiting)
+        was = dataclasses.replace(
+            was,
+            held=held,
+            waiting=waiting,
+            seen=was.seen + real.sum(axis=1),
+            **self._queries(was, state.info),
+            watched=was.watched if policy is None else policy.watch(was.watched, self.asked),
+        )
+        several = state.k.shape[1] > 1
+        if policy is None or policy.scope == ("decode" if several else "prefill"):
+            return self._written(was, leaving, moved)
+        if several:
+            return _where(
+                real.any(axis=1),
+                self._compressed(was, leaving, moved),
+                self._written(was, leaving, moved),
+            )
+        full = (was.used.max(axis=1) + moved > policy.budget(was.seen, was.share) + policy.every) & (moved > 0)
+        compress = lambda: _where(
+            full,
+            self._compressed(was, leaving, moved),
+            self._written(was, leaving, moved),
+        )
+        return jax.lax.cond(full.any(), compress, lambda: self._written(was, leaving, moved))
+
+    def _marked(self, state: KVState, exact: Waiting) -> tuple[Waiting, Held]:
+        """Tokens with what the queries of a pass looked at added."""
+        k, _, info = self.cache.decoded(state, self.frequencies)
+        marks = state.held.marks + self.cache.policy.mark(self.asked, k, info, self.rule, True)
+        k = jnp.moveaxis(self.cache.turned(exact.k, exact.info, self.frequencies), 2, 1)
+        one = jax.tree.map(lambda x: x[:, None], exact.info)
+        late = exact.marks + jnp.moveaxis(self.cache.policy.mark(self.asked, k, one, self.rule, False), 1, 2)
+        return dataclasses.replace(exact, marks=late), dataclasses.replace(state.held, marks=marks)
+
+    def _queries(self, state: KVState, info: TokenInfo) -> dict[str, Any]:
+        """The newest queries after a pass."""
+        if not (several := state.newest.shape[1]):
+            return {}
+        new = jnp.where((info.segments != PADDING)[..., None, None], self.asked.q, 0).astype(state.newest.dtype)
+        q = jnp.concatenate([state.newest, new], axis=1)
+        info = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), state.newest_info, info)
+        order = jnp.argsort(info.segments != PADDING, axis=1, stable=True)[:, -several:]
+        return {"newest": taken(q, order), "newest_info": taken(info, order)}
+
+    def _written(self, state: KVState, leaving: Waiting, moved: Int[Array, "B"]) -> KVState:
+        """With `moved` tokens, whole blocks, behind those that the slots hold."""
+        held, (B, L), block = state.held, leaving.info.segments.shape, self.cache.codec.block
+        K, (G, S) = leaving.k.shape[2], held.info.segments.shape[1:]
+        blocks = L // block
+        slot = (state.used // block)[:, :, None] + jnp.arange(blocks)
+        slot = jnp.where(jnp.arange(blocks) < (moved // block)[:, None, None], slot, S // block)
+        heads = jnp.broadcast_to(slot, (B, K, blocks))
+        by_head = lambda x: jnp.moveaxis(x, 1, 2)
+        coded = [
+            coder.encode(by_head(x).astype(jnp.float32), known)
+            for coder, x, known in zip(self.cache.coders, (leaving.k, leaving.v), state.tables, strict=True)
+        ]
+        after = self.asked.out if blocks == 1 and platform() == "cpu" else None
+        put = functools.partial(stored_blocks, slot=heads, after=after)
+        info = jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], (B, G, *x.shape[1:])), leaving.info)
+        used = state.used + moved[:, None]
+        return dataclasses.replace(
+            state,
+            held=Held(
+                k=jax.tree.map(put, held.k, coded[0]),
+                v=jax.tree.map(put, held.v, coded[1]),
+                info=jax.tree.map(functools.partial(stored_blocks, slot=slot, after=after), held.info, info),
+                marks=None if held.marks is None else put(held.marks, by_head(leaving.marks)),
+                counts=None if held.counts is None else put(held.counts, jnp.ones((B, K, L))),
+            ),
+            used=jnp.minimum(used, S),
+            overflow=state.overflow + jnp.maximum(used - S, 0).max(axis=1),
+        )
+
+    def _compressed(self, state: KVState, leaving: Waiting, moved: Int[Array, "B"]) -> KVState:
+        """With the policy's choice among what the slots hold and `moved` tokens more."""
+        held, (B, L) = state.held, leaving.info.segments.shape
+        K, (G, S) = leaving.k.shape[2], held.info.segments.shape[1:]
+        by_head = lambda x: jnp.moveaxis(x, 1, 2)
+        join = lambda a, b: jnp.concatenate([a, b], axis=2)
+        loose, floats = [], []
+        for coder, codes, new, known in zip(
+            self.cache.coders, (held.k, held.v), (leaving.k, leaving.v), state.tables, strict=True
+        ):
+            old, new = coder.loosened(codes, known), by_head(new).astype(jnp.float32)
+            loose.append(jax.tree.map(join, old, coder.loose(new, known)))
+            floats.append(join(coder.value(old, known).astype(jnp.float32), new))
+        here = jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], (B, G, *x.shape[1:])), leaving.info)
+        here = hidden(here, jnp.arange(L) < moved[:, None, None])
+        info = jax.tree.map(join, held.info, here)
+        marks = None if held.marks is None else join(held.marks, by_head(leaving.marks))
+        counts = None if held.counts is None else join(held.counts, jnp.ones((B, K, L)))
+        there = info.segments != PADDING
+        order = jnp.argsort(~there, axis=2, stable=True)
+        by_all = lambda index: jnp.broadcast_to(index, (B, K, index.shape[2]))
+        pick = lambda tree, index: jax.tree.map(functools.partial(taken, place=index, axis=2), tree)
+        (k, v), ordered = pick(floats, by_all(order)), pick(info, order)
+        policy = self.cache.policy
+        budget = policy.budget(state.seen, state.share)
+        lost = jnp.minimum(budget, state.seen) - policy.most(state.length, state.share)
+        scored = Scored(
+            k=self.cache.turned_slots(k, ordered, self.frequencies),
+            raw=k,
+            v=v,
+            info=ordered,
+            count=there.sum(axis=2),
+            newest=state.newest,
+            newest_info=state.newest_info,
+            marks=None if marks is None else pick(marks, by_all(order)),
+            counts=None if counts is None else pick(counts, by_all(order)),
+            watched=state.watched,
+            seen=state.seen,
+            budget=budget,
+            output=self.asked.output,
+            frequencies=self.frequencies,
+            rule=self.rule,
+            leader=None if self.leader is None else self.leader.held.info,
+        )
+        kept = policy.compress(scored, S)
+        last = jnp.where(kept.there, kept.index, 0).max(axis=2, keepdims=True)  # fills up a block that it is in
+        index = jnp.where(kept.there, kept.index, last)
+        origin = jnp.take_along_axis(order, index, axis=2)
+        codes = []
+        for coder, old, new, known in zip(self.cache.coders, loose, (kept.k, kept.v), state.tables, strict=True):
+            stays = pick(old, by_all(origin)) if new is None else coder.loose(new, known)
+            codes.append(coder.tightened(stays, known))
+        block, some = self.cache.codec.block, kept.there.sum(axis=2)
+        ones = None if counts is None else pick(counts, by_all(origin))
+        return dataclasses.replace(
+            state,
+            held=Held(
+                k=codes[0],
+                v=codes[1],
+                info=hidden(pick(info, origin), kept.there),
+                marks=None if marks is None else pick(marks, by_all(origin)),
+                counts=ones if kept.counts is None else kept.counts,
+            ),
+            used=-(-some // block) * block,
+            overflow=jnp.maximum(state.overflow, lost),
+        )
+
+
+def _where(rows: Bool[Array, "B"], some: KVState, others: KVState) -> KVState:
+    """Some rows of one state and the others of another; what has no rows is in both."""
+    choose = lambda a, b: a if a is b else jnp.where(rows.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
+    return jax.tree.map(choose, some, others)
