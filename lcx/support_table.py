@@ -12,7 +12,11 @@ from typing import Any, get_args
 from lcx.attention.attend import Backend
 from lcx.attention.communication import Communication
 from lcx.attention.mask import Mask
+from lcx.cache.codecs.codec import Codec
+from lcx.cache.codecs.plain import Plain
 from lcx.cache.dense import DenseCache
+from lcx.cache.kv_cache import KVCache
+from lcx.cache.policies.policy import Policy
 from lcx.channels.glu import GLU
 from lcx.config_text import fields
 from lcx.data.packing import PackedText, Packing
@@ -77,7 +81,7 @@ def kinds() -> Mapping[str, Kind]:
         "distances": Kind(f"{attention}.distances", {"plain": None} | _examples(DistancePlan)),
         "bias": Kind(f"{attention}.distance_bias", {"no bias": None} | _examples(LinearBias)),
         "sinks": Kind(f"{attention}.sinks", {name: name for name in ("none", "learned")}),
-        "cache": Kind(f"{attention}.cache", {f"{cache.keys} keys": cache for cache in DenseCache.examples()}),
+        "cache": Kind(f"{attention}.cache", _caches()),
         "backend": Kind(f"{attention}.backend", {name: name for name in get_args(Backend)}),
         "packing": Kind("data.mixture[0].rows.packing", _examples(Packing)),
         "layout": Kind("layout", _examples(Layout), shared),
@@ -87,6 +91,15 @@ def kinds() -> Mapping[str, Kind]:
         "channels": Kind("model.channel_chunk", {"all tokens": None, "5 tokens": 5}),
         "vocabulary": Kind("objective.parts", {"whole": 1, "in 3 parts": 3}),
     }
+
+
+def _caches() -> Variants:
+    """Rotated and raw keys as they are, and every codec and every policy of a KV cache."""
+    dense = {f"{cache.keys} keys": cache for cache in DenseCache.examples()}
+    raw = {True: "raw", False: "rotated"}
+    codecs = {name: KVCache(codec=codec, keys=raw[codec.raw]) for name, codec in _examples(Codec).items() if codec != Plain()}
+    policies = {name: KVCache(policy=policy, keys=raw[policy.raw]) for name, policy in _examples(Policy).items()}
+    return dense | codecs | policies
 
 
 def support_table() -> str:

@@ -15,13 +15,16 @@ from lcx.support import broken
 
 DOCS = Path(__file__).parents[1] / "docs"
 
-# Runs with the example files as lcx/positions/partial.py and configs/ablations/p_rope.py, as if they had been added.
+# Runs with the example files as lcx/positions/partial.py, configs/ablations/p_rope.py and lcx/cache/scorers/large_values.py, as
+# if they had been added.
 ADDED = """
 import sys
 import configs.ablations
+import lcx.cache.scorers
 import lcx.positions
 for package in (configs.ablations, lcx.positions):
     package.__path__.append(sys.argv[1])
+lcx.cache.scorers.__path__.append(sys.argv[1] + "/scorers")
 import numpy as np
 import jax.numpy as jnp
 from experiments import ablate, plan, train
@@ -46,6 +49,10 @@ quick = "--config=config:recipes.quick_text.quick"
 assert run(train.main, [quick, "--config=set:model.rope=PartialRope(kept=1.5)"]) == 2
 assert run(train.main, [quick, "--config=set:model.rope=PartialRope(kept=0.5)", "--dry_run"]) == 0
 assert run(plan.main, ["--support"]) == 0
+cache = "KVCache(policy=Evict(score=LargeValues({}), keep=0.2))"
+edit = "--config=set:model.pattern[0].mixer.cache="
+assert run(train.main, [quick, edit + cache.format(""), "--dry_run"]) == 0
+assert run(train.main, [quick, edit + cache.format("floor=-1.0"), "--dry_run"]) == 2
 comparison = "--config=config:ablations.p_rope.quickstart"
 assert run(ablate.main, [comparison, "--dry_run"]) == 0
 ablation = configs.ablations.p_rope.quickstart()
@@ -64,7 +71,8 @@ def test_the_example_of_the_readme_runs():
 
 def test_the_example_method_does_what_it_says_and_is_known_everywhere(tmp_path):
     sources = re.findall(r"```python\n(.*?)```", (DOCS / "adding_a_method.md").read_text(), re.DOTALL)
-    for name, source in zip(("partial", "test_partial", "p_rope"), sources, strict=True):
+    (tmp_path / "scorers").mkdir()
+    for name, source in zip(("partial", "test_partial", "p_rope", "scorers/large_values"), sources, strict=True):
         (tmp_path / f"{name}.py").write_text(source)
     environment = {**os.environ, "PYTHONPATH": f"{DOCS.parent}:{tmp_path}"}
     command = [sys.executable, "-c", ADDED, str(tmp_path)]
