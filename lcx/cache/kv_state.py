@@ -92,7 +92,7 @@ def stored_blocks(held: Array, new: Array, *, slot: Int[Array, "B K n"], after: 
     fuses nothing, and which it sees to come last; it would copy all slots otherwise.
     """
     (B, K), each = held.shape[:2], new.shape[2] // slot.shape[2]
-    apart = lambda x: x if each == 1 else x.reshape(B, K, -1, each, *x.shape[3:])
+    apart = lambda x: x if each == 1 else x.reshape(B, K, x.shape[2] // each, each, *x.shape[3:])
     row, head = jnp.arange(B)[:, None, None], jnp.arange(K)[:, None]
     old, new = apart(held), apart(new).astype(held.dtype)
     put = lambda old: old.at[row, head, slot].set(new, mode="drop")

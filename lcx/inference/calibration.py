@@ -27,7 +27,7 @@ from lcx.inference.forward import logprobs_of
 from lcx.mixers.attention import Attention
 from lcx.models.decoder import DecoderModel, rebuild
 from lcx.positions.rotate import rotate
-from lcx.record import record
+from lcx.record import record, replaced
 from lcx.spec import SpecError, edit
 
 ROUNDS = 50  # of k-means, at most
@@ -101,7 +101,7 @@ def _read(model: DecoderModel, tokens: Int[Array, "B T"]) -> tuple[Any, ...]:
     state = model.init_state(*tokens.shape)
 
     def loss(taps):
-        layers = tuple(dataclasses.replace(x, k=k, v=v) for x, (k, v) in zip(state["layers"], taps, strict=True))
+        layers = tuple(replaced(x, k=k, v=v) for x, (k, v) in zip(state["layers"], taps, strict=True))
         hidden, after, _ = model(Batch(tokens=tokens, info=causal_info(jnp.ones_like(tokens))), state | {"layers": layers})
         logprobs, _ = logprobs_of(model, hidden[:, :-1], tokens[:, 1:])
         return -logprobs.sum(), [(x.held.k, x.held.v) for x in after["layers"]]
@@ -147,16 +147,21 @@ def _of_layer(made, name: str, x, weight, share: float, bits: Sequence[int], val
 
 
 def codebook(x: Float[np.ndarray, "N"], weight: Float[np.ndarray, "N"], size: int) -> Float[np.ndarray, "size"]:
-    """Ascending centres of weighted k-means, from the quantiles of x, until nothing changes or `ROUNDS` are done."""
+    """Ascending centres of weighted k-means: of two, begun at quantiles of the numbers and of their weights, the nearer."""
     order = np.argsort(x, kind="stable")
     x, weight = x[order].astype(np.float64), weight[order] + 1e-30
     mass, moment = (np.concatenate([[0.0], np.cumsum(y)]) for y in (weight, weight * x))
-    centres = np.quantile(x, (np.arange(size) + 0.5) / size)
-    for _ in range(ROUNDS):
-        edges = np.concatenate([[0], np.searchsorted(x, (centres[1:] + centres[:-1]) / 2, side="right"), [len(x)]])
-        total = np.diff(mass[edges])
-        new = np.where(total > 0, np.diff(moment[edges]) / np.where(total > 0, total, 1), centres)
-        if np.array_equal(new, centres):
-            break
-        centres = np.sort(new)
-    return centres
+    edges = lambda centres: np.searchsorted(x, (centres[1:] + centres[:-1]) / 2, side="right")
+    begin = (np.arange(size) + 0.5) / size
+    found = []
+    for centres in (np.quantile(x, begin), x[np.searchsorted(mass[1:], begin * mass[-1])]):
+        for _ in range(ROUNDS):
+            parts = np.concatenate([[0], edges(centres), [len(x)]])
+            total = np.diff(mass[parts])
+            new = np.where(total > 0, np.diff(moment[parts]) / np.where(total > 0, total, 1), centres)
+            if np.array_equal(new, centres):
+                break
+            centres = np.sort(new)
+        nearest = np.repeat(centres, np.diff(np.concatenate([[0], edges(centres), [len(x)]])))
+        found.append((float((weight * np.square(x - nearest)).sum()), centres))
+    return min(found, key=lambda one: one[0])[1]

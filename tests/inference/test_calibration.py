@@ -1,0 +1,69 @@
+"""Calibration: the taps' gradient is that of the loss, tables are of raw keys, k-means is that of the weighted numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lcx.cache.codecs.kvquant import KVQuant
+from lcx.cache.kv_cache import KVCache
+from lcx.channels.glu import GLU
+from lcx.inference.calibration import codebook, tables
+from lcx.inference.generate import generate
+from lcx.mixers.attention import Attention
+from lcx.mixers.delta_net import GatedDeltaNet
+from lcx.models.decoder import Decoder, rebuild
+from lcx.models.layer import Layer
+from lcx.spec import SpecError, edit
+
+MODEL = Decoder(
+    vocab=64,
+    width=32,
+    pattern=(Layer(mixer=Attention(heads=4, kv_heads=2, head_dim=8), channel=GLU(hidden=32)),),
+    periods=2,
+)
+ROWS = np.random.default_rng(0).integers(0, 64, (6, 40)).tolist()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return MODEL.build(rngs=nnx.Rngs(0))
+
+
+def test_ranges_are_those_of_keys_before_their_rotation(model):
+    """Of the first layer, whose keys are a product of the normed embedding."""
+    made = tables(model, ROWS, outliers=(0.0, 0.1), bits=(2, 3))
+    mixer = jax.tree.map(lambda x: x[0], model.slots[0])
+    x = mixer.norms[0](model.embedding[...][jnp.asarray(ROWS)])
+    keys = np.asarray(jnp.einsum("btm,mkd->btkd", x, mixer.mixer.key[...], precision="highest"))[:, 1:].reshape(-1, 2, 8)
+    np.testing.assert_allclose(made["raw/0/upper"][0], keys.max(axis=0), atol=2e-5)
+    np.testing.assert_allclose(made["raw/0.1/lower"][0], np.percentile(keys, 5, axis=0), atol=2e-5)
+    assert made["values/0.1/3/codebook"].shape == (2, 8) and (np.diff(made["raw/0/3/codebook"], axis=1) > 0).all()
+    turned = np.abs(made["rotated/0/upper"][0] - made["raw/0/upper"][0]).max()
+    assert turned > 0.05
+
+
+def test_the_tables_are_read_by_the_codec(model, tmp_path):
+    np.savez(tmp_path / "t.npz", **tables(model, ROWS))
+    calibrated = KVQuant(calibration=str(tmp_path / "t.npz"), bits=4)
+    cached = rebuild(model, edit(MODEL, "pattern[0].mixer.cache", KVCache(keys="raw", codec=calibrated)))
+    prompt = ROWS[0] + ROWS[1]
+    found, wanted = (generate(one, [prompt], max_new=4)[0] for one in (cached, model))
+    np.testing.assert_allclose(found.logprobs, wanted.logprobs, atol=0.1)
+
+
+def test_numbers_that_move_the_loss_draw_centres(model):
+    x = np.concatenate([np.linspace(-1, 0, 100), np.linspace(0.5, 1, 10)])
+    even, drawn = codebook(x, np.ones(110), 4), codebook(x, np.where(x > 0.4, 1000.0, 1.0), 4)
+    assert (even > 0.4).sum() == 1 and (drawn > 0.4).sum() >= 2
+    nearest = np.abs(x[:, None] - drawn).argmin(axis=1)
+    weight = np.where(x > 0.4, 1000.0, 1.0)
+    means = [np.average(x[nearest == n], weights=weight[nearest == n]) for n in range(4)]
+    np.testing.assert_allclose(drawn, means, atol=1e-9)  # a fixed point
+
+
+def test_other_mixers_are_refused(model):
+    spec = edit(MODEL, "pattern", (edit(MODEL.pattern[0], "mixer", GatedDeltaNet(heads=2, head_dim=8)),))
+    with pytest.raises(SpecError, match="expected plain attention"):
+        tables(spec.build(rngs=nnx.Rngs(0)), ROWS)
