@@ -23,16 +23,16 @@ Infini-attention 0.90 0.80 0.78, TTT-Linear 0.86 0.84 0.75, RMT 0.92 0.85 0.80. 
 1.00 0.99 0.99, with chunks of 16 0.93 0.93 0.92; of two matrices 0.37 0.22 0.18, MAC 0.62 0.54 0.44, MAG 0.75 0.74 0.74 before
 the first matrix began larger (0.45 0.31 0.23, 0.58 0.52 0.45, 0.73 0.75 0.75 since): not in the paper's order.
 `needles`, 1,800 steps: full attention 1.00 0.70 0.30, TTT-Linear 1.00 1.00 0.99, TTT-MLP 1.00 1.00 1.00, Titans MAG 1.00 1.00
-0.99, LMM 1.00 1.00 0.85, MAL 0.54 0.20 0.11, AutoCompressor 0.82 0.70 0.35, DeltaNet 0.95 0.95 0.93, linear attention 0.95 0.96 0.93, gated DeltaNet 0.62 0.56 0.40, RMT 0.94 0.72 0.26, HMT 0.55
-0.40 0.40, Activation Beacon 0.46 0.34 0.33, Infini-attention 0.99 0.95 0.88, Titans MAC 0.21 0.17 0.14, window 0.21 0.12
-0.11: MAG ahead of LMM and gated DeltaNet, HMT of RMT where it is far, as in the papers; not MAC. `equal_bytes`, at 128 / 512
-/ 2,048: window of 64 1.00 0.42 0.29, linear attention 0.99 0.98 0.97, DeltaNet 0.74 0.72 0.46, gated DeltaNet 0.68 0.70 0.43,
-TTT-Linear 1.00 1.00 0.91, Titans LMM 1.00 1.00 0.98, of one matrix 0.66 0.38 0.14, MAG 0.69 0.35 0.15, RMT 0.98 0.54 0.22,
-HMT 0.54 0.40 0.39, AutoCompressor 0.82 0.39 0.22, Infini-attention 0.58 0.34 0.10, Activation Beacon 0.40 0.18 0.10. `text`,
-nats a byte at 512 / 8,192: full attention 1.41 1.72, window 1.42 1.41, gated DeltaNet 1.38 1.37, DeltaNet 1.42 1.42, HMT 1.43
-1.42, RMT 1.52 1.49, Titans MAG 1.37 1.63, MAC 1.46 1.66, LMM 1.46 1.94, TTT-Linear 1.44 1.60, Activation Beacon 1.47 1.82.
-Titans' parts: MAG without one of them stays between 0.70 and 0.73 at 128, and falls at 2,048 without its convolution alone
-(0.65 for 0.75).
+0.99, LMM 1.00 1.00 0.85, MAL 0.54 0.20 0.11, AutoCompressor 0.82 0.70 0.35, DeltaNet 0.95 0.95 0.93, linear attention 0.95
+0.96 0.93, gated DeltaNet 0.62 0.56 0.40, RMT 0.94 0.72 0.26, HMT 0.55 0.40 0.40, Activation Beacon 0.46 0.34 0.33,
+Infini-attention 0.99 0.95 0.88, Titans MAC 0.21 0.17 0.14, window 0.21 0.12 0.11: MAG ahead of LMM and gated DeltaNet, HMT of
+RMT where it is far, as in the papers; not MAC. `equal_bytes`, at 128 / 512 / 2,048: window of 64 1.00 0.42 0.29, linear
+attention 0.99 0.98 0.97, DeltaNet 0.74 0.72 0.46, gated DeltaNet 0.68 0.70 0.43, TTT-Linear 1.00 1.00 0.91, Titans LMM 1.00
+1.00 0.98, of one matrix 0.66 0.38 0.14, MAG 0.69 0.35 0.15, RMT 0.98 0.54 0.22, HMT 0.54 0.40 0.39, AutoCompressor 0.82 0.39
+0.22, Infini-attention 0.58 0.34 0.10, Activation Beacon 0.40 0.18 0.10. `text`, nats a byte at 512 / 8,192: full attention
+1.41 1.72, window 1.42 1.41, gated DeltaNet 1.38 1.37, DeltaNet 1.42 1.42, HMT 1.43 1.42, RMT 1.52 1.49, Titans MAG 1.37 1.63,
+MAC 1.46 1.66, LMM 1.46 1.94, TTT-Linear 1.44 1.60, Activation Beacon 1.47 1.82. Titans' parts: MAG without one of them stays
+between 0.70 and 0.73 at 128, and falls at 2,048 without its convolution alone (0.65 for 0.75).
 """
 
 import dataclasses
