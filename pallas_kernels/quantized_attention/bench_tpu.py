@@ -1,0 +1,100 @@
+"""Bytes that a step of decoding reads of coded slots, as the TPU compiler has it: needs no TPU, but the `tpu` extra.
+
+    python -m pallas_kernels.quantized_attention.bench_tpu v5e v5p v6e
+
+One row of 32,768 slots, 8 key heads of 128, 4 query heads each. Held: codes and what stands beside them, in bytes a slot and
+head, keys and values together. Read: what the compiler says that the whole program reads and writes, of which the kernel's
+part is its own estimate, each input once.
+"""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+from jaxtyping import Array
+
+from pallas_kernels.quantized_attention import tpu
+from pallas_kernels.quantized_attention.formats import (
+    Arrays,
+    ChannelGroups,
+    Codebook,
+    CodebookArrays,
+    Format,
+    GroupArrays,
+    Plan,
+    Scaled,
+    ScaledArrays,
+    Slots,
+    TokenGroups,
+)
+from pallas_kernels.quantized_attention.packing import BLOCK, PLANES
+from pallas_kernels.tile_attention.tokens import Tokens
+
+B, S, K, GROUP, D = 1, 32768, 8, 4, 128
+CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1"}
+HALF = jnp.uint16
+FORMS = {
+    **{kind: (Scaled(kind), Scaled(kind)) for kind in ("int8", "fp8")},
+    **{f"groups of 32 channels, {bits} bits": (ChannelGroups(bits, 32),) * 2 for bits in (2, 3, 4, 8)},
+    **{f"groups of 32 tokens, {bits} bits": (TokenGroups(bits, 32), ChannelGroups(bits, 32)) for bits in (2, 3, 4, 8)},
+    **{f"codebook of {bits} bits": (Codebook(bits),) * 2 for bits in (2, 3, 4)},
+    "codebook of 3 bits, raw keys": (Codebook(3),) * 2,
+}
+
+
+class Everything:
+    """The mask of slots that are there."""
+
+    def visible(self, q: Tokens, k: Tokens) -> Array:
+        return (q.segments != 0) & (k.segments != 0) & (k.order <= q.order)
+
+
+def arrays(form: Format, keys: bool, array, half=HALF) -> Arrays:
+    """Shapes of what a format holds."""
+    if isinstance(form, Scaled):
+        return ScaledArrays(array(jnp.int8 if form.kind == "int8" else jnp.float8_e4m3fn, S, D), array(jnp.float32, S, 1))
+    planes = tuple(array(jnp.uint32, S // BLOCK * width, D) for width in PLANES[form.bits])
+    if isinstance(form, Codebook):
+        ranges = {"by_channel": array(jnp.float32, 2, D)} if keys else {"by_token": array(half, S, 2)}
+        return CodebookArrays(planes, array(jnp.float32, 2**form.bits), array(jnp.uint8, S, 2), array(half, S, 2), **ranges)
+    n = (S, D // form.size) if isinstance(form, ChannelGroups) else (S // form.size, D)
+    return GroupArrays(planes, array(half, *n), array(half, *n))
+
+
+def compiled(device: jax.Device, name: str, T: int = 1, half=HALF):
+    """(program, bytes held as codes) of one step."""
+    one = lambda kind, *shape: jax.ShapeDtypeStruct(shape, kind, sharding=SingleDeviceSharding(device))
+    array = lambda kind, *shape: one(kind, B, K, *shape)
+    forms = FORMS[name]
+    plan = Plan(*forms, Everything(), D**-0.5)
+    held = [arrays(form, keys, array, half) for form, keys in zip(forms, (True, False), strict=True)]
+    tokens = Tokens(*(one(jnp.int32, B, 1, S),) * 4)
+    tables = (one(jnp.bfloat16, B, S, D // 2),) * 2 if name.endswith("raw keys") else ()
+    slots = Slots(*held, tokens, one(jnp.int32, B), None, *tables)
+    given = one(jnp.bfloat16, B, T, K * GROUP, D), slots, Tokens(*(one(jnp.int32, B, T),) * 4)
+    run = lambda *given: tpu.forward(plan, *given)
+    return jax.jit(run).lower(*given).compile(), sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(held))
+
+
+def main(chips: list[str]) -> None:
+    if not chips or not set(chips) <= set(CHIPS):
+        sys.exit(__doc__)
+    print("| chip | format | held bytes | read bytes | read / held | float16 beside |\n|---|---|---:|---:|---:|---:|")
+    for chip in chips:
+        options = {"chips_per_host_bounds": [1, 1, 1]} if CHIPS[chip].endswith("1") else {}
+        device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip], **options).devices[0]
+        with jax.set_mesh(jax.sharding.Mesh([device], ("one",))):
+            for name in FORMS:
+                read = []
+                for half in (HALF, jnp.float16):
+                    program, held = compiled(device, name, half=half)
+                    read.append(program.cost_analysis()["bytes accessed"])
+                each = B * K * S
+                print(f"| {chip} | {name} | {held / each:.1f} | {read[0] / each:.1f} | {read[0] / held:.3f}", end=" | ")
+                print(f"{read[1] / held:.3f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

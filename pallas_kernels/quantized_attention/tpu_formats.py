@@ -1,0 +1,234 @@
+"""Coded slots in a TPU kernel: which arrays of a format it is given, and products of queries and codes in vector memory.
+
+A tile is bk slots of all key heads. What a token has of its own (scales, outliers) comes with tokens along lanes, [B, K, g, S]:
+a bitcast for XLA, which lays an array [B, K, S, g] of few channels out like that. Words of packed codes are unpacked a token
+of every block of 32 at a time, in strides of the words, and written in strides to a tile of float32 in the order of tokens.
+Scales and zero points of a token are no part of a number: the queries times the codes are scaled, of each group of channels,
+and so are the probabilities before they meet the codes of values. With z the zero point of group g:
+    q . k = sum_g scale_g (q_g . code_g) + z_g sum(q_g),   p v = [(p scale_g) code_g + p . z_g] for g
+Raw keys are whole numbers before they are turned: q . R k = q . (k cosine) + q' . (k sine) with q' as in `reference.partners`.
+"""
+
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from pallas_kernels.quantized_attention.formats import Arrays, ChannelGroups, Codebook, Format, Scaled, TokenGroups, channels
+from pallas_kernels.quantized_attention.packing import BLOCK, PLANES
+from pallas_kernels.tile_attention.scores import dot
+from pallas_kernels.tpu_chips import LANES
+
+
+class Operand(NamedTuple):
+    """axis: along which slots lie, None if none do."""
+
+    array: Shaped[Array, "..."]
+    axis: int | None = None
+
+
+def by_token(form: Format) -> bool:
+    return isinstance(form, Scaled | ChannelGroups)
+
+
+def groups(form: Format, width: int) -> int:
+    """Of channels that have a scale of their own."""
+    return width // form.size if isinstance(form, ChannelGroups) else 1
+
+
+def operands(form: Format, arrays: Arrays) -> dict[str, Operand]:
+    """What a kernel is given of one side."""
+    if isinstance(form, Scaled):
+        return {"codes": Operand(arrays.codes, 2), "scale": Operand(arrays.scale.swapaxes(2, 3), 3)}
+    given = {f"plane{n}": Operand(words, 2) for n, words in enumerate(arrays.codes)}
+    if isinstance(form, Codebook):
+        wide = jnp.broadcast_to(arrays.codebook[..., None], (*arrays.codebook.shape, LANES))
+        given["codebook"] = Operand(wide)
+        if arrays.place.shape[-1]:
+            given |= {
+                "place": Operand(arrays.place.swapaxes(2, 3), 3),
+                "number": Operand(_bits(arrays.number).swapaxes(2, 3), 3),
+            }
+        if arrays.by_channel is not None:
+            return given | {"by_channel": Operand(arrays.by_channel.astype(jnp.float32))}
+        return given | {"by_token": Operand(_bits(arrays.by_token).swapaxes(2, 3), 3)}
+    for name, x in (("scale", arrays.scale), ("zero", arrays.zero)):
+        x = _bits(x)
+        given[name] = Operand(x.swapaxes(2, 3), 3) if by_token(form) else Operand(x, 2)
+    return given
+
+
+def scratch(form: Format, arrays: Arrays, bk: int, turned: bool) -> dict[str, tuple[int, int]]:
+    """float32 arrays that a side needs beside its operands; turned: whether keys are rotated."""
+    D = channels(arrays)
+    needed = {} if isinstance(form, Scaled) else {"wide": (bk, D)}
+    rows = 0
+    if isinstance(form, TokenGroups) and form.size > BLOCK:
+        needed |= {"scales": (bk // BLOCK, D), "zeros": (bk // BLOCK, D)}
+    if isinstance(form, Codebook):
+        rows = 2 * arrays.place.shape[-1] + (0 if arrays.by_token is None else 2)
+    elif by_token(form) and turned:
+        rows = groups(form, D) * (1 if isinstance(form, Scaled) else 2)
+    return needed | ({"rows": (-(-rows // 8) * 8, bk)} if rows else {})
+
+
+def key_scores(form: Format, refs: SimpleNamespace, h: Any, q: Shaped[Array, "rows D"], R: int) -> Float[Array, "R bk"]:
+    """q . k. q: R rows for each group of channels, 0 elsewhere; or those and their partners, for keys that are turned."""
+    there = jnp.ones((1, 1), jnp.int32) != 0  # a score of an empty slot is hidden, whatever it is
+    if refs.turn is not None:
+        k, (cosine, sine) = _numbers(form, refs, h, there), refs.turn(h)
+        return dot(q[:R], (k * cosine).astype(q.dtype), 1, 1) + dot(q[R:], (k * sine).astype(q.dtype), 1, 1)
+    if not by_token(form):
+        return dot(q, _numbers(form, refs, h, there).astype(q.dtype), 1, 1)
+    found = dot(q, _codes(form, refs, h).astype(q.dtype), 1, 1)
+    scale, zero = _scales(form, refs, h, there)
+    total = 0
+    for g in range(len(scale)):
+        total += found[g * R : (g + 1) * R] * scale[g : g + 1]
+        if zero is not None:
+            total += q[g * R : (g + 1) * R].astype(jnp.float32).sum(axis=1, keepdims=True) * zero[g : g + 1]
+    return total
+
+
+def value_sums(
+    form: Format, refs: SimpleNamespace, h: Any, p: Float[Array, "R bk"], there: Bool[Array, "1 bk"], dtype: Any
+) -> Float[Array, "R E"]:
+    """p v, products in a dtype. Numbers of empty slots, which may be NaN, are taken for 0."""
+    if not by_token(form):
+        return dot(p.astype(dtype), _numbers(form, refs, h, there).astype(dtype), 1, 0)
+    scale, zero = _scales(form, refs, h, there)
+    R, codes = len(p), _codes(form, refs, h).astype(dtype)
+    scaled = jnp.concatenate([p * scale[g : g + 1] for g in range(len(scale))], axis=0).astype(dtype)
+    found = dot(scaled, codes, 1, 0)
+    group = jax.lax.broadcasted_iota(jnp.int32, (R, codes.shape[1]), 1) // (codes.shape[1] // len(scale))
+    total = jnp.zeros((R, codes.shape[1]), jnp.float32)
+    for g in range(len(scale)):
+        part = found[g * R : (g + 1) * R]
+        if zero is not None:
+            part += (p * zero[g : g + 1]).sum(axis=1, keepdims=True)
+        total = jnp.where(group == g, part, total)
+    return total
+
+
+def _numbers(form: Format, refs, h, there: Bool[Array, "1 _"]) -> Float[Array, "bk D"]:
+    """What codes stand for, in float32."""
+    if isinstance(form, TokenGroups):
+        scale, zero = (_every_block(getattr(refs, name), h, kept) for name, kept in _kept(form, refs))
+        return _unpacked(form, refs, h, lambda code: code.astype(jnp.float32) * scale + zero)
+    if isinstance(form, Codebook):
+        return _looked_up(form, refs, h, there)
+    x = _codes(form, refs, h)
+    scale, zero = _scales(form, refs, h, there)
+    columns = _columns(refs, [scale] if zero is None else [scale, zero])
+    n, group = len(scale), jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) // (x.shape[1] // len(scale))
+    total = jnp.zeros(x.shape, jnp.float32)
+    for g in range(n):
+        part = x * columns[:, g : g + 1]
+        total = jnp.where(group == g, part if zero is None else part + columns[:, n + g : n + g + 1], total)
+    return total
+
+
+def _codes(form: Format, refs, h) -> Float[Array, "bk D"]:
+    if not isinstance(form, Scaled):
+        return _unpacked(form, refs, h, lambda code: code.astype(jnp.float32))
+    if form.kind == "int8":
+        return refs.codes[h].astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(refs.codes[h], jnp.int8).astype(jnp.int32)
+    return _float_of_bits(bits, exponent=4, mantissa=3)
+
+
+def _unpacked(form, refs, h, number) -> Float[Array, "bk D"]:
+    """number(code) of every code, in the order of tokens; the t-th tokens of all blocks at a time, [bk / 32, D]."""
+    blocks, words = refs.wide.shape[0] // BLOCK, {}
+    for t in range(BLOCK):
+        code, below = None, 0
+        for n, width in enumerate(PLANES[form.bits]):
+            place, row = divmod(t, width)
+            if (n, row) not in words:
+                found = getattr(refs, f"plane{n}")[h, pl.ds(row, blocks, width), :]
+                words[n, row] = jax.lax.bitcast_convert_type(found, jnp.int32)
+            field = jax.lax.shift_right_logical(words[n, row], jnp.int32(place * width)) & ((1 << width) - 1)
+            code, below = field if code is None else code | field << below, below + width
+        refs.wide[pl.ds(t, blocks, BLOCK), :] = number(code)
+    return refs.wide[...]
+
+
+def _looked_up(form: Codebook, refs, h, there) -> Float[Array, "bk D"]:
+    """By a tree of choices, bit after bit; then outliers in their channels."""
+    book = [refs.codebook[h, n : n + 1, :1] for n in range(2**form.bits)]
+
+    def number(code):
+        level = book
+        for bit in range(form.bits):
+            chosen = code & (1 << bit) != 0
+            level = [jnp.where(chosen, high, low) for low, high in zip(level[::2], level[1::2], strict=True)]
+        return level[0] if refs.by_channel is None else level[0] * refs.by_channel[h, 1:2] + refs.by_channel[h, 0:1]
+
+    x, rows = _unpacked(form, refs, h, number), []
+    if refs.by_token is not None:
+        rows = [jnp.where(there, _halves(refs.by_token[h]), 0)]
+    if refs.place is not None:
+        rows += [refs.place[h].astype(jnp.int32).astype(jnp.float32), jnp.where(there, _halves(refs.number[h]), 0)]
+    if not rows:
+        return x
+    columns, first = _columns(refs, rows), 0
+    if refs.by_token is not None:
+        x, first = x * columns[:, 1:2] + columns[:, 0:1], 2
+    if refs.place is None:
+        return x
+    channel, many = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1).astype(jnp.float32), len(rows[-1])
+    for n in range(first, first + many):
+        x = jnp.where(channel == columns[:, n : n + 1], columns[:, many + n : many + n + 1], x)
+    return x
+
+
+def _scales(form: Format, refs, h, there) -> tuple[Float[Array, "g bk"], Float[Array, "g bk"] | None]:
+    if isinstance(form, Scaled):
+        return jnp.where(there, refs.scale[h], 0), None
+    return jnp.where(there, _halves(refs.scale[h]), 0), jnp.where(there, _halves(refs.zero[h]), 0)
+
+
+def _kept(form: TokenGroups, refs):
+    return (("scale", refs.scales), ("zero", refs.zeros)) if form.size > BLOCK else (("scale", None), ("zero", None))
+
+
+def _every_block(ref, h, kept) -> Float[Array, "blocks D"]:
+    """Of groups of tokens, for every block of them."""
+    found = _halves(ref[h])
+    if kept is None:
+        return found
+    each = kept.shape[0] // len(found)
+    for n in range(each):
+        kept[pl.ds(n, len(found), each), :] = found
+    return kept[...]
+
+
+def _columns(refs, rows: list[Array]) -> Float[Array, "bk columns"]:
+    """Rows [_, bk] side by side as columns."""
+    first = 0
+    for part in rows:
+        refs.rows[first : first + len(part)] = part
+        first += len(part)
+    return refs.rows[...].T
+
+
+def _bits(x: Shaped[Array, "*n"]) -> Shaped[Array, "*n"]:
+    return x if x.dtype == jnp.uint16 else jax.lax.bitcast_convert_type(x, jnp.uint16)
+
+
+def _halves(bits: Shaped[Array, "*n"]) -> Float[Array, "*n"]:
+    return _float_of_bits(bits.astype(jnp.int32), exponent=5, mantissa=10)
+
+
+def _float_of_bits(bits: Int[Array, "*n"], *, exponent: int, mantissa: int) -> Float[Array, "*n"]:
+    """A small floating point number in float32; small ones apart, as float32 that small is taken for 0. Never NaN."""
+    bias, top = 2 ** (exponent - 1) - 1, exponent + mantissa
+    size = bits & ((1 << top) - 1)
+    number = lambda x: jax.lax.bitcast_convert_type(x, jnp.float32)
+    normal = number((size << (23 - mantissa)) + ((127 - bias) << 23))
+    small = size.astype(jnp.float32) * 2.0 ** (1 - bias - mantissa)
+    x = jnp.where(size < 1 << mantissa, small, normal)
+    return jnp.where(bits & (1 << top) != 0, -x, x)

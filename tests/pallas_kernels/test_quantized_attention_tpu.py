@@ -1,0 +1,58 @@
+"""The TPU kernel, interpreted, equals the float32 reference."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from quantized_cases import CODECS, Case, close, made
+
+from lcx.attention.mask import Sink, Window
+from pallas_kernels.quantized_attention import reference, tpu
+
+MASK = Window(size=400) | Sink(size=4)
+
+
+def both(case, tile=512, tolerance=3e-6):
+    given, _ = made(case)
+    got = jax.jit(lambda *x: tpu.forward(given[0], *x, tile=tile, interpret=True))(*given[1:])
+    close(got, reference.forward(*given), tolerance)
+    return got
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_every_format(name):
+    """Odd numbers of used slots in tiles of which the last is not whole, rows that see nothing, NaN in empty slots."""
+    tile = 1024 if name == "kivi of 64" else 512
+    out, lse = both(Case(CODECS[name], S=2 * tile - 256, T=5, mask=MASK), tile)
+    assert np.isneginf(lse).any() and not np.asarray(out)[np.isneginf(lse)].any()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(CODECS["groups 4"], group=1, by_head=True),
+        Case(CODECS["groups 2"], group=8, softcap=3.0, sloped=True, extra=True),
+        Case(CODECS["kivi 4"], group=4, T=5, extra=True, bits=False),
+        Case(CODECS["int8"], S=100, group=4, sloped=True, by_head=True, mask=MASK),
+        Case(CODECS["kvquant 3"], rotary=128, T=5, by_head=True),
+        Case(CODECS["kvquant 2"], rotary=64),
+        Case(CODECS["groups 3"], rotary=128, pairing="interleaved", extra=True),
+        Case(CODECS["fp8"], rotary=64, pairing="interleaved"),
+    ],
+    ids=repr,
+)
+def test_heads_and_what_is_added(case):
+    both(case)
+
+
+def test_bfloat16_queries():
+    """Codes are whole in bfloat16; what is rounded is what attention in bfloat16 rounds."""
+    for name in ("groups 4", "kivi 4", "kvquant 4", "fp8"):
+        both(Case(CODECS[name], T=2, dtype=jnp.bfloat16), tolerance=2e-2)
+
+
+def test_what_is_not_taken_is_refused():
+    for case, said in ((Case(CODECS["int8"], D=64), "multiples of 128"), (Case(CODECS["int8"], T=400), "1 to 256")):
+        given, _ = made(case)
+        with pytest.raises(ValueError, match=said):
+            tpu.forward(*given)
