@@ -71,10 +71,16 @@ def compiled(device: jax.Device, name: str, T: int = 1, half=HALF):
     plan = Plan(*forms, Everything(), D**-0.5)
     held = [arrays(form, keys, array, half) for form, keys in zip(forms, (True, False), strict=True)]
     tokens = Tokens(*(one(jnp.int32, B, 1, S),) * 4)
-    tables = (one(jnp.bfloat16, B, S, D // 2),) * 2 if name.endswith("raw keys") else ()
-    slots = Slots(*held, tokens, one(jnp.int32, B), None, *tables)
+    slots = Slots(*held, tokens, one(jnp.int32, B))
     given = one(jnp.bfloat16, B, T, K * GROUP, D), slots, Tokens(*(one(jnp.int32, B, T),) * 4)
-    run = lambda *given: tpu.forward(plan, *given)
+
+    def run(q, slots, q_tokens):
+        if name.endswith("raw keys"):
+            angles = slots.tokens.index[:, 0, :, None] * 10000.0 ** -(jnp.arange(D // 2) / (D // 2))
+            cosine, sine = (table(angles).astype(jnp.bfloat16) for table in (jnp.cos, jnp.sin))
+            slots = slots._replace(cosine=cosine, sine=sine)
+        return tpu.forward(plan, q, slots, q_tokens)
+
     return jax.jit(run).lower(*given).compile(), sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(held))
 
 

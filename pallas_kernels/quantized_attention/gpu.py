@@ -30,8 +30,9 @@ WARPS, STAGES = 4, 2
 def refused(plan: Plan, q: Float[Array, "B T H D"], slots: Slots) -> str | None:
     """Why the kernel does not take a call, if it does not."""
     rows = q.shape[1] * q.shape[2] // jax.tree.leaves(slots.k)[0].shape[1]
-    if any(not SMALLEST <= n <= HEAD or n & (n - 1) for n in (channels(slots.k), channels(slots.v))):
-        return f"heads of {channels(slots.k)} and {channels(slots.v)}: the GPU kernel takes powers of two from {SMALLEST} to {HEAD}"
+    widths = channels(slots.k), channels(slots.v)
+    if any(not SMALLEST <= n <= HEAD or n & (n - 1) for n in widths):
+        return f"heads of {widths}: the GPU kernel takes powers of two from {SMALLEST} to {HEAD}"
     if q.dtype not in (jnp.bfloat16, jnp.float32) or not 0 < rows <= ROWS:
         return f"{rows} queries of a key head in {q.dtype}: the GPU kernel takes 1 to {ROWS}, in bfloat16 or float32"
     for form, arrays in ((plan.keys, slots.k), (plan.values, slots.v)):

@@ -82,7 +82,7 @@ def forward(
     needed = _scratch(plan, slots, K, R, bk)
 
     def spec(x: Operand) -> pl.BlockSpec:
-        shape = _block(x, S, bk)
+        shape = _block(x, max(S, bk), bk)
         place = lambda b, i, used, last: (
             b,
             *(jnp.minimum(i, last[b]) if axis == x.axis else 0 for axis in range(1, len(shape))),

@@ -3,10 +3,12 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import described
 from quantized_cases import CODECS, Case, close, made
 
 from lcx.attention.mask import Causal, Sink, Window
-from pallas_kernels.quantized_attention import reference
+from pallas_kernels.quantized_attention import op, reference
+from pallas_kernels.quantized_attention.formats import ChannelGroups, TokenGroups, invalid
 from pallas_kernels.tile_attention import reference as dense
 from pallas_kernels.tile_attention.tokens import Bias, Tokens
 
@@ -75,10 +77,22 @@ def rows(plan, q, slots, q_tokens, slopes, k, v):
 
 def test_only_what_can_be_is_taken():
     (plan, q, slots, *_), _ = made(Case(CODECS["groups 4"], S=96))
-    from pallas_kernels.quantized_attention.formats import ChannelGroups, TokenGroups, invalid
-
     assert invalid(plan, q, slots) is None
     with_values = lambda form: invalid(type(plan)(plan.keys, form, Causal(), 1.0), q, slots)
     assert "groups of channels" in with_values(TokenGroups(4, 32))
     assert "divisor of 128" in with_values(ChannelGroups(4, 48))
-    assert "3 key heads" in invalid(plan, q[:, :, :3], slots) or "multiple" in invalid(plan, q[:, :, :3], slots)
+    assert "2 key heads of 128" in invalid(plan, q[:, :, :3], slots)
+
+
+def test_a_kernel_is_chosen_where_it_is_taken():
+    """None says that the caller is to decode spans; a named form says why it does not take a call."""
+    (plan, *given), _ = made(Case(CODECS["groups 4"], S=256))
+    (_, narrow, small, *tokens), _ = made(Case(CODECS["groups 4"], S=96, D=64))
+    assert op.chosen(plan, *given[:2]) is None and op.forward(plan, *given) is None  # on a CPU
+    with described("NVIDIA H200"):
+        assert op.chosen(plan, *given[:2]) == "gpu" and op.chosen(plan, given[0][:, :, :3], given[1]) is None
+    close(op.forward(plan, *given, form="reference"), reference.forward(plan, *given), 0)
+    with pytest.raises(ValueError, match="multiples of 128"):
+        op.forward(plan, narrow, small, *tokens, form="tpu")
+    with pytest.raises(ValueError, match="expected auto or one of reference, tpu, gpu"):
+        op.forward(plan, *given, form="cuda")
