@@ -25,6 +25,7 @@ from pallas_kernels.quantized_attention.tpu_formats import (
     groups,
     key_scores,
     operands,
+    prepare,
     scratch,
     value_sums,
 )
@@ -177,11 +178,14 @@ def _step(plan: Plan, refs: SimpleNamespace, used, last, bk: int, tiles: int) ->
             return k_tokens, there.astype(jnp.int32), seen.astype(jnp.int32)
 
         of_all = found(0) if shared else None
+        keys, values = _side(refs, "k"), _side(refs, "v")
+        prepare(keys)
+        prepare(values)
 
         def head(h, carry):
             k_tokens, there, seen = found(h) if of_all is None else of_all
             there = there != 0
-            raw = key_scores(plan.keys, _side(refs, "k", plan, h), h, refs.q[h], R)
+            raw = key_scores(plan.keys, keys, h, refs.q[h], R)
             s, _ = Scores(plan.mask, plan.scale, plan.softcap).logits(raw)
             if hasattr(refs, "slopes"):
                 away = distance(q_tokens, k_tokens, plan.along).astype(jnp.float32)
@@ -195,7 +199,7 @@ def _step(plan: Plan, refs: SimpleNamespace, used, last, bk: int, tiles: int) ->
             decay = jnp.exp2(before - peak)
             refs.top[h] = peak
             refs.total[h] = refs.total[h] * decay + p.sum(axis=1, keepdims=True)
-            sums = value_sums(plan.values, _side(refs, "v", plan, h), h, p, there, refs.q.dtype)
+            sums = value_sums(plan.values, values, h, p, there, refs.q.dtype)
             refs.total_out[h] = refs.total_out[h] * decay[:, :1] + sums
             return carry
 
@@ -214,12 +218,12 @@ def _step(plan: Plan, refs: SimpleNamespace, used, last, bk: int, tiles: int) ->
 
 
 NAMES = ("codes", "plane0", "plane1", "scale", "zero", "codebook", "place", "number", "by_channel", "by_token")
+NAMES += ("place_heads", "number_heads", "place_rows", "number_rows", "wide", "scales", "zeros", "rows")
 
 
-def _side(refs: SimpleNamespace, side: str, plan: Plan, h) -> SimpleNamespace:
+def _side(refs: SimpleNamespace, side: str) -> SimpleNamespace:
     """References of keys or of values by the names of their operands and scratch, None where there is none."""
-    names = *NAMES, "wide", "scales", "zeros", "rows"
-    found = {name: getattr(refs, f"{side}_{name}", None) for name in names}
+    found = {name: getattr(refs, f"{side}_{name}", None) for name in NAMES}
     return SimpleNamespace(**found, turn=functools.partial(_turn, refs) if side == "k" and hasattr(refs, "turn") else None)
 
 

@@ -17,7 +17,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from pallas_kernels.quantized_attention.formats import Arrays, ChannelGroups, Codebook, Format, Scaled, TokenGroups, channels
+from pallas_kernels.quantized_attention.formats import (
+    Arrays,
+    ChannelGroups,
+    Codebook,
+    CodebookArrays,
+    Format,
+    Scaled,
+    TokenGroups,
+    channels,
+)
 from pallas_kernels.quantized_attention.packing import BLOCK, PLANES
 from pallas_kernels.tile_attention.scores import dot
 from pallas_kernels.tpu_chips import LANES
@@ -47,11 +56,11 @@ def operands(form: Format, arrays: Arrays) -> dict[str, Operand]:
     if isinstance(form, Codebook):
         wide = jnp.broadcast_to(arrays.codebook[..., None], (*arrays.codebook.shape, LANES))
         given["codebook"] = Operand(wide)
-        if arrays.place.shape[-1]:
-            given |= {
-                "place": Operand(arrays.place.swapaxes(2, 3), 3),
-                "number": Operand(_bits(arrays.number).swapaxes(2, 3), 3),
-            }
+        for name, x in _outliers(arrays).items():
+            by_head = _lies_by_head(*x.shape[1::2], x.dtype.itemsize)
+            given[f"{name}_heads" if by_head else name] = Operand(
+                jnp.transpose(x, (0, 3, 1, 2) if by_head else (0, 1, 3, 2)), 3
+            )
         if arrays.by_channel is not None:
             return given | {"by_channel": Operand(arrays.by_channel.astype(jnp.float32))}
         return given | {"by_token": Operand(_bits(arrays.by_token).swapaxes(2, 3), 3)}
@@ -70,9 +79,21 @@ def scratch(form: Format, arrays: Arrays, bk: int, turned: bool) -> dict[str, tu
         needed |= {"scales": (bk // BLOCK, D), "zeros": (bk // BLOCK, D)}
     if isinstance(form, Codebook):
         rows = 2 * arrays.place.shape[-1] + (0 if arrays.by_token is None else 2)
+        for name, x in _outliers(arrays).items():
+            if _lies_by_head(*x.shape[1::2], x.dtype.itemsize):
+                needed |= {f"{name}_rows": (x.shape[1] * x.shape[3], bk)}
     elif by_token(form) and turned:
         rows = groups(form, D) * (1 if isinstance(form, Scaled) else 2)
     return needed | ({"rows": (-(-rows // 8) * 8, bk)} if rows else {})
+
+
+def prepare(refs: SimpleNamespace) -> None:
+    """Outliers of a tile that lie head by head, each in a row of its own."""
+    for name in ("place", "number"):
+        if (ref := getattr(refs, f"{name}_heads")) is not None:
+            rows, K = getattr(refs, f"{name}_rows"), ref.shape[1]
+            for n in range(ref.shape[0]):
+                rows[n * K : (n + 1) * K, :] = _outlier(name, ref[n])
 
 
 def key_scores(form: Format, refs: SimpleNamespace, h: Any, q: Shaped[Array, "rows D"], R: int) -> Float[Array, "R bk"]:
@@ -170,19 +191,39 @@ def _looked_up(form: Codebook, refs, h, there) -> Float[Array, "bk D"]:
     x, rows = _unpacked(form, refs, h, number), []
     if refs.by_token is not None:
         rows = [jnp.where(there, _halves(refs.by_token[h]), 0)]
-    if refs.place is not None:
-        rows += [refs.place[h].astype(jnp.int32).astype(jnp.float32), jnp.where(there, _halves(refs.number[h]), 0)]
+    places = _outlier_rows(refs, "place", h)
+    many = sum(map(len, places))
+    rows += [*places, *(jnp.where(there, x, 0) for x in _outlier_rows(refs, "number", h))]
     if not rows:
         return x
     columns, first = _columns(refs, rows), 0
     if refs.by_token is not None:
         x, first = x * columns[:, 1:2] + columns[:, 0:1], 2
-    if refs.place is None:
-        return x
-    channel, many = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1).astype(jnp.float32), len(rows[-1])
+    channel = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1).astype(jnp.float32)
     for n in range(first, first + many):
         x = jnp.where(channel == columns[:, n : n + 1], columns[:, many + n : many + n + 1], x)
     return x
+
+
+def _outlier_rows(refs, name: str, h) -> list[Array]:
+    """[_, bk] of a head: places or numbers of its outliers."""
+    if (ref := getattr(refs, f"{name}_heads")) is not None:
+        return [getattr(refs, f"{name}_rows")[pl.ds(n * ref.shape[1] + h, 1), :] for n in range(ref.shape[0])]
+    return [] if getattr(refs, name) is None else [_outlier(name, getattr(refs, name)[h])]
+
+
+def _outlier(name: str, x: Shaped[Array, "*n"]) -> Float[Array, "*n"]:
+    return _halves(x) if name == "number" else x.astype(jnp.int32).astype(jnp.float32)
+
+
+def _outliers(arrays: CodebookArrays) -> dict[str, Array]:
+    return {"place": arrays.place, "number": _bits(arrays.number)} if arrays.place.shape[-1] else {}
+
+
+def _lies_by_head(K: int, many: int, itemsize: int) -> bool:
+    """Whether XLA lays [B, K, S, many] out as [B, many, K, S] rather than [B, K, many, S]: which it pads less."""
+    padded = lambda n: -(-n // 8) * 8 if n > 4 else max(1 << (n - 1).bit_length(), 4 // itemsize)
+    return many * padded(K) < K * padded(many)
 
 
 def _scales(form: Format, refs, h, there) -> tuple[Float[Array, "g bk"], Float[Array, "g bk"] | None]:
