@@ -37,11 +37,12 @@ ROWS = 256  # of queries of a key head, at most
 GROUPS = 16  # of channels
 OUTLIERS = 32
 TILES = (2048, 1024, 512, 256)  # slots
-OWN = 4 * MIB  # for the compiler, and products
+OWN = 6 * MIB  # for the compiler
+NUMBERS = 10  # arrays of a tile's numbers in float32, at most
 
 
-def refused(plan: Plan, q: Float[Array, "B T H D"], slots: Slots) -> str | None:
-    """Why the kernel does not take a call, if it does not."""
+def refused(plan: Plan, q: Float[Array, "B T H D"], slots: Slots, tile: int | None = None) -> str | None:
+    """Why the kernel does not take a call, if it does not; a given tile is not asked whether it fits."""
     D, E, rows = channels(slots.k), channels(slots.v), q.shape[1] * q.shape[2] // jax.tree.leaves(slots.k)[0].shape[1]
     if D % LANES or E % LANES:
         return f"heads of {D} and {E} channels: the TPU kernel takes multiples of {LANES}"
@@ -54,7 +55,7 @@ def refused(plan: Plan, q: Float[Array, "B T H D"], slots: Slots) -> str | None:
             return f"{form}: the TPU kernel takes at most {GROUPS} groups of channels"
         if hasattr(arrays, "place") and arrays.place.shape[-1] > OUTLIERS:
             return f"{arrays.place.shape[-1]} outliers a token: the TPU kernel takes at most {OUTLIERS}"
-    if not _tiles(plan, q, slots):
+    if tile is None and not _tiles(plan, q, slots):
         return f"{q.shape} queries beside {slots.tokens.index.shape[2]} slots do not fit the vector memory"
     return None
 
@@ -70,13 +71,16 @@ def forward(
     interpret: Any = False,
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
     """Returns (out, lse) in float32. tile: slots of one, by default the most that fit."""
-    if (reason := refused(plan, q, slots)) is not None:
+    if (reason := refused(plan, q, slots, tile)) is not None:
         raise ValueError(reason)
     (B, T, H, _), S, E = q.shape, slots.tokens.index.shape[2], channels(slots.v)
     bk = tile or _tiles(plan, q, slots)[0]
     given = _given(plan, q, slots, q_tokens, slopes)
     K, R = given["q"].array.shape[1], given["q_tokens"].array.shape[2]
     held = {name: Operand(_at_least(x, S, bk), x.axis) for name, x in given.items()}
+    if not interpret:  # XLA would copy whole arrays of slots to vector memory where they fit, used or not
+        in_place = lambda x: x if x.axis is None else x._replace(array=pltpu.with_memory_space_constraint(x.array, pltpu.HBM))
+        held = {name: in_place(x) for name, x in held.items()}
     used = jnp.clip(slots.used.astype(jnp.int32), 0, S)
     last = jnp.maximum(-(-used // bk) - 1, 0)
     tiles = -(-S // bk)
@@ -105,7 +109,7 @@ def forward(
             grid=(B, tiles),
             in_specs=[spec(x) for x in held.values()],
             out_specs=[pl.BlockSpec((None, *shape[1:]), lambda b, i, *_: (b, 0, 0, 0)) for shape in outputs.values()],
-            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in needed.values()],
+            scratch_shapes=[pltpu.VMEM(shape, jnp.int32 if "words" in name else jnp.float32) for name, shape in needed.items()],
         ),
         out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in outputs.values()],
         compiler_params=pltpu.CompilerParams(
@@ -218,7 +222,7 @@ def _step(plan: Plan, refs: SimpleNamespace, used, last, bk: int, tiles: int) ->
 
 
 NAMES = ("codes", "plane0", "plane1", "scale", "zero", "codebook", "place", "number", "by_channel", "by_token")
-NAMES += ("place_heads", "number_heads", "place_rows", "number_rows", "wide", "scales", "zeros", "rows")
+NAMES += ("place_heads", "number_heads", "place_rows", "number_rows", "wide", "words0", "words1", "scales", "zeros", "rows")
 
 
 def _side(refs: SimpleNamespace, side: str) -> SimpleNamespace:
@@ -257,7 +261,7 @@ def _tiles(plan: Plan, q, slots: Slots) -> list[int]:
 
 
 def _scratch(plan: Plan, slots: Slots, K: int, R: int, bk: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of float32 arrays in vector memory, by name."""
+    """Shapes of arrays in vector memory, by name."""
     needed = {"top": (K, R, LANES), "total": (K, R, LANES), "total_out": (K, R, channels(slots.v))}
     for side, form, arrays, turned in (("k", plan.keys, slots.k, slots.cosine is not None), ("v", plan.values, slots.v, False)):
         needed |= {f"{side}_{name}": shape for name, shape in scratch(form, arrays, bk, turned).items()}
@@ -272,8 +276,8 @@ def _block(x: Operand, S: int, bk: int) -> tuple[int, ...]:
 def _bytes(given: dict[str, Operand], needed: dict[str, tuple[int, ...]], S: int, bk: int) -> int:
     """Of vector memory: tiles twice, one used while the next comes; sums; some arrays of scores and of numbers."""
     held = sum(2 * padded_bytes(_block(x, S, bk)[1:], x.array.dtype.itemsize) for x in given.values())
-    rows, widest = given["q"].array.shape[2], max(shape[-1] for shape in (*needed.values(), given["q"].array.shape))
-    return held + sum(map(padded_bytes, needed.values())) + 4 * bk * (4 * rows + 2 * min(widest, 512))
+    rows, wide = given["q"].array.shape[2], max(given["q"].array.shape[-1], needed["total_out"][-1])
+    return held + sum(map(padded_bytes, needed.values())) + 4 * bk * (4 * rows + NUMBERS * wide + 2 * LANES)
 
 
 def _at_least(x: Operand, S: int, bk: int) -> Array:

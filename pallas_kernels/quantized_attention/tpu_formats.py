@@ -9,6 +9,7 @@ and so are the probabilities before they meet the codes of values. With z the ze
 Raw keys are whole numbers before they are turned: q . R k = q . (k cosine) + q' . (k sine) with q' as in `reference.partners`.
 """
 
+import functools
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -70,13 +71,15 @@ def operands(form: Format, arrays: Arrays) -> dict[str, Operand]:
     return given
 
 
-def scratch(form: Format, arrays: Arrays, bk: int, turned: bool) -> dict[str, tuple[int, int]]:
-    """float32 arrays that a side needs beside its operands; turned: whether keys are rotated."""
+def scratch(form: Format, arrays: Arrays, bk: int, turned: bool) -> dict[str, tuple[int, ...]]:
+    """Shapes of arrays that a side needs beside its operands, of float32, and of words of int32; turned: of rotated keys."""
     D = channels(arrays)
-    needed = {} if isinstance(form, Scaled) else {"wide": (bk, D)}
+    needed = {} if isinstance(form, Scaled) else {"wide": (D // LANES * bk, LANES)}
+    if needed and D > LANES:
+        needed |= {f"words{n}": (bk // BLOCK * width, LANES) for n, width in enumerate(PLANES[form.bits])}
     rows = 0
     if isinstance(form, TokenGroups) and form.size > BLOCK:
-        needed |= {"scales": (bk // BLOCK, D), "zeros": (bk // BLOCK, D)}
+        needed |= dict.fromkeys(("scales", "zeros"), (D // LANES * bk // BLOCK, LANES))
     if isinstance(form, Codebook):
         rows = 2 * arrays.place.shape[-1] + (0 if arrays.by_token is None else 2)
         for name, x in _outliers(arrays).items():
@@ -138,7 +141,7 @@ def _numbers(form: Format, refs, h, there: Bool[Array, "1 _"]) -> Float[Array, "
     """What codes stand for, in float32."""
     if isinstance(form, TokenGroups):
         scale, zero = (_every_block(getattr(refs, name), h, kept) for name, kept in _kept(form, refs))
-        return _unpacked(form, refs, h, lambda code: code.astype(jnp.float32) * scale + zero)
+        return _unpacked(form, refs, h, lambda code, lanes: code.astype(jnp.float32) * scale[:, lanes] + zero[:, lanes])
     if isinstance(form, Codebook):
         return _looked_up(form, refs, h, there)
     x = _codes(form, refs, h)
@@ -154,7 +157,7 @@ def _numbers(form: Format, refs, h, there: Bool[Array, "1 _"]) -> Float[Array, "
 
 def _codes(form: Format, refs, h) -> Float[Array, "bk D"]:
     if not isinstance(form, Scaled):
-        return _unpacked(form, refs, h, lambda code: code.astype(jnp.float32))
+        return _unpacked(form, refs, h, lambda code, lanes: code.astype(jnp.float32))
     if form.kind == "int8":
         return refs.codes[h].astype(jnp.float32)
     bits = jax.lax.bitcast_convert_type(refs.codes[h], jnp.int8).astype(jnp.int32)
@@ -162,31 +165,48 @@ def _codes(form: Format, refs, h) -> Float[Array, "bk D"]:
 
 
 def _unpacked(form, refs, h, number) -> Float[Array, "bk D"]:
-    """number(code) of every code, in the order of tokens; the t-th tokens of all blocks at a time, [bk / 32, D]."""
-    blocks, words = refs.wide.shape[0] // BLOCK, {}
+    """number(code, lanes) of every code, in the order of tokens; the t-th tokens of all blocks at a time, [bk / 32, lanes]."""
+    for n in range(refs.plane0.shape[-1] // LANES):
+        _unpack_lanes(form, refs, h, n, functools.partial(number, lanes=slice(n * LANES, (n + 1) * LANES)))
+    return _side_by_side(refs.wide, refs.plane0.shape[-1] // LANES)
+
+
+def _unpack_lanes(form, refs, h, part: int, number) -> None:
+    """Strides are of arrays of 128 lanes: of wider ones the words are copied first."""
+    bk = refs.wide.shape[0] // (refs.plane0.shape[-1] // LANES)
+    blocks, words, planes = bk // BLOCK, {}, []
+    for n in range(len(PLANES[form.bits])):
+        ref, own = getattr(refs, f"plane{n}"), getattr(refs, f"words{n}")
+        if own is not None:
+            own[...] = jax.lax.bitcast_convert_type(ref[h, :, part * LANES : (part + 1) * LANES], jnp.int32)
+        planes.append(functools.partial(_strided, ref, h) if own is None else functools.partial(_strided, own, None))
     for t in range(BLOCK):
         code, below = None, 0
         for n, width in enumerate(PLANES[form.bits]):
             place, row = divmod(t, width)
             if (n, row) not in words:
-                found = getattr(refs, f"plane{n}")[h, pl.ds(row, blocks, width), :]
-                words[n, row] = jax.lax.bitcast_convert_type(found, jnp.int32)
+                words[n, row] = planes[n](pl.ds(row, blocks, width))
             field = jax.lax.shift_right_logical(words[n, row], jnp.int32(place * width)) & ((1 << width) - 1)
             code, below = field if code is None else code | field << below, below + width
-        refs.wide[pl.ds(t, blocks, BLOCK), :] = number(code)
-    return refs.wide[...]
+        refs.wide[pl.ds(part * bk + t, blocks, BLOCK), :] = number(code)
+
+
+def _strided(ref, h, rows) -> Int[Array, "blocks lanes"]:
+    return ref[rows, :] if h is None else jax.lax.bitcast_convert_type(ref[h, rows, :], jnp.int32)
 
 
 def _looked_up(form: Codebook, refs, h, there) -> Float[Array, "bk D"]:
     """By a tree of choices, bit after bit; then outliers in their channels."""
     book = [refs.codebook[h, n : n + 1, :1] for n in range(2**form.bits)]
 
-    def number(code):
+    def number(code, lanes):
         level = book
         for bit in range(form.bits):
             chosen = code & (1 << bit) != 0
             level = [jnp.where(chosen, high, low) for low, high in zip(level[::2], level[1::2], strict=True)]
-        return level[0] if refs.by_channel is None else level[0] * refs.by_channel[h, 1:2] + refs.by_channel[h, 0:1]
+        if refs.by_channel is None:
+            return level[0]
+        return level[0] * refs.by_channel[h, 1:2, lanes] + refs.by_channel[h, 0:1, lanes]
 
     x, rows = _unpacked(form, refs, h, number), []
     if refs.by_token is not None:
@@ -241,10 +261,19 @@ def _every_block(ref, h, kept) -> Float[Array, "blocks D"]:
     found = _halves(ref[h])
     if kept is None:
         return found
-    each = kept.shape[0] // len(found)
-    for n in range(each):
-        kept[pl.ds(n, len(found), each), :] = found
-    return kept[...]
+    parts = found.shape[1] // LANES
+    rows = kept.shape[0] // parts
+    each = rows // len(found)
+    for part in range(parts):
+        for n in range(each):
+            kept[pl.ds(part * rows + n, len(found), each), :] = found[:, part * LANES : (part + 1) * LANES]
+    return _side_by_side(kept, parts)
+
+
+def _side_by_side(ref, parts: int) -> Float[Array, "rows D"]:
+    """What lies in parts of 128 lanes, one below the other."""
+    rows = ref.shape[0] // parts
+    return jnp.concatenate([ref[part * rows : (part + 1) * rows, :] for part in range(parts)], axis=1)
 
 
 def _columns(refs, rows: list[Array]) -> Float[Array, "bk columns"]:

@@ -1,0 +1,83 @@
+"""The TPU compiler takes the kernel of coded slots, and what a step reads is what is held as codes.
+
+Run as a program for one chip it compiles for a described device and prints a line for each call.
+"""
+
+import json
+import sys
+
+import pytest
+from tpu_program import CHIPS, lines, needs_compiler, one_device
+
+TOKENS = 1.1  # a step reads the tokens of the slots too, once for all heads
+
+
+def decoding(device):
+    """A step over 32,768 slots in every format: its bytes by those of the codes."""
+    from pallas_kernels.quantized_attention import bench_tpu
+
+    for name in bench_tpu.FORMS:
+        program, held = bench_tpu.compiled(device, name)
+        yield name, program.cost_analysis()["bytes accessed"] / held
+
+
+def others():
+    """Calls of more queries, of heads with tokens of their own, with all that is added to scores."""
+    import jax.numpy as jnp
+    from quantized_cases import CODECS, Case, made
+
+    from lcx.attention.mask import Sink, Window
+
+    added = {"softcap": 20.0, "sloped": True, "extra": True, "mask": Window(size=100) | Sink(size=4)}
+    for case in (
+        Case(CODECS["groups 4"], T=5, group=4, dtype=jnp.bfloat16, **added),
+        Case(CODECS["groups 3"], T=2, by_head=True, rotary=128, pairing="interleaved", **added),
+        Case(CODECS["kivi of 64"], S=2048, T=32, group=8, dtype=jnp.bfloat16, by_head=True, **added),
+        Case(CODECS["kvquant of many outliers"], K=4, D=256, rotary=256, by_head=True, dtype=jnp.bfloat16, **added),
+        Case(CODECS["fp8"], S=100, rotary=64, group=1, dtype=jnp.bfloat16),
+        Case(CODECS["int8"], S=5000, K=32, T=3, group=1, bits=False),
+    ):
+        yield repr(case), made(case)[0]
+
+
+def compiled(device, plan, *given):
+    import jax
+    from jax.sharding import SingleDeviceSharding
+
+    from pallas_kernels.quantized_attention import tpu
+
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device))
+    run = lambda *given: tpu.forward(plan, *given)
+    return jax.jit(run).lower(*jax.tree.map(place, given)).compile()
+
+
+def main(chip, what="decoding"):
+    calls = list(others()) if what == "others" else []
+    with one_device(chip) as device:
+        for name, given in calls:
+            if chip == "v4" and "KIVI" in name:  # does not fit its vector memory
+                continue
+            compiled(device, *given)
+            print(json.dumps({"name": name}), flush=True)
+        for name, ratio in decoding(device) if what == "decoding" else ():
+            print(json.dumps({"name": name, "ratio": ratio}), flush=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("chip", CHIPS)
+def test_reads_codes(chip):
+    done = lines(__file__, chip)
+    assert len(done) == 14
+    for line in done:
+        assert "raw keys" in line["name"] or 1 <= line["ratio"] < TOKENS, line
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("chip", CHIPS)
+def test_other_calls_compile(chip):
+    assert len(lines(__file__, chip, "others")) == (5 if chip == "v4" else 6)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
