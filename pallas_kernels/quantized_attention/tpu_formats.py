@@ -64,10 +64,9 @@ def operands(form: Format, arrays: Arrays) -> dict[str, Operand]:
             )
         if arrays.by_channel is not None:
             return given | {"by_channel": Operand(arrays.by_channel.astype(jnp.float32))}
-        return given | {"by_token": Operand(_bits(arrays.by_token).swapaxes(2, 3), 3)}
+        return given | {"by_token": Operand(_bits(arrays.by_token.swapaxes(2, 3)), 3)}
     for name, x in (("scale", arrays.scale), ("zero", arrays.zero)):
-        x = _bits(x)
-        given[name] = Operand(x.swapaxes(2, 3), 3) if by_token(form) else Operand(x, 2)
+        given[name] = Operand(_bits(x.swapaxes(2, 3)), 3) if by_token(form) else Operand(_bits(x), 2)
     return given
 
 

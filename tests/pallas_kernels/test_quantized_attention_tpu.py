@@ -7,6 +7,7 @@ import pytest
 from quantized_cases import CODECS, Case, close, made
 
 from lcx.attention.mask import Sink, Window
+from lcx.cache.codecs.kvquant import KVQuant
 from pallas_kernels.quantized_attention import reference, tpu
 
 MASK = Window(size=400) | Sink(size=4)
@@ -38,9 +39,9 @@ def test_every_format(name):
         Case(CODECS["kvquant 2"], rotary=64),
         Case(CODECS["groups 3"], rotary=128, pairing="interleaved", extra=True),
         Case(CODECS["fp8"], rotary=64, pairing="interleaved"),
-        Case(CODECS["kivi 3"], D=256, group=1),
-        Case(CODECS["kvquant of many outliers"], K=4, D=256, group=1),
-        Case(CODECS["kvquant 3"], K=4, group=1),
+        Case(CODECS["kivi 3"], S=512, D=256, group=1),
+        Case(KVQuant(codebook="uniform", bits=2, outliers=0.02), S=512, K=4, D=256, group=1),
+        Case(CODECS["kvquant 3"], S=512, K=4, group=1),
     ],
     ids=repr,
 )
@@ -48,10 +49,10 @@ def test_heads_and_what_is_added(case):
     both(case)
 
 
-def test_bfloat16_queries():
+@pytest.mark.parametrize("name", ["groups 4", "kivi 4", "kvquant 4", "fp8"])
+def test_bfloat16_queries(name):
     """Codes are whole in bfloat16; what is rounded is what attention in bfloat16 rounds."""
-    for name in ("groups 4", "kivi 4", "kvquant 4", "fp8"):
-        both(Case(CODECS[name], T=2, dtype=jnp.bfloat16), tolerance=2e-2)
+    both(Case(CODECS[name], S=512, T=2, dtype=jnp.bfloat16), tolerance=2e-2)
 
 
 def test_what_is_not_taken_is_refused():
