@@ -15,7 +15,9 @@ from lcx.attention.mask import Window
 from lcx.attention.ring import Ring
 from lcx.attention.ulysses import RingUlysses, Ulysses
 from lcx.batch import Batch, causal_info
+from lcx.cache.codecs.groups import IntGroups
 from lcx.cache.dense import DenseCache
+from lcx.cache.kv_cache import KVCache
 from lcx.data.continuous import Continuous
 from lcx.data.frames import Frames
 from lcx.data.glossary import Glossary
@@ -41,6 +43,7 @@ from lcx.parallel.layout import Contiguous, Zigzag
 from lcx.parallel.mesh import MeshSpec
 from lcx.parallel.rules import Rules
 from lcx.parts import parts
+from lcx.positions.alibi import ALiBi
 from lcx.positions.clex import CLEX
 from lcx.positions.clex_positions import CLEXPositions
 from lcx.positions.dimension_groups import DimensionGroups
@@ -416,6 +419,16 @@ def test_each_rule_is_broken_by_something_and_the_base_breaks_none():
     learning = edits(base(), [*TRAINED, ("mesh", MeshSpec(context=2))])
     drawing = edit(base(), "objective", BeaconModeling())
     mac = edits(spread, [(f"{LAYER}.mixer", TitansMAC.examples()[0])])
+    long_heads = (f"{LAYER}.mixer.distances", LongHeads(chunk=8, chunks=4))
+    cached = [
+        edits(base(), [(f"{LAYER}.mixer.cache", cache), *more])
+        for cache, more in (
+            (KVCache(), [long_heads]),
+            (KVCache(), [("model.memory", RMT.examples()[0])]),
+            (KVCache(keys="raw", positions="slots"), [(f"{LAYER}.mixer.distance_bias", ALiBi())]),
+            (KVCache(codec=IntGroups(group=3)), []),
+        )
+    ]
     configs = (
         skipping,
         drawing,
@@ -443,6 +456,7 @@ def test_each_rule_is_broken_by_something_and_the_base_breaks_none():
         fractions,
         twice,
         small,
+        *cached,
     )
     broken_by = lambda rule: [sentence for config in configs for sentence in rule(config)]
     assert [name for name, rule in RULES.items() if not broken_by(rule)] == []

@@ -105,7 +105,7 @@ def test_a_named_model_is_checked_before_anything_is_done(of_named_models, finis
     wrong = lambda **fields: dataclasses.replace(of_named_models, arms=(Arm(name="there", **fields),))
     trained, run_dir = str(finished / "one"), tmp_path / "new"
     for fields, message in (
-        ({"model": "redaer"}, "model 'redaer': no such run folder, nor a shipped model (copier, reader)"),
+        ({"model": "redaer"}, "model 'redaer': no such run folder, nor a shipped model (copier, reader, reader_2k)"),
         ({"model": str(finished)}, "expected the folder of a training run; its config is of type Ablation"),
         ({"model": trained, "edits": (("steps", 9),)}, "Arm.edits change steps"),
         ({"model": trained, "edits": (("model.width", 64),)}, "parameter"),

@@ -110,7 +110,7 @@ def test_a_folder_without_a_model_is_told_what_is_wanted(main, text, tmp_path, c
         convert.main: [f"--run_dir={text}", f"--to={tmp_path}/to"],
     }
     assert run(main, of_model[main]) == 2
-    kinds = "a training run, a checkpoint of transformers, or a shipped model (copier, reader)"
+    kinds = "a training run, a checkpoint of transformers, or a shipped model (copier, reader, reader_2k)"
     wanted = f"the folder holds no config.json: expected the folder of {kinds}"
     assert f"model {str(text)!r}: {wanted}\n" in capsys.readouterr().err
 

@@ -21,13 +21,17 @@ def both(case, tolerance=3e-6):
     return got
 
 
-@pytest.mark.parametrize("name", CODECS)
+OFTEN = ("int8", "groups 3", "kivi 2", "kvquant 3")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow) for name in CODECS])
 def test_every_format(name):
     """Parts without a used slot, rows that see nothing, NaN in empty slots."""
     out, lse = both(Case(CODECS[name], S=448, T=5, mask=MASK))
     assert np.isneginf(lse).any() and not np.asarray(out)[np.isneginf(lse)].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [

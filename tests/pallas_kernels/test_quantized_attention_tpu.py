@@ -20,7 +20,10 @@ def both(case, tile=512, tolerance=1e-5):
     return got
 
 
-@pytest.mark.parametrize("name", CODECS)
+OFTEN = ("int8", "groups 3", "kivi 2", "kvquant 3")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow) for name in CODECS])
 def test_every_format(name):
     """Odd numbers of used slots in tiles of which the last is not whole, rows that see nothing, NaN in empty slots."""
     tile = 1024 if name == "kivi of 64" else 512
@@ -28,6 +31,7 @@ def test_every_format(name):
     assert np.isneginf(lse).any() and not np.asarray(out)[np.isneginf(lse)].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [
@@ -49,6 +53,7 @@ def test_heads_and_what_is_added(case):
     both(case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["groups 4", "kivi 4", "kvquant 4", "fp8"])
 def test_bfloat16_queries(name):
     """Codes are whole in bfloat16; what is rounded is what attention in bfloat16 rounds."""

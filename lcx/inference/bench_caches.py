@@ -1,7 +1,7 @@
 """Decoding with every codec and some policies beside the dense cache, and what a token takes, on this machine's CPU, float32.
 
-    python -m lcx.cache.bench                all, in one run: medians and ratios as a Markdown table
-    python -m lcx.cache.bench int8 0         one cache, a line of JSON (what the above runs in fresh processes, in turn)
+    python -m lcx.inference.bench_caches            all, in one run: medians and ratios as a Markdown table
+    python -m lcx.inference.bench_caches int8 0     one cache, a line of JSON (what the above runs in fresh processes, in turn)
 
 The model is `lcx.inference.bench`'s, 4 layers of width 256, 8 heads, 4 key heads of 32 channels; decoding is greedy, NEW tokens
 at a time behind a prompt of LENGTH. Bytes are of the whole state, with the infos of tokens; the last column is what the codec's
@@ -90,7 +90,7 @@ def main(argv: list[str]) -> None:
         print(json.dumps(measure(argv[0])))
         return
     names = list(caches())
-    runs = in_turn("lcx.cache.bench", names, 0)
+    runs = in_turn("lcx.inference.bench_caches", names, 0)
     seconds = {name: statistics.median(s for run in runs[name] for s in run["seconds"]) for name in names}
     lines = ["| cache | tokens/s | times the dense | MB | bits a number |", "| --- | ---: | ---: | ---: | ---: |"]
     for name in names:
