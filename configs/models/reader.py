@@ -60,7 +60,9 @@ def train(steps: int = 3300, batch_size: int = 8) -> Experiment:
 
 @auto_config
 def longer(steps: int = 1500, batch_size: int = 2) -> Experiment:
-    """The reader trained further on rows of 2,048, its rope's base raised: what is measured beyond 512 stands on it."""
+    """The reader trained further on rows of 2,048, its rope's base raised, shipped as `reader_2k`: what is measured beyond 512
+    stands on it. At 1,024 and 2,048: passkey 1.00 at each of five depths, one of eight keys 0.96 and 0.96 greedy (100 examples
+    each), held-out code 1.06 and 1.10 nats a byte in the last half of the window."""
     return Experiment(
         model=byte.toy(width=128, layers=3, taps=TAPS, base=50_000.0),
         data=Pipeline(
