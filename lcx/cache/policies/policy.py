@@ -3,14 +3,13 @@
 import abc
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lcx.batch import TokenInfo
 from lcx.cache.policies.budgets import Even, LayerBudgets
-from lcx.cache.scorers.scorer import Asked, Rule, Scored, received
+from lcx.cache.scorers.scorer import Reads, Scored
 from lcx.record import record
 from lcx.spec import Spec
 
@@ -29,7 +28,7 @@ class Kept:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Policy(Spec, abc.ABC):
+class Policy(Reads, Spec, abc.ABC):
     """Base of every policy.
 
     keep: tokens that a row keeps in its slots, a number, or a share of those it has read (those that a codec holds in full
@@ -76,24 +75,6 @@ class Policy(Spec, abc.ABC):
     def by_head(self) -> bool:
         """Whether key heads keep tokens of their own."""
 
-    @property
-    def queries(self) -> int:
-        return 0
-
-    @property
-    def marks(self) -> bool:
-        return False
-
-    @property
-    def expects_turns(self) -> bool:
-        """Whether it asks how queries to come are rotated."""
-        return False
-
-    @property
-    def raw(self) -> bool:
-        """Whether it needs keys as they are before their rotation."""
-        return False
-
     def leader(self, layer: int) -> int | None:
         """The layer whose choice is that of `layer` too; None if it chooses for itself."""
         return None
@@ -107,15 +88,6 @@ class Policy(Spec, abc.ABC):
     def weighs(self) -> bool:
         """Whether attention counts what stands for several tokens so many times."""
         return False
-
-    def mark(self, asked: Asked, k: Float[Array, "B K N D"], info: TokenInfo, rule: Rule, held: bool) -> Float[Array, "B K N"]:
-        return received(asked, k, info, rule)
-
-    def watch(self, watched: Any, asked: Asked) -> Any:
-        return watched
-
-    def watching(self, rows: int, heads: int, head_dim: int) -> Any:
-        return None
 
     @abc.abstractmethod
     def compress(self, now: Scored, slots: int) -> Kept:

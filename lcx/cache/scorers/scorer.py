@@ -119,13 +119,8 @@ def mean_of_group(x: Float[Array, "B K g *n"]) -> Float[Array, "B K *n"]:
     return x.mean(axis=2)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Scorer(Spec, abc.ABC):
-    """Base of every scorer. To write one, define `score`; the rest says what it needs to be given."""
-
-    @abc.abstractmethod
-    def score(self, now: Scored) -> Float[Array, "B K N"]:
-        """Larger for what is worth more; +inf is kept as long as there is room. Read only where `now.there`."""
+class Reads:
+    """What a scorer or a policy needs to be given beside keys and values; nothing, unless it says so."""
 
     @property
     def queries(self) -> int:
@@ -158,6 +153,15 @@ class Scorer(Spec, abc.ABC):
     def watching(self, rows: int, heads: int, head_dim: int) -> Any:
         """What it has made of no queries: arrays [B, ...]."""
         return None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scorer(Reads, Spec, abc.ABC):
+    """Base of every scorer. To write one, define `score`; the rest says what it needs to be given."""
+
+    @abc.abstractmethod
+    def score(self, now: Scored) -> Float[Array, "B K N"]:
+        """Larger for what is worth more; +inf is kept as long as there is room. Read only where `now.there`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
