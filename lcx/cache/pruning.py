@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Int
 
 from lcx.batch import PADDING, TokenInfo
 from lcx.cache.kv_state import Held, KVState, Pass, Waiting, hidden, joined, stored_blocks, taken, taken_first
-from lcx.cache.scorers.scorer import Asked, Rule, Scored
+from lcx.cache.scorers.scorer import Asked, Rule, Scored, received
 from lcx.positions.frequencies import Frequencies
 from pallas_kernels.target import platform
 
@@ -70,10 +70,10 @@ class Pruning:
     def _marked(self, state: KVState, exact: Waiting) -> tuple[Waiting, Held]:
         """Tokens with what the queries of a pass looked at added."""
         k, _, info = self.cache.decoded(state, self.frequencies)
-        marks = state.held.marks + self.cache.policy.mark(self.asked, k, info, self.rule, True)
+        marks = state.held.marks + received(self.asked, k, info, self.rule)
         k = jnp.moveaxis(self.cache.turned(exact.k, exact.info, self.frequencies), 2, 1)
         one = jax.tree.map(lambda x: x[:, None], exact.info)
-        late = exact.marks + jnp.moveaxis(self.cache.policy.mark(self.asked, k, one, self.rule, False), 1, 2)
+        late = exact.marks + jnp.moveaxis(received(self.asked, k, one, self.rule), 1, 2)
         return dataclasses.replace(exact, marks=late), dataclasses.replace(state.held, marks=marks)
 
     def _queries(self, state: KVState, info: TokenInfo) -> dict[str, Any]:

@@ -73,9 +73,6 @@ class Evict(Policy):
     def expects_turns(self):
         return self.score.expects_turns
 
-    def mark(self, asked, k, info, rule, held):
-        return self.score.mark(asked, k, info, rule, held)
-
     def watch(self, watched, asked):
         return self.score.watch(watched, asked)
 

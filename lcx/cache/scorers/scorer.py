@@ -142,10 +142,6 @@ class Reads:
         """Whether it asks how queries to come are rotated."""
         return False
 
-    def mark(self, asked: Asked, k: Float[Array, "B K N D"], info: TokenInfo, rule: Rule, held: bool) -> Float[Array, "B K N"]:
-        """What queries of a pass add to the marks of tokens: those that are `held`, or those of the pass and that waited."""
-        return received(asked, k, info, rule)
-
     def watch(self, watched: Any, asked: Asked) -> Any:
         """What it makes of the queries of one more pass; of none at first."""
         return watched
@@ -185,9 +181,6 @@ class Wrapper(Scorer):
     @property
     def expects_turns(self):
         return self.of.expects_turns
-
-    def mark(self, asked, k, info, rule, held):
-        return self.of.mark(asked, k, info, rule, held)
 
     def watch(self, watched, asked):
         return self.of.watch(watched, asked)
