@@ -15,13 +15,14 @@ from jaxtyping import Array, Float
 
 from lcx.attention.attend import local_fold
 from lcx.attention.mask import tokens_of
-from lcx.attention.merge import merge
+from lcx.attention.merge import Part, merge
 from lcx.attention.sharded import own_heads
 from lcx.attention.split_keys import split_axes, summed_up
 from lcx.batch import PADDING, TokenInfo
 from lcx.cache.cache import At, KeysCache
 from lcx.cache.codecs.codec import Codec, Quantizer
 from lcx.cache.codecs.plain import Plain
+from lcx.cache.coded import attend_codes
 from lcx.cache.kv_state import Held, KVState, Pass, Waiting, joined, no_tokens, rounded_up
 from lcx.cache.policies.policy import Policy
 from lcx.cache.pruning import Pruning
@@ -30,6 +31,7 @@ from lcx.parallel.rules import Rules, ambient_mesh, shard
 from lcx.positions.frequencies import Frequencies
 from lcx.record import replaced
 from pallas_kernels.tile_attention import op
+from pallas_kernels.tile_attention.op import Fold
 
 OF_TOKENS = ("k", "v", "marks", "counts")  # what is held of each
 
@@ -147,6 +149,7 @@ class KVCache(KeysCache):
         was, exact = state.state, joined(state)
         held, kv_heads, heads = self._standing(was, exact), state.k.shape[2], q.shape[2]
         axes = split_axes(rules)
+        mesh = {"heads": heads, "head_axes": () if ambient_mesh() is None else rules.heads, "scale": scale}
 
         def local(q, q_info, held, exact, tables):
             own = functools.partial(own_heads, group=heads // kv_heads, queries=q.shape[2], kv_heads=kv_heads, rules=rules)
@@ -154,23 +157,10 @@ class KVCache(KeysCache):
             coded = by_axis((held.k, held.v, held.counts), 1)
             info = by_axis(held.info, 1) if self.by_head else held.info
             known, k, v = by_axis(tables, 1), own(exact.k, axis=2), own(exact.v, axis=2)
-            size = info.segments.shape[2]
-            used = jnp.where(info.segments != PADDING, jnp.arange(size) + 1, 0).max(initial=0)
-
-            def read(part) -> Slots:
-                (codes_k, codes_v, counts), info = part
-                keys = self.turned_slots(self.coders[0].decode(codes_k, known[0]), info, frequencies)
-                extra = jnp.log(counts) if self.policy is not None and self.policy.weighs else None
-                return Slots(keys, self.coders[1].decode(codes_v, known[1]), info, extra)
-
-            whole = self.codec == Plain() and self.keys == "rotated"  # nothing to decode
-            block = None if whole else self.codec.block
-            sizes = {"size": size, "used": used, "block": block, "kv_heads": k.shape[2], "value_dim": v.shape[3]}
-            mesh = {"heads": heads, "head_axes": () if ambient_mesh() is None else rules.heads, "scale": scale}
-            found = attend_slots(q, q_info, (coded, info), read, **sizes, **mesh, **options)
-            found = summed_up(*found, axes) if axes else found
             k = self.turned(k, exact.info, frequencies).astype(q.dtype)
             fold = local_fold(q, k, **mesh, **options)
+            found = self._found(fold, q, q_info, coded, info, known, frequencies)
+            found = summed_up(*found, axes) if axes else found
             return merge(found, op.attention(fold, q, k, v.astype(q.dtype), tokens_of(q_info), tokens_of(exact.info)))
 
         if ambient_mesh() is None:
@@ -190,6 +180,28 @@ class KVCache(KeysCache):
         )
         out = rules.partition(("batch", None, "heads"))
         return jax.shard_map(local, in_specs=specs, out_specs=(out, out), check_vma=False)(q, q_info, held, exact, was.tables)
+
+    def _found(self, fold: Fold, q, q_info: TokenInfo, coded, info: TokenInfo, tables, frequencies) -> Part:
+        """What queries find in the slots of a device: (codes of keys, of values, counts)."""
+        codes_k, codes_v, counts = coded
+        places = jnp.where(info.segments != PADDING, jnp.arange(info.segments.shape[2]) + 1, 0)
+        used = places.max(axis=(1, 2), initial=0)
+        weight = lambda counts: jnp.log(counts) if self.policy is not None and self.policy.weighs else None
+        sides = (coder.format(*x) for coder, *x in zip(self.coders, (codes_k, codes_v), tables, strict=True))
+        turned = frequencies if self.keys == "raw" else None
+        found = attend_codes(fold, q, q_info, *sides, info, used=used, extra=weight(counts), frequencies=turned)
+        if found is not None:
+            return found
+
+        def read(part) -> Slots:
+            (codes_k, codes_v, counts), info = part
+            k, v = (coder.decode(*x) for coder, *x in zip(self.coders, (codes_k, codes_v), tables, strict=True))
+            return Slots(self.turned_slots(k, info, frequencies), v, info, weight(counts))
+
+        _, K, _, E = jax.eval_shape(lambda: self.coders[1].decode(codes_v, tables[1])).shape
+        whole = self.codec == Plain() and self.keys == "rotated"  # nothing to decode
+        sizes = {"size": info.segments.shape[2], "used": used.max(), "block": None if whole else self.codec.block}
+        return attend_slots(fold, q, q_info, (coded, info), read, **sizes, kv_heads=K, value_dim=E)
 
     def prune(self, state, asked, *, frequencies, rule, leader=None):
         return Pruning(self, asked, frequencies, rule, leader)(state)

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lcx.attention.attend import local_fold
 from lcx.attention.mask import tokens_of
 from lcx.attention.merge import Part, merge
 from lcx.batch import TokenInfo
+from pallas_kernels.tile_attention.op import Fold
 from pallas_kernels.tile_attention.tokens import Bias
 
 SPAN = 2048  # slots
@@ -30,6 +30,7 @@ class Slots(NamedTuple):
 
 
 def attend_slots(
+    fold: Fold,
     q: Float[Array, "B T H _"],
     q_info: TokenInfo,
     held: Any,
@@ -40,22 +41,17 @@ def attend_slots(
     block: int | None,
     kv_heads: int,
     value_dim: int,
-    heads: int,
-    head_axes: tuple[str, ...],
-    scale: float,
-    **options,
 ) -> Part:
     """(out [B, T, H, E], lse [B, T, H]) of queries and `size` slots, of which those from `used` on are empty.
 
-    held: arrays [B, K, n, ...] with n in proportion to the slots, cut only between blocks, or not at all if block is None.
-    read: of a span of them. heads, head_axes and options: of `local_fold`.
+    fold: the attention of which this is a part. held: arrays [B, K, n, ...] with n in proportion to the slots, cut only between
+    blocks, or not at all if block is None. read: of a span of them.
     """
     B, T, H, _ = q.shape
     group = H // kv_heads
     by_head = lambda x: jnp.moveaxis(x.reshape(B, T, kv_heads, group, *x.shape[3:]), 2, 1).reshape(-1, T, group, *x.shape[3:])
     queries = by_head(q)
     q_tokens = jax.tree.map(lambda x: jnp.repeat(x, kv_heads, axis=0), tokens_of(q_info))
-    fold = local_fold(q, q[:, :1, :kv_heads], heads=heads, head_axes=head_axes, scale=scale, **options)
     plan = ()
     if (decay := getattr(fold, "decay", None)) is not None:
         bias = decay.bias(q)
@@ -66,7 +62,7 @@ def attend_slots(
         found = read(jax.tree.map(cut, held))
         asked, keys = queries, _as_rows(found.k)
         if found.extra is not None:  # one channel more, where every query has what takes the scale back
-            asked = jnp.concatenate([asked, jnp.full_like(asked[..., :1], 1 / scale)], axis=-1)
+            asked = jnp.concatenate([asked, jnp.full_like(asked[..., :1], 1 / fold.scale)], axis=-1)
             keys = jnp.concatenate([keys, _as_rows(found.extra[..., None])], axis=-1)
         each = lambda x: jnp.broadcast_to(x, (B, kv_heads, count)).reshape(-1, count)
         tokens = jax.tree.map(each, tokens_of(found.info))

@@ -79,13 +79,23 @@ def rotate(
     side: which of the two are rotated, where they differ (`growth`). lengths: of the tokens' documents. Raises ValueError
     without them if the frequencies depend on them.
     """
-    x = x.astype(jnp.float32)
-    cosine, sine = (table[:, :, None] for table in tables(positions, frequencies, lengths))
-    if frequencies.growth is not None:
-        sign = 1 if side == "query" else -1
-        grown = jnp.exp(sign * frequencies.growth.astype(np.float32) * _driving(positions.astype(jnp.float32), frequencies))
-        cosine, sine = cosine * grown[:, :, None], sine * grown[:, :, None]
-    return turned_by(x, cosine, sine, frequencies)
+    cosine, sine = (table[:, :, None] for table in tables_of(side, positions, frequencies, lengths))
+    return turned_by(x.astype(jnp.float32), cosine, sine, frequencies)
+
+
+def tables_of(
+    side: Literal["query", "key"],
+    positions: Float[Array, "B T P"],
+    frequencies: Frequencies,
+    lengths: Int[Array, "B T"] | None = None,
+) -> tuple[Float[Array, "B T C"], Float[Array, "B T C"]]:
+    """`tables` of what is rotated, which differ where the rope grows."""
+    cosine, sine = tables(positions, frequencies, lengths)
+    if frequencies.growth is None:
+        return cosine, sine
+    sign = 1 if side == "query" else -1
+    grown = jnp.exp(sign * frequencies.growth.astype(np.float32) * _driving(positions.astype(jnp.float32), frequencies))
+    return cosine * grown, sine * grown
 
 
 def turned_by(

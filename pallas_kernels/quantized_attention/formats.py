@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped, UInt16
 
 from pallas_kernels.quantized_attention.packing import BLOCK, PLANES
 from pallas_kernels.tile_attention.tokens import Along, Mask, Tokens
@@ -113,6 +113,12 @@ def channels(arrays: Arrays) -> int:
 def halves(x: Shaped[Array, "*n"]) -> Float[Array, "*n"]:
     """Half precision in float32."""
     return (jax.lax.bitcast_convert_type(x, jnp.float16) if x.dtype == jnp.uint16 else x).astype(jnp.float32)
+
+
+def half_bits(x: Float[Array, "*n"]) -> UInt16[Array, "*n"]:
+    """The bits of numbers in half precision, the largest of which stands for all that are larger."""
+    most = float(jnp.finfo(jnp.float16).max)
+    return jax.lax.bitcast_convert_type(jnp.clip(x, -most, most).astype(jnp.float16), jnp.uint16)
 
 
 def invalid(plan: Plan, q: Shaped[Array, "B T H D"], slots: Slots) -> str | None:

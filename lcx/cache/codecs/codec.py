@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lcx.spec import Spec
+from pallas_kernels.quantized_attention.formats import Arrays, Format
 
 
 class Quantizer(abc.ABC):
@@ -37,6 +38,10 @@ class Quantizer(abc.ABC):
     def loosened(self, codes: Any, tables: Any) -> Any:
         """Loose codes of codes: the inverse of `tightened`, exact where a token's code is its own."""
         return codes
+
+    def format(self, codes: Any, tables: Any) -> tuple[Format, Arrays] | None:
+        """Codes as the kernels that read them know them; None if none does."""
+        return None
 
     def encode(self, x: Float[Array, "B K N D"], tables: Any = None) -> Any:
         """Codes of tokens, N a multiple of `block`."""

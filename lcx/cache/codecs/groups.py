@@ -11,36 +11,35 @@ import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, UInt8, UInt16
 
 from lcx.cache.codecs.codec import Codec, Quantizer
+from pallas_kernels.quantized_attention import formats
+from pallas_kernels.quantized_attention.formats import half_bits, halves
 from pallas_kernels.quantized_attention.packing import BLOCK, PLANES, pack, unpack
-
-SCALE = jnp.float16  # as fine as 2 to 4 bits ask for
 
 
 class Grouped(NamedTuple):
-    """codes: of every number, packed or not. scale, zero: of every group."""
+    """codes: of every number, packed or not. scale, zero: of every group, bits of half precision, which is as fine as 2 to 4
+    bits ask for."""
 
     codes: Array | tuple[Array, ...]
-    scale: Float[Array, "B K n g"]
-    zero: Float[Array, "B K n g"]
+    scale: UInt16[Array, "B K n g"]
+    zero: UInt16[Array, "B K n g"]
 
 
-def uniform(x: Float[Array, "*n G"], bits: int) -> tuple[UInt8[Array, "*n G"], Float[Array, "*n 1"], Float[Array, "*n 1"]]:
+def uniform(x: Float[Array, "*n G"], bits: int) -> tuple[UInt8[Array, "*n G"], UInt16[Array, "*n 1"], UInt16[Array, "*n 1"]]:
     """(codes, scale, zero) of groups along the last axis, the last two as they are held."""
     x = x.astype(jnp.float32)
-    most = jnp.finfo(SCALE).max
     low, high = x.min(axis=-1, keepdims=True), x.max(axis=-1, keepdims=True)
-    zero = jnp.clip(low, -most, most).astype(SCALE)
-    scale = jnp.clip((high - low) / (2**bits - 1), 0, most).astype(SCALE)
-    step = jnp.where(scale == 0, 1, scale.astype(jnp.float32))
-    codes = jnp.clip(jnp.round((x - zero) / step), 0, 2**bits - 1)
+    zero, scale = half_bits(low), half_bits((high - low) / (2**bits - 1))
+    step = jnp.where(scale == 0, 1, halves(scale))
+    codes = jnp.clip(jnp.round((x - halves(zero)) / step), 0, 2**bits - 1)
     return codes.astype(jnp.uint8), scale, zero
 
 
-def stands_for(codes: UInt8[Array, "*n G"], scale, zero) -> Float[Array, "*n G"]:
-    return codes.astype(jnp.float32) * scale.astype(jnp.float32) + zero.astype(jnp.float32)
+def stands_for(codes: UInt8[Array, "*n G"], scale: UInt16[Array, "..."], zero: UInt16[Array, "..."]) -> Float[Array, "*n G"]:
+    return codes.astype(jnp.float32) * halves(scale) + halves(zero)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +66,10 @@ class ChannelGroups(Quantizer):
 
     def loosened(self, codes, tables=None):
         return codes._replace(codes=unpack(codes.codes, self.bits))
+
+    def format(self, codes, tables):
+        arrays = formats.GroupArrays(*codes)
+        return formats.ChannelGroups(self.bits, min(self.size, formats.channels(arrays))), arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +100,9 @@ class TokenGroups(Quantizer):
         numbers = unpack(codes.codes, self.bits)
         apart = numbers.reshape(*codes.scale.shape[:-1], self.size, -1)
         return stands_for(apart, codes.scale[..., None, :], codes.zero[..., None, :]).reshape(numbers.shape)
+
+    def format(self, codes, tables):
+        return formats.TokenGroups(self.bits, self.size), formats.GroupArrays(*codes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

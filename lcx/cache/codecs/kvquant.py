@@ -20,23 +20,23 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8, UInt16
 
 from lcx.cache.codecs.codec import Codec, Quantizer
 from lcx.spec import SpecError
+from pallas_kernels.quantized_attention import formats
+from pallas_kernels.quantized_attention.formats import half_bits, halves
 from pallas_kernels.quantized_attention.packing import BLOCK, pack, unpack
-
-HALF = jnp.float16
 
 
 class Coded(NamedTuple):
     """codes: packed or not. place, number: channels of outliers, one beyond the last where there is none, and what they are.
-    range: zero point and half range of a token, if it has its own."""
+    range: zero point and half range of a token, if it has its own. Both of half precision, as its bits."""
 
     codes: Array | tuple[Array, ...]
     place: Int[Array, "B K N O"]
-    number: Float[Array, "B K N O"]
-    range: Float[Array, "B K N 2"] | None
+    number: UInt16[Array, "B K N O"]
+    range: UInt16[Array, "B K N 2"] | None
 
 
 def outliers_of(share: float, channels: int) -> int:
@@ -68,7 +68,7 @@ class _Coder(Quantizer):
         D = x.shape[-1]
         kind = jnp.uint8 if D < 256 else jnp.uint16
         value, place = jax.lax.top_k(far, most)
-        number = jnp.take_along_axis(x, place, axis=-1).astype(HALF)
+        number = half_bits(jnp.take_along_axis(x, place, axis=-1))
         return jnp.where(value > 0, place, D).astype(kind), jnp.where(value > 0, number, 0)
 
     def _value(self, loose: Coded, z, r, tables):
@@ -77,7 +77,7 @@ class _Coder(Quantizer):
         x = x * r + z
         channel = jnp.arange(x.shape[-1])
         for n in range(loose.place.shape[-1]):
-            x = jnp.where(channel == loose.place[..., n : n + 1], loose.number[..., n : n + 1].astype(jnp.float32), x)
+            x = jnp.where(channel == loose.place[..., n : n + 1], halves(loose.number[..., n : n + 1]), x)
         return x
 
     def tightened(self, loose, tables=None):
@@ -85,6 +85,13 @@ class _Coder(Quantizer):
 
     def loosened(self, codes, tables=None):
         return codes._replace(codes=unpack(codes.codes, self.bits))
+
+    def format(self, codes, tables):
+        """Q-Norm is part of the codebook."""
+        codebook = tables["codebook"] * tables["scale"][..., None] + tables["shift"][..., None]
+        ranges = jnp.concatenate(self._ranges(tables), axis=2) if codes.range is None else None
+        arrays = formats.CodebookArrays(codes.codes, codebook, codes.place, codes.number, ranges, codes.range)
+        return formats.Codebook(self.bits), arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,16 +131,16 @@ class Values(_Coder):
         ranked = jnp.take_along_axis(x, order, axis=-1)
         inner = ranked[..., side : D - side] if 2 * side < D else ranked[..., D // 2 : D // 2 + 1]
         low, high = inner[..., :1], inner[..., -1:]
-        limits = jnp.clip(jnp.concatenate([(high + low) / 2, (high - low) / 2], axis=-1), -65504, 65504).astype(HALF)
-        z, r = (limits[..., n : n + 1].astype(jnp.float32) for n in (0, 1))
+        limits = half_bits(jnp.concatenate([(high + low) / 2, (high - low) / 2], axis=-1))
+        z, r = (halves(limits[..., n : n + 1]) for n in (0, 1))
         scaled = (x - z) / jnp.where(r > 0, r, 1)
         place = jnp.concatenate([order[..., :side], order[..., D - side :]], axis=-1)
-        number = jnp.take_along_axis(x, place, axis=-1).astype(HALF)
+        number = half_bits(jnp.take_along_axis(x, place, axis=-1))
         kind = jnp.uint8 if D < 256 else jnp.uint16
         return Coded(nearest(scaled, tables["codebook"]), place.astype(kind), number, limits)
 
     def value(self, loose, tables):
-        z, r = (loose.range[..., n : n + 1].astype(jnp.float32) for n in (0, 1))
+        z, r = (halves(loose.range[..., n : n + 1]) for n in (0, 1))
         return self._value(loose, z, r, tables)
 
 

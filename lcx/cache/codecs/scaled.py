@@ -4,20 +4,16 @@ scale = max |x| / largest,   code = x / scale, rounded to what the type holds
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lcx.cache.codecs.codec import Codec, Quantizer
+from pallas_kernels.quantized_attention import formats
 
 LARGEST = {"int8": 127.0, "fp8": 448.0}
-
-
-class Scaled(NamedTuple):
-    codes: Array
-    scale: Float[Array, "B K N 1"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +27,14 @@ class ByToken(Quantizer):
         scale = jnp.abs(x).max(axis=-1, keepdims=True) / most
         scaled = jnp.clip(x / jnp.where(scale == 0, 1, scale), -most, most)
         codes = jnp.round(scaled).astype(jnp.int8) if self.kind == "int8" else scaled.astype(jnp.float8_e4m3fn)
-        return Scaled(codes, scale)
+        return formats.ScaledArrays(codes, scale)
 
     def value(self, loose, tables=None):
         numbers = loose.codes.astype(jnp.float32) if self.kind == "int8" else widened(loose.codes)
         return numbers * loose.scale
+
+    def format(self, codes, tables):
+        return formats.Scaled(self.kind), codes
 
 
 def widened(codes: Array) -> Float[Array, "*n"]:
