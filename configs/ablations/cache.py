@@ -64,10 +64,12 @@ def bits(model: str = "reader_2k", length: int = 2048, calibration: str = "reade
     return _ablation(model, {"full precision": DenseCache()} | arms, (_variant("as read", length),), only)
 
 
-def kept(model: str = "reader_2k", length: int = 2048, only: str | None = None) -> Ablation:
-    """Policies at shares of the tokens."""
+def kept(model: str = "reader_2k", length: int = 2048, chunk: int = 512, only: str | None = None) -> Ablation:
+    """Policies at shares of the tokens. chunk: of a prompt, behind each of which they choose; from `length` on they choose once,
+    when the question at the end of a prompt has been read."""
     edits = lambda share: ((f"{CACHE}.policy.keep", share),)
-    variants = tuple(_variant(f"{share:g} kept", length, edits(share)) for share in SHARES)
+    name = "{:g} kept" if chunk < length else "{:g} kept, read at once"
+    variants = tuple(_variant(name.format(share), length, edits(share), chunk) for share in SHARES)
     arms = {name: KVCache(keys="raw" if policy.raw else "rotated", policy=policy) for name, policy in _policies().items()}
     return _ablation(model, arms, variants, only)
 
@@ -131,8 +133,8 @@ def _cache(codec: Codec) -> Cache:
     return KVCache(codec=codec, keys="raw" if codec.raw else "rotated")
 
 
-def _variant(method: str, length: int, edits: tuple = ()) -> Variant:
-    return Variant(method=method, lengths=(length,), edits=edits)
+def _variant(method: str, length: int, edits: tuple = (), chunk: int = 512) -> Variant:
+    return Variant(method=method, lengths=(length,), edits=edits, chunk=chunk)
 
 
 def _ablation(model: str, caches: dict[str, Cache], variants: tuple[Variant, ...], only: str | None) -> Ablation:

@@ -62,7 +62,8 @@ class Arm(Spec):
 class Variant(Spec):
     """A way to use an arm's parameters. stage and scale only tell variants of one method apart in tables and plots.
 
-    edits: of the arm's model or `data.tokenizer`. lengths: to measure at. finetune: edits that turn the arm's experiment into a
+    edits: of the arm's model or `data.tokenizer`. lengths: to measure at. chunk: tokens of a prompt that are read at a time,
+    behind each of which a cache may drop some. finetune: edits that turn the arm's experiment into a
     fine-tuning from its parameters (steps, length, learning rate); empty: zero-shot. What it edits of the model holds for the
     training: measured is what `edits` say.
     """
@@ -72,9 +73,11 @@ class Variant(Spec):
     edits: Edits = ()
     stage: str = "zero-shot"
     scale: float = 1.0
+    chunk: int = 512
     finetune: Edits = ()
 
     def validate(self):
+        self.check(self.chunk >= 1, "chunk", "at least 1 token")
         check_lengths(self, self.lengths)
 
     @property
@@ -267,7 +270,7 @@ class _Run:
         for task, length in jobs:
             begin = time.perf_counter()
             with self.watch.on(arm.name, "evaluate"):
-                rows = task.measure(LocalModel(model, tokenizer, window=length), length)
+                rows = task.measure(LocalModel(model, tokenizer, window=length, chunk=variant.chunk), length)
             took = time.perf_counter() - begin
             label = {"arm": arm.name, "variant": variant.name, "method": variant.method, "stage": variant.stage}
             label |= {"scale": variant.scale, "config": self.key, "parameters": parameters}

@@ -35,7 +35,7 @@ _NUMBERS = ("value", "low", "high", "count", "examples")
 class Evaluation(Spec):
     """model: a run folder, or the name of a shipped model. edits: of its model (`("model.rope", YaRN(...))`) or its
     `data.tokenizer`: the parameters under another spec. step: the checkpoint, default the newest. tasks: each measured at
-    every one of `lengths`.
+    every one of `lengths`. chunk: tokens of a prompt that are read at a time, behind each of which a cache may drop some.
     """
 
     model: str
@@ -43,8 +43,10 @@ class Evaluation(Spec):
     lengths: tuple[int, ...]
     edits: Edits = ()
     step: int | None = None
+    chunk: int = 512
 
     def validate(self):
+        self.check(self.chunk >= 1, "chunk", "at least 1 token")
         check_names(self, "tasks", [task.name for task in self.tasks])
         check_lengths(self, self.lengths)
 
@@ -79,7 +81,7 @@ def evaluate(evaluation: Evaluation, run_dir: Path | str, say: Callable[[str], N
     check_inputs((experiment.data.tokenizer, *job) for job in jobs)
     open_run(run_dir, evaluation)
     for task, length in jobs:
-        found = task.measure(LocalModel(model, experiment.data.tokenizer, window=length), length)
+        found = task.measure(LocalModel(model, experiment.data.tokenizer, window=length, chunk=evaluation.chunk), length)
         append_rows(results, [label | row for row in found])
         say(f"{task.name} at {length}")
     rows = read_rows(results)
