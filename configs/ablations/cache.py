@@ -65,8 +65,8 @@ def bits(model: str = "reader_2k", length: int = 2048, calibration: str = "reade
 
 
 def kept(model: str = "reader_2k", length: int = 2048, chunk: int = 512, only: str | None = None) -> Ablation:
-    """Policies at shares of the tokens. chunk: of a prompt, behind each of which they choose; from `length` on they choose once,
-    when the question at the end of a prompt has been read."""
+    """Policies at shares of the tokens. chunk: of a prompt, behind each of which they choose; at `length` they choose once, the
+    question at the end of the prompt read."""
     edits = lambda share: ((f"{CACHE}.policy.keep", share),)
     name = "{:g} kept" if chunk < length else "{:g} kept, read at once"
     variants = tuple(_variant(name.format(share), length, edits(share), chunk) for share in SHARES)

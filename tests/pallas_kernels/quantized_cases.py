@@ -8,10 +8,9 @@ import numpy as np
 
 from lcx.attention.mask import Causal, Mask
 from lcx.cache.codecs.codec import Codec
-from lcx.cache.codecs.groups import KIVI, ChannelGroups, IntGroups, TokenGroups
+from lcx.cache.codecs.groups import KIVI, IntGroups
 from lcx.cache.codecs.kvquant import KVQuant
-from lcx.cache.codecs.scaled import ByToken, Fp8, Int8
-from pallas_kernels.quantized_attention import formats
+from lcx.cache.codecs.scaled import Fp8, Int8
 from pallas_kernels.quantized_attention.formats import Plan, Slots
 from pallas_kernels.tile_attention.tokens import Tokens
 
@@ -50,20 +49,10 @@ class Case:
 
 
 def of_codec(quantizer, codes, tables, as_bits=True):
-    """The format and arrays of a quantizer's codes."""
-    bits = lambda x: jax.lax.bitcast_convert_type(x, jnp.uint16) if as_bits and x is not None else x
-    if isinstance(quantizer, ByToken):
-        return formats.Scaled(quantizer.kind), formats.ScaledArrays(codes.codes, codes.scale)
-    if isinstance(quantizer, ChannelGroups | TokenGroups):
-        form = getattr(formats, type(quantizer).__name__)(quantizer.bits, quantizer.size)
-        return form, formats.GroupArrays(codes.codes, bits(codes.scale), bits(codes.zero))
-    codebook = tables["codebook"] * tables["scale"][..., None] + tables["shift"][..., None]
-    ranges = None
-    if "upper" in tables:
-        upper, lower = tables["upper"], tables["lower"]
-        ranges = jnp.stack([(upper + lower) / 2, (upper - lower) / 2], axis=2)
-    arrays = formats.CodebookArrays(codes.codes, codebook, codes.place, bits(codes.number), ranges, bits(codes.range))
-    return formats.Codebook(quantizer.bits), arrays
+    """The format and arrays of a quantizer's codes, half precision as its bits or as it is."""
+    form, arrays = quantizer.format(codes, tables)
+    as_numbers = lambda x: jax.lax.bitcast_convert_type(x, jnp.float16) if x.dtype == jnp.uint16 else x
+    return form, arrays if as_bits else jax.tree.map(as_numbers, arrays)
 
 
 def made(case: Case, seed=0):
