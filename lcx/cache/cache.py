@@ -76,6 +76,11 @@ class Cache(Spec, abc.ABC):
         return None
 
     @property
+    def by_token(self) -> bool:
+        """Whether a pass of one token finds something else than one of several."""
+        return False
+
+    @property
     def by_layer(self) -> bool:
         """Whether layers have states of their own kind."""
         return False

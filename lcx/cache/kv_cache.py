@@ -15,35 +15,36 @@ from jaxtyping import Array, Float
 
 from lcx.attention.attend import local_fold
 from lcx.attention.mask import tokens_of
-from lcx.attention.merge import Part, merge
+from lcx.attention.merge import merge
 from lcx.attention.sharded import own_heads
 from lcx.attention.split_keys import split_axes, summed_up
 from lcx.batch import PADDING, TokenInfo
 from lcx.cache.cache import At, KeysCache
 from lcx.cache.codecs.codec import Codec, Quantizer
 from lcx.cache.codecs.plain import Plain
-from lcx.cache.coded import attend_codes
 from lcx.cache.kv_state import Held, KVState, Pass, Waiting, joined, no_tokens, rounded_up
+from lcx.cache.pages import selected, summarised
 from lcx.cache.policies.policy import Policy
 from lcx.cache.pruning import Pruning
-from lcx.cache.spans import Slots, attend_slots
+from lcx.cache.selectors.selector import Selector
 from lcx.parallel.rules import Rules, ambient_mesh, shard
 from lcx.positions.frequencies import Frequencies
 from lcx.record import replaced
 from pallas_kernels.tile_attention import op
-from pallas_kernels.tile_attention.op import Fold
 
-OF_TOKENS = ("k", "v", "marks", "counts")  # what is held of each
+OF_TOKENS = ("k", "v", "marks", "counts", "pages")  # what is held of each, or of a page of them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVCache(KeysCache):
-    """codec: how slots hold keys and values. policy: which tokens stay; None is all. keys: whether slots hold rotated or raw
-    keys. positions: where slots stand for the rope, at their tokens' `own` positions, or side by side right before the tokens
-    that came last (`slots`: StreamingLLM, 2023; raw keys of plain text), so that no distance outgrows what the model knows."""
+    """codec: how slots hold keys and values. policy: which tokens stay, selector: which pages of them a query reads; None is
+    all. keys: whether slots hold rotated or raw keys. positions: where slots stand for the rope, at their tokens' `own`
+    positions, or side by side right before the tokens that came last (`slots`: StreamingLLM, 2023; raw keys of plain text), so
+    that no distance outgrows what the model knows."""
 
     codec: Codec = Plain()
     policy: Policy | None = None
+    selector: Selector | None = None
     positions: Literal["own", "slots"] = "own"
 
     def validate(self):
@@ -52,10 +53,20 @@ class KVCache(KeysCache):
         self.check(
             self.positions == "own" or self.keys == "raw", "keys", "'raw' beside positions = 'slots', which turns keys anew"
         )
+        if self.selector is not None:
+            block = self.codec.block
+            wanted = f"a multiple of the {block} tokens that codec = {self.codec} holds together"
+            self.check(self.selector.page % block == 0, "selector.page", wanted)
+            wanted = "'own' beside a selector, which is told of keys turned for good"
+            self.check(self.positions == "own", "positions", wanted)
 
     @property
     def exact(self):
-        return self.codec == Plain() and self.policy is None and self.positions == "own"
+        return self.codec == Plain() and self.policy is None and self.selector is None and self.positions == "own"
+
+    @property
+    def by_token(self):
+        return self.selector is not None
 
     @property
     def room(self):
@@ -63,7 +74,8 @@ class KVCache(KeysCache):
 
     @property
     def by_layer(self):
-        return self.codec.by_layer or (self.policy is not None and self.policy.by_layer)
+        chooses = self.selector is not None and self.selector.dense_layers > 0
+        return self.codec.by_layer or chooses or (self.policy is not None and self.policy.by_layer)
 
     def leads(self, layer):
         return None if self.policy is None else self.policy.leader(layer)
@@ -81,7 +93,8 @@ class KVCache(KeysCache):
         codec, policy = self.codec, self.policy
         B, K, G = batch_size, kv_heads, kv_heads if self.by_head else 1
         share = 1.0 if policy is None else policy.layers.share(at.layer, at.depth)
-        S = rounded_up(length if policy is None else policy.slots(length, share), codec.block * at.shards)
+        block = codec.block if self.selector is None else self.selector.page
+        S = rounded_up(length if policy is None else policy.slots(length, share), block * at.shards)
         R = codec.first + codec.recent + codec.block - 1
         tables = jax.tree.map(
             lambda x: jnp.broadcast_to(x, (B, *x.shape)), codec.tables(at.layer, kv_heads, head_dim, value_dim)
@@ -104,7 +117,10 @@ class KVCache(KeysCache):
             info=no_tokens(B, R, axes),
             marks=jnp.zeros((B, R, K)) if marks else None,
         )
-        queries, zero = 0 if policy is None else policy.queries, jnp.zeros(B, jnp.int32)
+        queries, zero, selects = 0 if policy is None else policy.queries, jnp.zeros(B, jnp.int32), None
+        if self.selector is not None:
+            held = summarised(self, held, tables, None)
+            selects = jnp.full(B, at.layer >= self.selector.dense_layers)
         return KVState(
             length=length,
             share=share,
@@ -117,6 +133,7 @@ class KVCache(KeysCache):
             watched=None if policy is None else policy.watching(B, at.heads, head_dim),
             tables=tables,
             overflow=zero,
+            selects=selects,
         )
 
     def length(self, state):
@@ -151,57 +168,43 @@ class KVCache(KeysCache):
         axes = split_axes(rules)
         mesh = {"heads": heads, "head_axes": () if ambient_mesh() is None else rules.heads, "scale": scale}
 
-        def local(q, q_info, held, exact, tables):
+        def local(q, q_info, held, exact, tables, selects):
             own = functools.partial(own_heads, group=heads // kv_heads, queries=q.shape[2], kv_heads=kv_heads, rules=rules)
             by_axis = lambda tree, axis: jax.tree.map(lambda x: own(x, axis=axis), tree)
-            coded = by_axis((held.k, held.v, held.counts), 1)
+            coded, pages = by_axis((held.k, held.v, held.counts), 1), by_axis(held.pages, 1)
             info = by_axis(held.info, 1) if self.by_head else held.info
             known, k, v = by_axis(tables, 1), own(exact.k, axis=2), own(exact.v, axis=2)
             k = self.turned(k, exact.info, frequencies).astype(q.dtype)
             fold = local_fold(q, k, **mesh, **options)
-            found = self._found(fold, q, q_info, coded, info, known, frequencies)
+            find = lambda coded, info: self._found(fold, q, q_info, coded, info, known, frequencies)
+            found = (
+                find(coded, info)
+                if self.selector is None or q.shape[1] > 1
+                else jax.lax.cond(
+                    selects.any(),
+                    lambda: find(*selected(self.selector, q, q_info, fold.mask, pages, coded, info, axes)),
+                    lambda: find(coded, info),
+                )
+            )
             found = summed_up(*found, axes) if axes else found
             return merge(found, op.attention(fold, q, k, v.astype(q.dtype), tokens_of(q_info), tokens_of(exact.info)))
 
+        given = (q, q_info, held, exact, was.tables, was.selects)
         if ambient_mesh() is None:
-            return local(q, q_info, held, exact, was.tables)
+            return local(*given)
         by = lambda *names: lambda tree: jax.tree.map(lambda x: rules.partition(names[: x.ndim]), tree)
-        slots, waits, by_head = (
-            by("batch", "kv_heads", "slots"),
-            by("batch", None, "kv_heads"),
-            "kv_heads" if self.by_head else None,
-        )
+        slots, waits = by("batch", "kv_heads", "slots"), by("batch", None, "kv_heads")
+        by_head = "kv_heads" if self.by_head else None
         specs = (
             by("batch", None, "heads")(q),
             by("batch")(q_info),
             replaced(held, info=by("batch", by_head, "slots")(held.info), **{n: slots(getattr(held, n)) for n in OF_TOKENS}),
             replaced(exact, info=by("batch")(exact.info), **{n: waits(getattr(exact, n)) for n in ("k", "v", "marks")}),
             by("batch", "kv_heads")(was.tables),
+            by("batch")(was.selects),
         )
         out = rules.partition(("batch", None, "heads"))
-        return jax.shard_map(local, in_specs=specs, out_specs=(out, out), check_vma=False)(q, q_info, held, exact, was.tables)
-
-    def _found(self, fold: Fold, q, q_info: TokenInfo, coded, info: TokenInfo, tables, frequencies) -> Part:
-        """What queries find in the slots of a device: (codes of keys, of values, counts)."""
-        codes_k, codes_v, counts = coded
-        places = jnp.where(info.segments != PADDING, jnp.arange(info.segments.shape[2]) + 1, 0)
-        used = places.max(axis=(1, 2), initial=0)
-        weight = lambda counts: jnp.log(counts) if self.policy is not None and self.policy.weighs else None
-        sides = (coder.format(*x) for coder, *x in zip(self.coders, (codes_k, codes_v), tables, strict=True))
-        turned = frequencies if self.keys == "raw" else None
-        found = attend_codes(fold, q, q_info, *sides, info, used=used, extra=weight(counts), frequencies=turned)
-        if found is not None:
-            return found
-
-        def read(part) -> Slots:
-            (codes_k, codes_v, counts), info = part
-            k, v = (coder.decode(*x) for coder, *x in zip(self.coders, (codes_k, codes_v), tables, strict=True))
-            return Slots(self.turned_slots(k, info, frequencies), v, info, weight(counts))
-
-        _, K, _, E = jax.eval_shape(lambda: self.coders[1].decode(codes_v, tables[1])).shape
-        whole = self.codec == Plain() and self.keys == "rotated"  # nothing to decode
-        sizes = {"size": info.segments.shape[2], "used": used.max(), "block": None if whole else self.codec.block}
-        return attend_slots(fold, q, q_info, (coded, info), read, **sizes, kv_heads=K, value_dim=E)
+        return jax.shard_map(local, in_specs=specs, out_specs=(out, out), check_vma=False)(*given)
 
     def prune(self, state, asked, *, frequencies, rule, leader=None):
         return Pruning(self, asked, frequencies, rule, leader)(state)

@@ -1,5 +1,6 @@
 """What a KV cache holds, and how tokens and blocks of tokens move in it."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -23,20 +24,24 @@ class Waiting:
 @record
 class Held:
     """Slots. k, v: codes. info: [B, G, S], G the key heads where each holds tokens of its own, else 1; segment 0 is empty.
-    marks: attention received. counts: tokens that each stands for."""
+    marks: attention received. counts: tokens that each stands for. pages: what a selector is told of pages of slots."""
 
     k: Any
     v: Any
     info: TokenInfo
     marks: Float[Array, "B K S"] | None
     counts: Float[Array, "B K S"] | None
+    pages: Any = None
+
+    def with_pages(self, pages: Any) -> "Held":
+        return dataclasses.replace(self, pages=pages)
 
 
 @record
 class KVState:
     """length: that it was made for. share: of the mean budget, the layer's. used: slots taken, with those that a block leaves
     empty. seen: tokens read. newest: the last queries, if a policy reads them; watched: what it made of all. tables: what the
-    codec knew beforehand. overflow: tokens that found no slot."""
+    codec knew beforehand. overflow: tokens that found no slot. selects: whether the layer's selector chooses."""
 
     length: int = static()
     share: float = static()
@@ -49,6 +54,7 @@ class KVState:
     watched: Any
     tables: Any
     overflow: Int[Array, "B"]
+    selects: Bool[Array, "B"] | None = None
 
 
 @record

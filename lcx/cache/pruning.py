@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Int
 
 from lcx.batch import PADDING, TokenInfo
 from lcx.cache.kv_state import Held, KVState, Pass, Waiting, hidden, joined, stored_blocks, taken, taken_first
+from lcx.cache.pages import summarised
 from lcx.cache.scorers.scorer import Asked, Rule, Scored, received
 from lcx.positions.frequencies import Frequencies
 from pallas_kernels.target import platform
@@ -103,15 +104,22 @@ class Pruning:
         put = functools.partial(stored_blocks, slot=heads, after=after)
         info = jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], (B, G, *x.shape[1:])), leaving.info)
         used = state.used + moved[:, None]
+        new = Held(
+            k=jax.tree.map(put, held.k, coded[0]),
+            v=jax.tree.map(put, held.v, coded[1]),
+            info=jax.tree.map(functools.partial(stored_blocks, slot=slot, after=after), held.info, info),
+            marks=None if held.marks is None else put(held.marks, by_head(leaving.marks)),
+            counts=None if held.counts is None else put(held.counts, jnp.ones((B, K, L))),
+            pages=held.pages,
+        )
+        if self.cache.selector is not None:
+            page = self.cache.selector.page
+            touched = (state.used // page)[:, :, None] + jnp.arange(-(-L // page) + 1)
+            touched = jnp.broadcast_to(touched, (B, K, touched.shape[2]))
+            new = summarised(self.cache, new, state.tables, self.frequencies, touched)
         return dataclasses.replace(
             state,
-            held=Held(
-                k=jax.tree.map(put, held.k, coded[0]),
-                v=jax.tree.map(put, held.v, coded[1]),
-                info=jax.tree.map(functools.partial(stored_blocks, slot=slot, after=after), held.info, info),
-                marks=None if held.marks is None else put(held.marks, by_head(leaving.marks)),
-                counts=None if held.counts is None else put(held.counts, jnp.ones((B, K, L))),
-            ),
+            held=new,
             used=jnp.minimum(used, S),
             overflow=state.overflow + jnp.maximum(used - S, 0).max(axis=1),
         )
@@ -170,18 +178,17 @@ class Pruning:
             codes.append(coder.tightened(stays, known))
         block, some = self.cache.codec.block, kept.there.sum(axis=2)
         ones = None if counts is None else pick(counts, by_all(origin))
-        return dataclasses.replace(
-            state,
-            held=Held(
-                k=codes[0],
-                v=codes[1],
-                info=hidden(pick(info, origin), kept.there),
-                marks=None if marks is None else pick(marks, by_all(origin)),
-                counts=ones if kept.counts is None else kept.counts,
-            ),
-            used=-(-some // block) * block,
-            overflow=jnp.maximum(state.overflow, lost),
+        new = Held(
+            k=codes[0],
+            v=codes[1],
+            info=hidden(pick(info, origin), kept.there),
+            marks=None if marks is None else pick(marks, by_all(origin)),
+            counts=ones if kept.counts is None else kept.counts,
+            pages=held.pages,
         )
+        if self.cache.selector is not None:
+            new = summarised(self.cache, new, state.tables, self.frequencies)
+        return dataclasses.replace(state, held=new, used=-(-some // block) * block, overflow=jnp.maximum(state.overflow, lost))
 
 
 def _where(rows: Bool[Array, "B"], some: KVState, others: KVState) -> KVState:

@@ -209,9 +209,17 @@ class DecoderModel(nnx.Module):
             return x, {"embed": embed_state, "layers": states}, aux
         policy = REMAT[self.spec.remat]
         body = period if policy is None else jax.checkpoint(period, prevent_cse=False, policy=policy)
-        given = None if state is None else state["layers"]
-        first = jnp.arange(periods, dtype=jnp.int32) * len(self.spec.pattern)
-        x, (layers, aux) = jax.lax.scan(body, x, (slots, given, first), unroll=self._unroll(periods))
+
+        def step(carry, stacked):
+            """States are carried, and each is put back where it was: as outputs of the scan all would be held twice."""
+            (x, held), (blocks, n) = carry, stacked
+            given = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, n, keepdims=False), held)
+            x, (new, aux) = body(x, (blocks, given, n * len(self.spec.pattern)))
+            put = lambda leaf, one: jax.lax.dynamic_update_index_in_dim(leaf, one, n, 0)
+            return (x, jax.tree.map(put, held, new)), aux
+
+        held, numbers = None if state is None else state["layers"], jnp.arange(periods, dtype=jnp.int32)
+        (x, layers), aux = jax.lax.scan(step, (x, held), (slots, numbers), unroll=self._unroll(periods))
         return x, None if state is None else {"embed": embed_state, "layers": layers}, over_layers(aux)
 
     def logits(self, hidden: Float[Array, "*n M"]) -> Float[Array, "*n V"]:
