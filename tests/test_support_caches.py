@@ -12,6 +12,7 @@ from lcx.cache.policies.windowkv import WindowKV
 from lcx.cache.scorers.expected_attention import ExpectedAttention
 from lcx.cache.scorers.key_norm import KeyNorm
 from lcx.cache.scorers.snapkv import SnapKV
+from lcx.cache.selectors.quest import Quest
 from lcx.memory.rmt import RMT
 from lcx.positions.alibi import ALiBi
 from lcx.positions.dynamic_ntk import DynamicNTK
@@ -23,6 +24,7 @@ from lcx.support import broken
 from lcx.support_table import base
 
 MIXER = "model.pattern[0].mixer"
+QUEST = Quest(budget=64)
 SNAP = Evict(score=SnapKV(), keep=0.5)
 
 
@@ -43,6 +45,8 @@ def refusals(cache, *more):
             "whose mean turn it does not know",
         ),
         (KVCache(), [("model.rope", DynamicNTK(original_length=8))], "cache.keys = 'rotated': expected 'raw'"),
+        (KVCache(selector=QUEST), [(f"{MIXER}.distances", SelfExtend(group=2, window=4))], "keys that are turned for good"),
+        (KVCache(selector=QUEST, keys="raw"), [("model.rope", DynamicNTK(original_length=8))], "turned for good"),
         (KVCache(codec=IntGroups(group=3)), [], "groups of 3 channels in heads of 8"),
         (KVCache(keys="raw", codec=KVQuant(calibration="reader")), [], "expected tables of this model"),
         (KVCache(policy=Evict(score=KeyNorm(), keep=8, layers=Pyramid())), [("model.periods", 2)], "expected 'all'"),

@@ -15,22 +15,25 @@ from jaxtyping import Array, Float
 
 from lcx.attention.attend import local_fold
 from lcx.attention.mask import tokens_of
-from lcx.attention.merge import merge
+from lcx.attention.merge import Part, merge
 from lcx.attention.sharded import own_heads
 from lcx.attention.split_keys import split_axes, summed_up
 from lcx.batch import PADDING, TokenInfo
 from lcx.cache.cache import At, KeysCache
 from lcx.cache.codecs.codec import Codec, Quantizer
 from lcx.cache.codecs.plain import Plain
+from lcx.cache.coded import attend_codes
 from lcx.cache.kv_state import Held, KVState, Pass, Waiting, joined, no_tokens, rounded_up
 from lcx.cache.pages import selected, summarised
 from lcx.cache.policies.policy import Policy
 from lcx.cache.pruning import Pruning
 from lcx.cache.selectors.selector import Selector
+from lcx.cache.spans import Slots, attend_slots
 from lcx.parallel.rules import Rules, ambient_mesh, shard
 from lcx.positions.frequencies import Frequencies
 from lcx.record import replaced
 from pallas_kernels.tile_attention import op
+from pallas_kernels.tile_attention.op import Fold
 
 OF_TOKENS = ("k", "v", "marks", "counts", "pages")  # what is held of each, or of a page of them
 
@@ -55,8 +58,8 @@ class KVCache(KeysCache):
         )
         if self.selector is not None:
             block = self.codec.block
-            wanted = f"a multiple of the {block} tokens that codec = {self.codec} holds together"
-            self.check(self.selector.page % block == 0, "selector.page", wanted)
+            wanted = f"pages of a multiple of the {block} tokens that codec = {self.codec} holds together"
+            self.check(self.selector.page % block == 0, "selector", wanted)
             wanted = "'own' beside a selector, which is told of keys turned for good"
             self.check(self.positions == "own", "positions", wanted)
 
@@ -177,15 +180,10 @@ class KVCache(KeysCache):
             k = self.turned(k, exact.info, frequencies).astype(q.dtype)
             fold = local_fold(q, k, **mesh, **options)
             find = lambda coded, info: self._found(fold, q, q_info, coded, info, known, frequencies)
-            found = (
-                find(coded, info)
-                if self.selector is None or q.shape[1] > 1
-                else jax.lax.cond(
-                    selects.any(),
-                    lambda: find(*selected(self.selector, q, q_info, fold.mask, pages, coded, info, axes)),
-                    lambda: find(coded, info),
-                )
-            )
+            whole = lambda: find(coded, info)
+            some = lambda: find(*selected(self.selector, q, q_info, fold.mask, pages, coded, info, axes))
+            choose = self.selector is not None and q.shape[1] == 1
+            found = jax.lax.cond(selects.any(), some, whole) if choose else whole()
             found = summed_up(*found, axes) if axes else found
             return merge(found, op.attention(fold, q, k, v.astype(q.dtype), tokens_of(q_info), tokens_of(exact.info)))
 
@@ -205,6 +203,28 @@ class KVCache(KeysCache):
         )
         out = rules.partition(("batch", None, "heads"))
         return jax.shard_map(local, in_specs=specs, out_specs=(out, out), check_vma=False)(*given)
+
+    def _found(self, fold: Fold, q, q_info: TokenInfo, coded, info: TokenInfo, tables, frequencies) -> Part:
+        """What queries find in the slots of a device: (codes of keys, of values, counts)."""
+        codes_k, codes_v, counts = coded
+        places = jnp.where(info.segments != PADDING, jnp.arange(info.segments.shape[2]) + 1, 0)
+        used = places.max(axis=(1, 2), initial=0)
+        weight = lambda counts: jnp.log(counts) if self.policy is not None and self.policy.weighs else None
+        sides = (coder.format(*x) for coder, *x in zip(self.coders, (codes_k, codes_v), tables, strict=True))
+        turned = frequencies if self.keys == "raw" else None
+        found = attend_codes(fold, q, q_info, *sides, info, used=used, extra=weight(counts), frequencies=turned)
+        if found is not None:
+            return found
+
+        def read(part) -> Slots:
+            (codes_k, codes_v, counts), info = part
+            k, v = (coder.decode(*x) for coder, *x in zip(self.coders, (codes_k, codes_v), tables, strict=True))
+            return Slots(self.turned_slots(k, info, frequencies), v, info, weight(counts))
+
+        _, K, _, E = jax.eval_shape(lambda: self.coders[1].decode(codes_v, tables[1])).shape
+        whole = self.codec == Plain() and self.keys == "rotated"  # nothing to decode
+        sizes = {"size": info.segments.shape[2], "used": used.max(), "block": None if whole else self.codec.block}
+        return attend_slots(fold, q, q_info, (coded, info), read, **sizes, kv_heads=K, value_dim=E)
 
     def prune(self, state, asked, *, frequencies, rule, leader=None):
         return Pruning(self, asked, frequencies, rule, leader)(state)

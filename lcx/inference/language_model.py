@@ -30,7 +30,7 @@ from lcx.inference.requests import (
 )
 from lcx.inference.sampling import Sampling
 from lcx.inference.shapes import bucket, right_padded
-from lcx.inference.streamed import exact, streamed_logprobs
+from lcx.inference.streamed import by_token, exact, streamed_logprobs
 from lcx.models.decoder import DecoderModel
 from lcx.positions.visual import Placed
 
@@ -75,7 +75,7 @@ class LocalModel:
     """A decoder and its tokenizer on this machine. row_tokens: tokens of a forward pass, which decides the rows of a batch.
 
     chunk: tokens of a prompt that are read at a time. step: those behind it that are scored at a time, where a cache drops or
-    rounds: what a model knows then depends on how it read, and rows are read as a server would.
+    rounds: what a model knows then depends on how it read, and rows are read as a server would; one where a cache selects.
 
     Raises ValueError if the model lacks ids of the tokenizer.
     """
@@ -135,7 +135,8 @@ class LocalModel:
                 raise ValueError("logprobs: placed rows with a cache that drops or rounds: expected a DenseCache")
             for members, _, size in self._batches(rows):
                 mine, begin = [rows[n] for n in members], [starts[n] for n in members]
-                logprobs, greedy = streamed_logprobs(self.model, mine, begin, size=size, chunk=self.chunk, step=self.step)
+                step = 1 if by_token(self.model.spec) else self.step
+                logprobs, greedy = streamed_logprobs(self.model, mine, begin, size=size, chunk=self.chunk, step=step)
                 counts = [len(row) - start for row, start in zip(mine, begin, strict=True)]
                 found |= {
                     n: Scored(logprobs[b, :c], greedy[b, :c]) for b, (n, c) in enumerate(zip(members, counts, strict=True))

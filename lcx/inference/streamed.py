@@ -25,6 +25,11 @@ def exact(spec: Decoder) -> bool:
     return all(part.exact for _, part in below(spec) if isinstance(part, Cache))
 
 
+def by_token(spec: Decoder) -> bool:
+    """Whether some cache of a model answers a token alone otherwise than several at once."""
+    return any(part.by_token for _, part in below(spec) if isinstance(part, Cache))
+
+
 def streamed_logprobs(
     model: DecoderModel, rows: Sequence[Sequence[int]], starts: Sequence[int], *, size: int, chunk: int, step: int
 ) -> tuple[Float[np.ndarray, "B N"], Bool[np.ndarray, "B N"]]:

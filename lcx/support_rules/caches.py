@@ -53,6 +53,9 @@ def caches_turn_keys(experiment: Experiment) -> Iterator[str]:
             if not static or mixer.distances is not None or mixer.distance_bias is not None:
                 expected = "expected 'own' but beside a rope of one axis that no length changes, and no other distances"
                 yield f"{path}.cache.positions = 'slots': {expected}"
+        if cache.selector is not None and (mixer.distances is not None or isinstance(rule, LengthRule)):
+            expected = "expected None beside distances or a rope that turns keys anew as documents grow"
+            yield f"{path}.cache.selector: {expected}, as it is told of keys that are turned for good"
         if cache.policy is not None and cache.policy.expects_turns and isinstance(rule, FrequencyRule):
             growth = rule.frequencies(mixer.head_dim, experiment.data.length).growth is not None
             if growth or rule.learned or mixer.distances is not None:

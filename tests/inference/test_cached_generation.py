@@ -18,6 +18,7 @@ from lcx.cache.scorers.expected_attention import ExpectedAttention
 from lcx.cache.scorers.key_norm import KeyNorm
 from lcx.cache.scorers.observed import Observed
 from lcx.cache.scorers.snapkv import SnapKV
+from lcx.cache.selectors.quest import Quest
 from lcx.channels.glu import GLU
 from lcx.data.tokenizers import ByteTokenizer
 from lcx.inference.engine import Ask, Engine
@@ -43,6 +44,7 @@ CACHES = {
         codec=KVQuant(codebook="uniform", bits=4),
         policy=Evict(score=ExpectedAttention(ahead=8, sinks=1), keep=16, every=4, layers=Pyramid(beta=2.0)),
     ),
+    "quest": KVCache(codec=KIVI(group=8, residual=8), selector=Quest(page=32, budget=32, dense_layers=1)),
     "windows": KVCache(policy=WindowKV(keep=12, suffix=4, window=4, every=4, layers=Pyramid(beta=4.0, group=2))),
 }
 
@@ -64,7 +66,7 @@ def test_all_tokens_as_they_are_answer_as_a_dense_cache():
 
 @pytest.mark.parametrize(
     "name",
-    ["windows", *(pytest.param(name, marks=pytest.mark.slow) for name in ("kivi", "h2o, int4", "pyramid, kvquant"))],
+    ["windows", *(pytest.param(name, marks=pytest.mark.slow) for name in ("kivi", "h2o, int4", "pyramid, kvquant", "quest"))],
 )
 def test_a_row_is_alone_with_its_cache(name):
     """Together with others, and seated between them in a state that served before."""
@@ -81,7 +83,7 @@ def test_a_row_is_alone_with_its_cache(name):
 
 @pytest.mark.parametrize(
     "name, axis",
-    [("h2o, int4", "tensor"), ("kivi", "context"), pytest.param("snap", "context", marks=pytest.mark.slow)],
+    [("h2o, int4", "tensor"), ("quest", "context"), pytest.param("snap", "context", marks=pytest.mark.slow)],
 )
 def test_on_a_mesh_as_on_one_device(name, axis):
     rules = Rules(sequence=(), slots=("context",)) if axis == "context" else Rules()
