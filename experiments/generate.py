@@ -30,6 +30,7 @@ from lcx.inference.serving import Serving, answering
 from lcx.inference.stream import stream, text_of
 from lcx.interop.chat import ChatTemplate, chat_template
 from lcx.models.decoder import Decoder
+from lcx.models.light import light
 from lcx.parallel.mesh import MeshSpec
 from lcx.plan import listed, model_figures
 from lcx.spec import SpecError
@@ -86,7 +87,7 @@ def main(arguments: Arguments) -> None:
     options = {"sampling": sampling, "seed": asked.seed, "stop": tokenizer.stops}
     if not asked.chat:
         new(ids)
-    model = load_model(run_folder(arguments.run_dir), model_spec, step=asked.step, mesh=mesh)
+    model = light(load_model(run_folder(arguments.run_dir), model_spec, step=asked.step, mesh=mesh))
     answer = lambda ids: text_of(stream(model, ids, max_new=new(ids), mesh=mesh, **options), tokenizer, asked.stop)
     if template is not None:
         _chat(answer, template, tokenizer, asked.system)

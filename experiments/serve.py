@@ -18,6 +18,7 @@ from experiments.program import Arguments, launch
 from lcx.config_text import render
 from lcx.data.tokenizers import HFTokenizer
 from lcx.inference.engine import Engine
+from lcx.models.light import light
 from lcx.plan import listed, model_figures
 from lcx.spec import SpecError
 from lcx.support import validate
@@ -64,7 +65,7 @@ def main(arguments: Arguments) -> None:
         template = None
         print(f"chats are refused, completions are not: {error}", flush=True)
     listening = _bound(asked.host, asked.port)
-    model = load_model(run_folder(arguments.run_dir), model_spec, step=asked.step, mesh=mesh)
+    model = light(load_model(run_folder(arguments.run_dir), model_spec, step=asked.step, mesh=mesh))
     engine = Engine(model, window=window, rows=asked.rows, chunk=asked.chunk, burst=asked.burst, mesh=mesh)
     name = asked.name or arguments.run_dir.name
     app = build_app(Worker(engine, asked.waiting), tokenizer, template, name)

@@ -20,6 +20,7 @@ from lcx.inference.sampling import SamplingRows
 from lcx.inference.serving import Serving
 from lcx.inference.shapes import bucket
 from lcx.models.decoder import DecoderModel
+from lcx.models.light import light
 from lcx.parallel.hlo import collectives
 from lcx.plan import abstract_tree, device_bytes, fitted, listed, memory_figures, model_figures, temporary_figures
 from lcx.spec import fingerprint
@@ -56,8 +57,7 @@ def serving_compiled(serving: Serving, devices: Sequence[jax.Device]) -> dict[st
         params, state = device_bytes(nnx.to_pure_dict(nnx.state(model))), device_bytes(read.state)
         found |= {"parameter bytes a device": params, "state bytes a device": state}
         if (rate := bandwidth(kind)) is not None:
-            used = params * jnp.dtype(serving.model.compute).itemsize // jnp.dtype("float32").itemsize + state
-            found[f"ms to read matrices in {serving.model.compute} and the state once, as a token does"] = 1e3 * used / rate
+            found["ms to read parameters and the state once, as a token does"] = 1e3 * (params + state) / rate
         for name, lowered in _programs(serving, model, read):
             begin = time.perf_counter()
             program, most = fitted(lowered.compile, f"{name} of {serving.rows} rows")
@@ -84,12 +84,12 @@ def _programs(serving: Serving, model: DecoderModel, read: Consumed) -> Iterator
 
 
 def _abstract_model(serving: Serving, mesh: Mesh) -> DecoderModel:
-    """As `generate` uses it: a learned rope is solved."""
+    """As it is used: a learned rope is solved, matrices are held in `compute`."""
     graph, state = abstract_model(serving.model)
     model = bind(graph, state, abstract_tree(nnx.to_pure_dict(state), parameter_shardings(state, serving.model.rules, mesh)))
     if hasattr(model.rope, "settled"):
         model.rope = nnx.eval_shape(lambda rope: rope.settled(), model.rope)
-    return model
+    return light(model)
 
 
 def _abstract_read(serving: Serving, model: DecoderModel) -> Consumed:

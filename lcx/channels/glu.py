@@ -34,6 +34,8 @@ class GLU(Channel):
 
 
 class GLUModule(nnx.Module):
+    CAST = ("gate", "up", "down")
+
     def __init__(self, spec: GLU, inherited: Inherited, rngs: nnx.Rngs):
         self.spec, self.inherited = spec, inherited
         M, F = inherited.width, spec.hidden

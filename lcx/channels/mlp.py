@@ -33,6 +33,8 @@ class MLP(Channel):
 
 
 class MLPModule(nnx.Module):
+    CAST = ("up", "down")
+
     def __init__(self, spec: MLP, inherited: Inherited, rngs: nnx.Rngs):
         self.spec, self.inherited = spec, inherited
         M, F = inherited.width, spec.hidden

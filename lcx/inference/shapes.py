@@ -5,17 +5,17 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
-SMALLEST = 16
+SMALLEST, LONG = 16, 1 << 15
 
 
 def bucket(length: int) -> int:
-    """The smallest of 16, 24, 32, 48, 64, 96, ... (powers of two and their 1.5-fold) that holds `length`."""
+    """The smallest of 16, 24, 32, 48, 64, 96, ... (powers of two and their 1.5-fold) that holds `length`; of long ones, whose
+    room costs more than a compilation, a sixteenth of a power of two after the other."""
     power = SMALLEST
-    while power < length:
-        if power * 3 // 2 >= length:
-            return power * 3 // 2
+    while power * 2 < length:
         power *= 2
-    return power
+    step = power // (16 if power >= LONG else 2)
+    return power if length <= power else power + -(-(length - power) // step) * step
 
 
 def right_padded(

@@ -118,6 +118,8 @@ class Attention(Mixer):
 
 
 class AttentionModule(MixerModule):
+    CAST = OF_ATTENTION
+
     def __init__(self, spec: Attention, inherited: Inherited, rngs: nnx.Rngs):
         self.spec, self.inherited = spec, inherited
         self.mask = spec.mask if inherited.hides is None else spec.mask & inherited.hides
@@ -222,7 +224,8 @@ class AttentionModule(MixerModule):
         spec = self.spec
         _, lse = self._with_persistent(out, lse, raw, info)
         lse = lse if self.sinks is None else jnp.where(lse == -jnp.inf, lse, jnp.logaddexp(lse, self.sinks[...]))
-        asked = Asked(q=q, raw=raw, out=out, lse=lse, info=info.filled(), output=self.output[...])
+        output = self.output[...].astype(self.inherited.compute)
+        asked = Asked(q=q, raw=raw, out=out, lse=lse, info=info.filled(), output=output)
         rule = Rule(mask=self.mask, scale=spec.softmax_scale, softcap=spec.softcap, bias=spec.distance_bias)
         leads = None if place.number is None else spec.cache.leads(place.number)
         leader = None if leads is None else place.above[leads]

@@ -135,6 +135,11 @@ class Decoder(Spec):
 
 
 class DecoderModel(nnx.Module):
+    @property
+    def CAST(self) -> tuple[str, ...]:
+        """Parameters that are read in `compute` alone (`light`)."""
+        return ("head",) if self.spec.embed_scale != 1.0 else ("embedding", "head")
+
     def __init__(self, spec: Decoder, rngs: nnx.Rngs):
         self.spec = spec
         inherited = Inherited(
