@@ -20,8 +20,8 @@ def light(model: DecoderModel) -> DecoderModel:
     for _, module in nnx.iter_graph(model):
         for name in getattr(module, "CAST", ()):
             held = getattr(module, name)
-            if held is not None and held[...].dtype != compute:
-                setattr(module, name, held.replace(_cast(held[...], compute)))
+            if held is not None and held.get_value().dtype != compute:
+                setattr(module, name, held.replace(_cast(held.get_value(), compute)))
     return model
 
 

@@ -1,9 +1,7 @@
 """The one rotation: float32, with angles that stay right at positions of millions.
 
-A position times a frequency loses its fraction of a turn long before float32 runs out of integers. So the frequency, in turns
-a position, is split on the host into parts of 12 bits, the position into two of 12 bits; each product is then exact (or
-tiny) and is reduced modulo one turn before anything is added. Measured: under 1e-5 turns at 4,000,000 and at 2**24; positions
-with a fraction, whose products are rounded, under 1e-4. A learned frequency is split likewise, exactly, in float32.
+`pallas_kernels.angles` has the arithmetic. Measured: under 1e-5 turns at 4,000,000 and at 2**24; positions with a fraction,
+whose products are rounded, under 1e-4. A learned frequency is split likewise, exactly, in float32.
 """
 
 from typing import Literal
@@ -15,8 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from lcx.parallel.rules import ambient_mesh
 from lcx.positions.frequencies import Frequencies
-
-BITS = 4096.0  # 2 ** 12
+from pallas_kernels import angles
 
 
 def turns(
@@ -24,19 +21,9 @@ def turns(
 ) -> Float[Array, "B T C"]:
     """Angle of each pair in turns, in [-0.5, 0.5]; positions up to 2**24 in magnitude, fractions allowed."""
     chosen = _chosen(positions, frequencies, lengths)
-    per_position = frequencies.inv_freq / (2 * np.pi)
-    round_ = np.round if isinstance(per_position, np.ndarray) else jnp.round
-    first = round_(per_position * BITS) / BITS
-    second = round_((per_position - first) * BITS**2) / BITS**2
-    third = per_position - first - second  # which alone has a gradient, times the position
+    first, second, third = angles.parts(frequencies.inv_freq / (2 * np.pi))
     driven = _driving(positions.astype(jnp.float32), frequencies)
-    high = jnp.floor(driven / BITS)
-    low = driven - high * BITS
-    total = low * chosen(third)
-    for part in (chosen(first), chosen(second)):
-        total = total + _fraction(low * part) + _fraction(_fraction(high * part) * BITS)
-    total = total + _fraction(high * chosen(third * BITS))
-    return _fraction(total)
+    return angles.turns(driven, chosen(first), chosen(second), chosen(third))
 
 
 def tables(
@@ -135,7 +122,3 @@ def _chosen(positions: Float[Array, "B T P"], frequencies: Frequencies, lengths)
     if frequencies.kept:
         row = jnp.where(_driving(positions, frequencies)[..., 0] < frequencies.kept, len(frequencies.inv_freq) - 1, row)
     return lambda part: jnp.asarray(part, jnp.float32)[row]
-
-
-def _fraction(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    return x - jnp.round(x)
