@@ -24,6 +24,7 @@ from lcx.support_rules.caches import (
     caches_fit_their_layers,
     caches_meet_their_queries,
     caches_turn_keys,
+    rings_hold_what_is_seen,
 )
 from lcx.support_rules.memories import (
     beacons_are_read_by_attention,
@@ -199,8 +200,9 @@ RULES: Mapping[str, Rule] = {
     "a rope that depends on the length finds raw keys in the cache": keys_are_turned_anew,
     "a distance plan turns by a rope of one axis that no length changes": regions_turn_by_a_static_rope,
     "a plan that chooses chunks finds all keys of a row": chunks_are_chosen_from_whole_rows,
-    "a KV cache is that of plain attention": caches_are_of_plain_attention,
+    "a cache that is no dense one is that of plain attention": caches_are_of_plain_attention,
     "what a cache's policy reads of queries and logits is defined": caches_meet_their_queries,
+    "a ring holds all that its layer sees": rings_hold_what_is_seen,
     "a cache turns keys by a rope that it knows": caches_turn_keys,
     "a cache has the tables and the layers that it counts on": caches_fit_their_layers,
     "a query scale acts in some layer": query_scales_act,

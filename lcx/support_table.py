@@ -11,12 +11,13 @@ from typing import Any, get_args
 
 from lcx.attention.attend import Backend
 from lcx.attention.communication import Communication
-from lcx.attention.mask import Mask
+from lcx.attention.mask import Mask, Window
 from lcx.cache.codecs.codec import Codec
 from lcx.cache.codecs.plain import Plain
 from lcx.cache.dense import DenseCache
 from lcx.cache.kv_cache import KVCache
 from lcx.cache.policies.policy import Policy
+from lcx.cache.ring import RingCache
 from lcx.channels.glu import GLU
 from lcx.config_text import fields
 from lcx.data.packing import PackedText, Packing
@@ -76,6 +77,7 @@ def kinds() -> Mapping[str, Kind]:
     return {
         "mixer": Kind(attention, _examples(Mixer) | {"Attention": base().model.pattern[0].mixer}),
         "memory": Kind("model.memory", {"no memory": None} | _examples(ModelMemory)),
+        "ring": Kind(f"{attention}.cache", _rings(), ((f"{attention}.mask", Window(size=8)),)),
         "mask": Kind(f"{attention}.mask", _examples(Mask)),
         "rope": Kind("model.rope", _examples(FrequencyRule) | {"none": None}),
         "distances": Kind(f"{attention}.distances", {"plain": None} | _examples(DistancePlan)),
@@ -100,6 +102,11 @@ def _caches() -> Variants:
     codecs = {name: KVCache(codec=codec, keys=raw[codec.raw]) for name, codec in _examples(Codec).items() if codec != Plain()}
     policies = {name: KVCache(policy=policy, keys=raw[policy.raw]) for name, policy in _examples(Policy).items()}
     return dense | codecs | policies
+
+
+def _rings() -> Variants:
+    """Tried in a layer with a window."""
+    return {f"ring of {keys} keys": RingCache(keys=keys) for keys in ("rotated", "raw")}
 
 
 def support_table() -> str:

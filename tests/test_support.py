@@ -18,6 +18,7 @@ from lcx.batch import Batch, causal_info
 from lcx.cache.codecs.groups import IntGroups
 from lcx.cache.dense import DenseCache
 from lcx.cache.kv_cache import KVCache
+from lcx.cache.ring import RingCache
 from lcx.data.continuous import Continuous
 from lcx.data.frames import Frames
 from lcx.data.glossary import Glossary
@@ -427,6 +428,7 @@ def test_each_rule_is_broken_by_something_and_the_base_breaks_none():
             (KVCache(), [("model.memory", RMT.examples()[0])]),
             (KVCache(keys="raw", positions="slots"), [(f"{LAYER}.mixer.distance_bias", ALiBi())]),
             (KVCache(codec=IntGroups(group=3)), []),
+            (RingCache(), []),
         )
     ]
     configs = (

@@ -2,6 +2,7 @@
 
 import pytest
 
+from lcx.attention.mask import Causal, Sink, Window
 from lcx.cache.codecs.groups import IntGroups
 from lcx.cache.codecs.kvquant import KVQuant
 from lcx.cache.kv_cache import KVCache
@@ -9,17 +10,21 @@ from lcx.cache.policies.budgets import Pyramid, Shares
 from lcx.cache.policies.chelsea import Chelsea
 from lcx.cache.policies.evict import Evict
 from lcx.cache.policies.windowkv import WindowKV
+from lcx.cache.ring import RingCache
 from lcx.cache.scorers.expected_attention import ExpectedAttention
 from lcx.cache.scorers.key_norm import KeyNorm
 from lcx.cache.scorers.snapkv import SnapKV
 from lcx.cache.selectors.quest import Quest
 from lcx.memory.rmt import RMT
+from lcx.memory.ttt_e2e import TTTE2E
+from lcx.mixers.attention import Attention
+from lcx.mixers.transformer_xl import TransformerXL
 from lcx.positions.alibi import ALiBi
 from lcx.positions.dynamic_ntk import DynamicNTK
 from lcx.positions.long_heads import LongHeads
 from lcx.positions.self_extend import SelfExtend
 from lcx.positions.xpos import XPos
-from lcx.spec import edits
+from lcx.spec import SpecError, edits
 from lcx.support import broken
 from lcx.support_table import base
 
@@ -59,9 +64,27 @@ def test_refused(cache, more, words):
     assert any(words in sentence for sentence in found), found
 
 
-def test_not_beside_a_memory():
-    found = refusals(KVCache(), ("model.memory", next(iter(RMT.examples()))))
+@pytest.mark.parametrize("cache", [KVCache(), RingCache(size=64)], ids=["kv", "ring"])
+def test_not_beside_a_memory(cache):
+    found = refusals(cache, ("model.memory", next(iter(RMT.examples()))))
     assert any("expected a DenseCache beside model.memory" in sentence for sentence in found)
+
+
+def test_a_ring_is_as_long_as_its_mask_reaches():
+    window = (f"{MIXER}.mask", Window(size=8))
+    for cache in (RingCache(), RingCache(size=8, keys="raw"), RingCache(size=9)):
+        assert refusals(cache, window) == []
+    assert refusals(RingCache(size=7), window) == [
+        f"{MIXER}.cache.size = 7: expected at least 8, the tokens that {MIXER}.mask reaches, or None"
+    ]
+    for mask in (Causal(), Sink(size=1) | Window(size=8)):
+        (sentence,) = refusals(RingCache(size=4096), (f"{MIXER}.mask", mask))
+        assert sentence.startswith(f"{MIXER}.mask: expected one with a bound, such as Window(size=4096)")
+    learns = (window, (f"{MIXER}.cache", RingCache()), ("model.memory", TTTE2E(chunk=16, suffix=1, hidden=32)))
+    assert any("expected a DenseCache beside" in sentence for sentence in broken(edits(base(), learns)))
+    mixer = TransformerXL(attention=Attention(heads=4, kv_heads=2, head_dim=8, rope="none"), segment=16, memory=16)
+    with pytest.raises(SpecError, match="one whose cache is a DenseCache"):
+        edits(mixer, [("attention.cache", RingCache(size=64))])
 
 
 def test_accepted():

@@ -54,6 +54,11 @@ class Mask(Spec, abc.ABC):
     def intervals(self, index: np.ndarray) -> Intervals | None:
         """Key indices seen by each query index under the term alone; None if it depends on more than indices."""
 
+    @property
+    def reach(self) -> int | None:
+        """No key is visible whose `query - key` is as large or larger; None: there is no such bound."""
+        return None
+
     def __and__(self, other: "Mask") -> "Mask":
         return And(terms=(self, other))
 
@@ -96,6 +101,10 @@ class _Sized(Mask):
 class Window(_Sized):
     """`|query - key| < size`: the `size` nearest keys on each side, itself included."""
 
+    @property
+    def reach(self):
+        return self.size
+
     def term(self, q, k):
         return abs(q.index - k.index) < self.size
 
@@ -126,6 +135,10 @@ class Sink(_Sized):
 class Chunk(_Sized):
     """`query // size == key // size`: chunked attention."""
 
+    @property
+    def reach(self):
+        return self.size
+
     def term(self, q, k):
         return q.index // self.size == k.index // self.size
 
@@ -141,6 +154,10 @@ class Chunk(_Sized):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Within(_Sized):
     """`query - key < size`: the near region of a distance plan. Exactly the pairs that `Beyond` leaves out."""
+
+    @property
+    def reach(self):
+        return self.size
 
     def term(self, q, k):
         return q.index - k.index < self.size
@@ -188,6 +205,10 @@ class ChunksBack(_Sized):
     """`query // size - key // size` is 1, or with `farther` 2 and more: keys of the chunk before, or of those before it."""
 
     farther: bool = False
+
+    @property
+    def reach(self):
+        return None if self.farther else 2 * self.size
 
     def term(self, q, k):
         back = q.index // self.size - k.index // self.size
@@ -251,6 +272,10 @@ class _Combined(Mask):
 class And(_Combined):
     """Pairs that every term lets through."""
 
+    @property
+    def reach(self):
+        return min((term.reach for term in self.terms if term.reach is not None), default=None)
+
     def term(self, q, k):
         return functools.reduce(lambda a, b: a & b, (term.term(q, k) for term in self.terms))
 
@@ -274,6 +299,11 @@ class And(_Combined):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Or(_Combined):
     """Pairs that some term lets through."""
+
+    @property
+    def reach(self):
+        each = [term.reach for term in self.terms]
+        return None if None in each else max(each)
 
     def term(self, q, k):
         return functools.reduce(lambda a, b: a | b, (term.term(q, k) for term in self.terms))

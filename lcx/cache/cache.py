@@ -24,12 +24,13 @@ from lcx.spec import Spec
 
 @dataclasses.dataclass(frozen=True)
 class At:
-    """Where in a model a cache is. heads: of its queries. shards: over which its slots are shared out."""
+    """Where in a model a cache is. heads: of its queries. shards: over which its slots are shared out. reach: of its mask."""
 
     layer: int = 0
     depth: int = 1
     heads: int = 1
     shards: int = 1
+    reach: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,9 @@ from lcx.attention.sharded import sharded_attend
 from lcx.attention.split_keys import split_attend, split_axes
 from lcx.batch import PADDING, TokenInfo
 from lcx.cache.cache import At, KeysCache
+from lcx.cache.store import put, putting
 from lcx.parallel.rules import Rules, shard
 from lcx.record import record
-from pallas_kernels.target import platform
 
 
 @record
@@ -56,25 +56,6 @@ def without_newest(state: DenseState, count: Int[Array, "B"]) -> DenseState:
     return dataclasses.replace(state, info=info, used=used)
 
 
-def _put(old, new, row, slot):
-    return old.at[row, slot].set(new, mode="drop")
-
-
-@jax.custom_vjp
-def _put_in_place(old, new, row, slot):
-    """`_put` behind a loop of a turn at most: XLA fuses nothing across it, where it would copy the slots for each reader."""
-    there = (slot < old.shape[1]).any().astype(jnp.int32)
-    return jax.lax.fori_loop(0, there, lambda _, held: _put(held, new, row, slot), old)
-
-
-def _pull(saved, slope):
-    row, slot = saved
-    return _put(slope, 0, row, slot), slope.at[row, slot].get(mode="fill", fill_value=0), None, None
-
-
-_put_in_place.defvjp(lambda old, new, row, slot: (_put_in_place(old, new, row, slot), (row, slot)), _pull)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DenseCache(KeysCache):
     """keys: whether slots hold rotated or raw keys."""
@@ -112,13 +93,13 @@ class DenseCache(KeysCache):
         slot = state.used[:, None] + jnp.cumsum(real, axis=1) - 1
         slot = jnp.where(real, slot, length)  # out of range: dropped by the scatter
         row = jnp.arange(k.shape[0])[:, None]
-        write = lambda old, new: _put(old, new.astype(old.dtype), row, slot)
+        write = lambda old, new: put(old, new.astype(old.dtype), row, slot)
         count = state.used + real.sum(axis=1)
         slots = jax.tree.map(write, state.info, info)
         if frequencies is not None and frequencies.by_length:
             slots = grown(slots, info)
-        put = _put_in_place if k.shape[1] == 1 and platform() == "cpu" else _put
-        k, v = (put(old, new.astype(old.dtype), row, slot) for old, new in ((state.k, k), (state.v, v)))
+        place = putting(k.shape[1])
+        k, v = (place(old, new.astype(old.dtype), row, slot) for old, new in ((state.k, k), (state.v, v)))
         return DenseState(
             k=k,
             v=v,

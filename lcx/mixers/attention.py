@@ -216,7 +216,13 @@ class AttentionModule(MixerModule):
         asking = spec.heads // spec.kv_heads if spec.distances is not None and spec.distances.reads_queries else 0
         sizes = (spec.kv_heads, (1 + asking) * spec.head_dim, spec.head_dim)
         rules = self.inherited.rules
-        at = At(layer=layer, depth=self.inherited.depth, heads=spec.heads, shards=axes_size(split_axes(rules)))
+        at = At(
+            layer=layer,
+            depth=self.inherited.depth,
+            heads=spec.heads,
+            shards=axes_size(split_axes(rules)),
+            reach=self.mask.reach,
+        )
         return spec.cache.placed(spec.cache.init(batch_size, length, *sizes, dtype, axes, at), rules)
 
     def _pruned(self, state, q, raw, out, lse, info: TokenInfo, frequencies: Frequencies | None, place: Place):

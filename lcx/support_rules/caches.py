@@ -1,4 +1,4 @@
-"""Rules of whole configs: a KV cache stands where tokens are attention's alone, and finds the layers and ropes it counts on."""
+"""Rules of whole configs: a cache stands where tokens are attention's alone, and finds what it counts on."""
 
 import functools
 import re
@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from lcx.cache.cache import At
+from lcx.cache.dense import DenseCache
 from lcx.cache.kv_cache import KVCache
+from lcx.cache.ring import RingCache
 from lcx.mixers.attention import Attention
 from lcx.positions.frequencies import FrequencyRule
 from lcx.positions.length_rule import LengthRule
@@ -26,23 +28,39 @@ def _cached(experiment: Experiment) -> Iterator[tuple[str, Attention, KVCache]]:
 
 
 def caches_are_of_plain_attention(experiment: Experiment) -> Iterator[str]:
-    for path, _, _ in _cached(experiment):
-        if not OWN.fullmatch(path):
+    for path, mixer in attentions(experiment):
+        if isinstance(mixer.cache, DenseCache):
+            continue
+        if not OWN.fullmatch(path) and not isinstance(mixer.cache, RingCache):
             yield f"{path}.cache: expected a DenseCache within another mixer, which reads what attention holds"
         elif experiment.model.memory is not None:
             yield f"{path}.cache: expected a DenseCache beside model.memory, which says itself what is kept of far tokens"
 
 
 def caches_meet_their_queries(experiment: Experiment) -> Iterator[str]:
+    for path, mixer in attentions(experiment):
+        plan = mixer.distances
+        if plan is not None and plan.reads_queries and not isinstance(mixer.cache, DenseCache):
+            yield f"{path}.cache: expected a DenseCache beside {path}.distances, which writes to keys what queries ask"
     for path, mixer, cache in _cached(experiment):
         policy, plan = cache.policy, mixer.distances
-        if plan is not None and plan.reads_queries:
-            yield f"{path}.cache: expected a DenseCache beside {path}.distances, which writes to keys what queries ask"
         if plan is not None and policy is not None and (policy.queries or policy.marks or policy.weighs):
             expected = "expected one that reads no queries and weighs no tokens"
             yield f"{path}.cache.policy: {expected} beside {path}.distances, under which a pair has no single logit"
         if policy is not None and policy.weighs and mixer.softcap is not None:
             yield f"{path}.cache.policy.mass = 'counted': expected 'one' beside a softcap: no method says which comes first"
+
+
+def rings_hold_what_is_seen(experiment: Experiment) -> Iterator[str]:
+    for path, mixer in attentions(experiment):
+        if not isinstance(mixer.cache, RingCache):
+            continue
+        size, reach = mixer.cache.size, mixer.mask.reach
+        if reach is None:
+            expected = "expected one with a bound, such as Window(size=4096), or another cache than a RingCache"
+            yield f"{path}.mask: {expected}, which holds the newest tokens"
+        elif size is not None and size < reach:
+            yield f"{path}.cache.size = {size}: expected at least {reach}, the tokens that {path}.mask reaches, or None"
 
 
 def caches_turn_keys(experiment: Experiment) -> Iterator[str]:

@@ -85,6 +85,23 @@ def test_counts_of_packed_rows(mask):
     assert document_pairs(mask, 41) == by_pairs(mask, whole, whole).sum()
 
 
+@each_mask
+def test_nothing_is_seen_beyond_the_reach(mask):
+    """Of a document of 200 tokens each sees as far back as the mask reaches, and some token that far unless terms meet."""
+    index, roles = np.arange(200), np.zeros(200, int)
+    q, k = (Tokens(x, x, x * 0 + 1, r) for x, r in ((index[:, None], roles[:, None]), (index[None], roles[None])))
+    rows, columns = np.nonzero(np.broadcast_to(mask.visible(q, k), (200, 200)))
+    farthest = (rows - columns).max(initial=-1) + 1
+    assert mask.reach is None or farthest <= mask.reach
+    if isinstance(mask, Window | Within | Chunk | ChunksBack) and mask.reach is not None:
+        assert farthest == mask.reach
+
+
+def test_the_reach_of_masks_that_meet():
+    assert (Window(size=7) & Chunk(size=4)).reach == 4 and (Window(size=7) | Chunk(size=4)).reach == 7
+    assert (Window(size=7) & Sink(size=2)).reach == 7 and (Window(size=7) | Sink(size=2)).reach is None
+
+
 def test_counts_at_full_length_by_formula():
     n, w = 1_000_000, 4096
     assert document_pairs(Causal(), n) == n * (n + 1) // 2
