@@ -24,6 +24,7 @@ from lcx.support_rules.caches import (
     caches_fit_their_layers,
     caches_meet_their_queries,
     caches_turn_keys,
+    pages_are_of_one_device,
     rings_hold_what_is_seen,
 )
 from lcx.support_rules.memories import (
@@ -203,6 +204,7 @@ RULES: Mapping[str, Rule] = {
     "a cache that is no dense one is that of plain attention": caches_are_of_plain_attention,
     "what a cache's policy reads of queries and logits is defined": caches_meet_their_queries,
     "a ring holds all that its layer sees": rings_hold_what_is_seen,
+    "rows that draw on a pool of pages are those of one device": pages_are_of_one_device,
     "a cache turns keys by a rope that it knows": caches_turn_keys,
     "a cache has the tables and the layers that it counts on": caches_fit_their_layers,
     "a query scale acts in some layer": query_scales_act,

@@ -16,6 +16,7 @@ from lcx.cache.codecs.codec import Codec
 from lcx.cache.codecs.plain import Plain
 from lcx.cache.dense import DenseCache
 from lcx.cache.kv_cache import KVCache
+from lcx.cache.paged import PagedCache
 from lcx.cache.policies.policy import Policy
 from lcx.cache.ring import RingCache
 from lcx.channels.glu import GLU
@@ -96,12 +97,12 @@ def kinds() -> Mapping[str, Kind]:
 
 
 def _caches() -> Variants:
-    """Rotated and raw keys as they are, and every codec and every policy of a KV cache."""
+    """Rotated and raw keys as they are, pages of them, and every codec and every policy of a KV cache."""
     dense = {f"{cache.keys} keys": cache for cache in DenseCache.examples()}
     raw = {True: "raw", False: "rotated"}
     codecs = {name: KVCache(codec=codec, keys=raw[codec.raw]) for name, codec in _examples(Codec).items() if codec != Plain()}
     policies = {name: KVCache(policy=policy, keys=raw[policy.raw]) for name, policy in _examples(Policy).items()}
-    return dense | codecs | policies
+    return dense | {"pages": PagedCache()} | codecs | policies
 
 
 def _rings() -> Variants:

@@ -18,6 +18,7 @@ from lcx.batch import Batch, causal_info
 from lcx.cache.codecs.groups import IntGroups
 from lcx.cache.dense import DenseCache
 from lcx.cache.kv_cache import KVCache
+from lcx.cache.paged import PagedCache
 from lcx.cache.ring import RingCache
 from lcx.data.continuous import Continuous
 from lcx.data.frames import Frames
@@ -429,6 +430,7 @@ def test_each_rule_is_broken_by_something_and_the_base_breaks_none():
             (KVCache(keys="raw", positions="slots"), [(f"{LAYER}.mixer.distance_bias", ALiBi())]),
             (KVCache(codec=IntGroups(group=3)), []),
             (RingCache(), []),
+            (PagedCache(pages=1), []),
         )
     ]
     configs = (

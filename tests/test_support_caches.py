@@ -1,11 +1,14 @@
 """Caches that do not fit their model are refused when the config is built, in one sentence each."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from lcx.attention.mask import Causal, Sink, Window
 from lcx.cache.codecs.groups import IntGroups
 from lcx.cache.codecs.kvquant import KVQuant
 from lcx.cache.kv_cache import KVCache
+from lcx.cache.paged import PagedCache
 from lcx.cache.policies.budgets import Pyramid, Shares
 from lcx.cache.policies.chelsea import Chelsea
 from lcx.cache.policies.evict import Evict
@@ -18,7 +21,10 @@ from lcx.cache.selectors.quest import Quest
 from lcx.memory.rmt import RMT
 from lcx.memory.ttt_e2e import TTTE2E
 from lcx.mixers.attention import Attention
+from lcx.mixers.titans import TitansMAG
 from lcx.mixers.transformer_xl import TransformerXL
+from lcx.parallel.mesh import MeshSpec
+from lcx.parallel.rules import Rules
 from lcx.positions.alibi import ALiBi
 from lcx.positions.dynamic_ntk import DynamicNTK
 from lcx.positions.long_heads import LongHeads
@@ -64,7 +70,7 @@ def test_refused(cache, more, words):
     assert any(words in sentence for sentence in found), found
 
 
-@pytest.mark.parametrize("cache", [KVCache(), RingCache(size=64)], ids=["kv", "ring"])
+@pytest.mark.parametrize("cache", [KVCache(), RingCache(size=64), PagedCache()], ids=["kv", "ring", "paged"])
 def test_not_beside_a_memory(cache):
     found = refusals(cache, ("model.memory", next(iter(RMT.examples()))))
     assert any("expected a DenseCache beside model.memory" in sentence for sentence in found)
@@ -85,6 +91,23 @@ def test_a_ring_is_as_long_as_its_mask_reaches():
     mixer = TransformerXL(attention=Attention(heads=4, kv_heads=2, head_dim=8, rope="none"), segment=16, memory=16)
     with pytest.raises(SpecError, match="one whose cache is a DenseCache"):
         edits(mixer, [("attention.cache", RingCache(size=64))])
+
+
+def test_pages_are_drawn_from_one_pool():
+    assert refusals(PagedCache(page=16, pages=4), ("mesh", MeshSpec(tensor=2))) == []
+    for axis, rules in (("data", Rules()), ("context", Rules(sequence=(), slots=("context",)))):
+        found = refusals(PagedCache(), ("model.rules", rules), ("mesh", MeshSpec(**{axis: 2})))
+        assert f"mesh.{axis} = 2: expected 1 beside {MIXER}.cache, a PagedCache, whose rows draw on one pool" in found
+    assert refusals(PagedCache(page=16, pages=3)) == [
+        f"{MIXER}.cache.pages = 3: expected at least 4, which a row of data.length takes"
+    ]
+    within = ("model.pattern[0].mixer", TitansMAG.examples()[0])
+    changes = [within, ("model.pattern[0].mixer.attention.cache", PagedCache())]
+    assert any("expected a DenseCache within another mixer" in sentence for sentence in broken(edits(base(), changes)))
+    state, mesh = PagedCache().init(2, 8, 2, 8, 8, jnp.float32), MeshSpec(data=2).build(jax.devices()[:2])
+    message = "expected another than a PagedCache, which has one pool"
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=message):
+        PagedCache().placed(state, Rules())
 
 
 def test_accepted():

@@ -6,10 +6,10 @@ never seen. Tokens that find no slot are counted in the state's `overflow [B]`, 
 
 import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from lcx.attention.mask import Mask
 from lcx.batch import TokenInfo
@@ -31,6 +31,20 @@ class At:
     heads: int = 1
     shards: int = 1
     reach: int | None = None
+
+
+class Pooled(abc.ABC):
+    """A state whose rows draw on one memory, so that whoever seats rows asks it, where others are cut along their rows."""
+
+    overflow: Int[Array, "B"]
+
+    @abc.abstractmethod
+    def seated(self, alone: "Pooled", row: Int[Array, ""]) -> "Pooled":
+        """With the first row of another state in the place of one."""
+
+    @abc.abstractmethod
+    def released(self, rows: Bool[Array, "B"]) -> "Pooled":
+        """With what some rows hold given back; they are empty then."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,6 +99,10 @@ class Cache(Spec, abc.ABC):
     def by_layer(self) -> bool:
         """Whether layers have states of their own kind."""
         return False
+
+    def fits(self, lengths: Sequence[int]) -> bool:
+        """Whether a state of as many rows holds rows of so many tokens beside each other."""
+        return True
 
     def placed(self, state: Any, rules: Rules) -> Any:
         """The empty state with its key heads shared out over the ambient mesh; its rows are by whoever holds it."""

@@ -1,77 +1,116 @@
-"""Pages of a KV cache's slots: what a selector is told of them, and the slots of those that it chooses."""
+"""Pages of keys and values that rows draw on as they grow, and give back (PagedAttention, Kwon et al. 2023).
 
-from typing import Any
+What tokens are (their `TokenInfo`) stays by row: it is small, and what a page holds is read through its row alone.
+"""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lcx.attention.mask import tokens_of
 from lcx.batch import PADDING, TokenInfo
-from lcx.cache.kv_state import Held, hidden
-from lcx.cache.selectors.selector import Selector
-from pallas_kernels.tile_attention.tokens import Mask
+from lcx.cache.cache import Pooled
+from lcx.cache.dense import grown
+from lcx.cache.store import put, putting
+from lcx.record import record, static
 
 
-def paged(x: Array, pages: int) -> Array:
-    """[B, K, in proportion to the slots, ...] as [B, K, pages, a page's, ...]."""
-    return x.reshape(*x.shape[:2], pages, x.shape[2] // pages, *x.shape[3:])
+@record
+class PagedState(Pooled):
+    """length: tokens a row that it was made for. k, v: the pool. table: the pages of each row in their order, P where there is
+    none. info: of each row's slots (segment 0: empty). used: slots a row. free: numbers of pages that nobody holds, the first
+    `left` of them. overflow: tokens that found no slot."""
 
+    length: int = static()
+    k: Float[Array, "P page K D"]
+    v: Float[Array, "P page K E"]
+    table: Int[Array, "B N"]
+    info: TokenInfo
+    used: Int[Array, "B"]
+    free: Int[Array, "P"]
+    left: Int[Array, "1"]
+    overflow: Int[Array, "B"]
 
-def of_pages(tree: Any, place: Int[Array, "B K n"], pages: int) -> Any:
-    """Arrays of the slots of n pages alone; those that all key heads share, [B, 1, ...], for each."""
+    @property
+    def page(self) -> int:
+        return self.k.shape[1]
 
-    def some(x):
-        x = paged(x, pages)
-        x = jnp.broadcast_to(x, (x.shape[0], place.shape[1], *x.shape[2:]))
-        found = jnp.take_along_axis(x, place.reshape(*place.shape, *(1,) * (x.ndim - 3)), axis=2)
-        return found.reshape(*place.shape[:2], -1, *x.shape[4:])
+    def extended(self, count: Int[Array, "B"], most: int) -> "PagedState":
+        """With room for `count` tokens more in each row, `most` at most; rows are served in their order."""
+        pages, steps = len(self.free), jnp.arange(-(-most // self.page))
+        behind = jnp.minimum(self.used + count, self.length)
+        had = -(-self.used // self.page)
+        need = -(-behind // self.page) - had
+        rank = jnp.cumsum(need)[:, None] - need[:, None] + steps
+        there = (steps < need[:, None]) & (rank < self.left)
+        number = jnp.where(there, self.free[jnp.maximum(self.left - 1 - rank, 0)], pages)
+        row = jnp.arange(len(need))[:, None]
+        place = jnp.where(there, had[:, None] + steps, self.table.shape[1])
+        table = self.table.at[row, place].set(number, mode="drop")
+        return dataclasses.replace(self, table=table, left=jnp.maximum(self.left - need.sum(), 0))
 
-    return jax.tree.map(some, tree)
+    def put(self, k: Float[Array, "B T K D"], v: Float[Array, "B T K E"], info: TokenInfo, by_length: bool) -> "PagedState":
+        """With the tokens of a pass that are no padding behind those of each row."""
+        real = info.segments != PADDING
+        count = real.sum(axis=1)
+        state = self.extended(count, real.shape[1])
+        slot = state.used[:, None] + jnp.cumsum(real, axis=1) - 1
+        numbers = jnp.take_along_axis(state.table, jnp.minimum(slot // state.page, state.table.shape[1] - 1), axis=1)
+        fits = real & (slot < state.length) & (numbers < len(state.free))
+        number, place = jnp.where(fits, numbers, len(state.free)), jnp.where(fits, slot % state.page, state.page)
+        row = jnp.arange(len(slot))[:, None]
+        slot = jnp.where(fits, slot, state.info.segments.shape[1])
+        infos = jax.tree.map(lambda old, new: put(old, new.astype(old.dtype), row, slot), state.info, info)
+        write = putting(real.shape[1])
+        return dataclasses.replace(
+            state,
+            k=write(state.k, k.astype(state.k.dtype), number, place),
+            v=write(state.v, v.astype(state.v.dtype), number, place),
+            info=grown(infos, info) if by_length else infos,
+            used=jnp.minimum(state.used + count, state.length),
+            overflow=state.overflow + (real & ~fits).sum(axis=1),
+        )
 
+    def gathered(
+        self, first: Int[Array, ""] | int, pages: int
+    ) -> tuple[Float[Array, "B n K D"], Float[Array, "B n K E"], TokenInfo]:
+        """The slots of some pages of every row, zero where there is no token: a page may hold what others left in it."""
+        size = pages * self.page
+        table = jax.lax.dynamic_slice_in_dim(self.table, first, pages, axis=1)
+        info = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first * self.page, size, axis=1), self.info)
+        there = (info.segments != PADDING)[..., None, None]
+        rows = lambda x: x.at[table].get(mode="fill", fill_value=0).reshape(len(table), size, *x.shape[2:])
+        return jnp.where(there, rows(self.k), 0), jnp.where(there, rows(self.v), 0), info
 
-def summarised(cache: Any, held: Held, tables: Any, frequencies: Any, place: Int[Array, "B K n"] | None = None) -> Held:
-    """With what the selector is told of some pages made anew, of all if there is no `place`."""
-    selector: Selector = cache.selector
-    codes, info, (B, K) = held.k, held.info, jax.tree.leaves(held.k)[0].shape[:2]
-    P = info.segments.shape[2] // selector.page
-    if place is not None:
-        place = jnp.minimum(place, P - 1)
-        codes, info = of_pages((codes, info), place, P)
-    keys = cache.turned_slots(cache.coders[0].decode(codes, tables[0]), info, frequencies)
-    n = keys.shape[2] // selector.page
-    there = jnp.broadcast_to(paged(info.segments != PADDING, n), (B, K, n, selector.page))
-    new = selector.summarise(paged(keys, n), there)
-    if place is None:
-        return held.with_pages(new)
-    rows, heads = jnp.arange(B)[:, None, None], jnp.arange(K)[:, None]
-    return held.with_pages(jax.tree.map(lambda old, some: old.at[rows, heads, place].set(some), held.pages, new))
+    def released(self, rows):
+        pages = len(self.free)
+        gone = (self.table < pages) & rows[:, None]
+        place = jnp.where(gone, self.left + jnp.cumsum(gone).reshape(gone.shape) - 1, pages)
+        segments = jnp.where(rows[:, None], PADDING, self.info.segments)
+        return dataclasses.replace(
+            self,
+            table=jnp.where(rows[:, None], pages, self.table),
+            info=dataclasses.replace(self.info, segments=segments),
+            used=jnp.where(rows, 0, self.used),
+            free=self.free.at[place.reshape(-1)].set(self.table.reshape(-1), mode="drop"),
+            left=self.left + gone.sum(),
+            overflow=jnp.where(rows, 0, self.overflow),
+        )
 
-
-def selected(
-    selector: Selector,
-    q: Float[Array, "B 1 H D"],
-    q_info: TokenInfo,
-    mask: Mask,
-    summaries: Any,
-    coded: Any,
-    info: TokenInfo,
-    axes: tuple[str, ...] = (),
-) -> tuple[Any, TokenInfo]:
-    """(coded, info) of the slots that the query of each row is to read, of each key head its own; of the rest nothing is there.
-
-    axes: of the mesh, over which slots are shared out.
-    """
-    (B, _, H, D), K = q.shape, jax.tree.leaves(summaries)[0].shape[1]
-    P = info.segments.shape[2] // selector.page
-    rows = jax.tree.map(lambda x: x[:, None, :, None], tokens_of(q_info))
-    columns = jax.tree.map(lambda x: x[:, :, None, :], tokens_of(info))
-    seen = (mask.visible(rows, columns) & (columns.segments != PADDING))[:, :, 0]
-    index = jnp.where(seen, info.index, -1)
-    last = index.max(axis=2, keepdims=True)
-    last = jax.lax.pmax(last, axes) if axes else last
-    by_page: Any = lambda x: paged(x, P).any(axis=3)
-    newest: Bool[Array, "B G P"] = by_page(seen & (index == last))
-    place, read = selector.chosen(q.reshape(B, K, H // K, D), summaries, by_page(seen), newest, axes)
-    coded, info = of_pages((coded, info), place, P)
-    return coded, hidden(info, jnp.repeat(read, selector.page, axis=2))
+    def seated(self, alone, row):
+        here: Bool[Array, "B"] = jnp.arange(len(self.used)) == row
+        state = self.released(here).extended(jnp.where(here, alone.used[0], 0), alone.length)
+        number, given = state.table[row], alone.table[0]
+        number = jnp.where(given < len(alone.free), number, len(state.free))
+        copied = lambda old, new: old.at[number].set(new.at[given].get(mode="fill", fill_value=0), mode="drop")
+        rows = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new[:1].astype(old.dtype), row, axis=0)
+        lost = (number == len(state.free)) & (given < len(alone.free))
+        return dataclasses.replace(
+            state,
+            k=copied(state.k, alone.k),
+            v=copied(state.v, alone.v),
+            info=jax.tree.map(rows, state.info, alone.info),
+            used=rows(state.used, alone.used),
+            overflow=rows(state.overflow, alone.overflow + lost.sum() * self.page),
+        )

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Int
 
 from lcx.batch import PADDING, TokenInfo
 from lcx.cache.kv_state import Held, KVState, Pass, Waiting, hidden, joined, stored_blocks, taken, taken_first
-from lcx.cache.pages import summarised
+from lcx.cache.selected import summarised
 from lcx.cache.scorers.scorer import Asked, Rule, Scored, received
 from lcx.positions.frequencies import Frequencies
 from pallas_kernels.target import platform

@@ -1,29 +1,31 @@
 """Generation without end: requests come and go, rows that are finished take the next one, and nothing is compiled anew.
 
 `rows` rows of one state decode together, `burst` tokens at a time. A request that waits is read alone, one chunk between two
-bursts, and then takes a row that is free. Each row has its own sampling, seed, stops and limit: its tokens are those of
-`generate`, whatever stands beside it.
+bursts, and then takes a row that is free; it waits too while rows that draw on one memory leave it no room. Each row has its
+own sampling, seed, stops and limit: its tokens are those of `generate`, whatever stands beside it.
 """
 
 import collections
 import contextlib
 import dataclasses
-import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from lcx.cache.cache import Cache
 from lcx.inference.decoding import Asked, checked_seed, decode, keys_of, nothing_decoded, stop_rows
 from lcx.inference.reading import Consumed, check_room, feed, nothing_read, padded_rows
 from lcx.inference.requests import WindowOverflow
 from lcx.inference.sampling import Sampling, sampling_rows
+from lcx.inference.seating import released, rows_axes, seated
 from lcx.inference.shapes import bucket, right_padded
 from lcx.models.decoder import DecoderModel, settled
+from lcx.spec import below
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +80,8 @@ class Engine:
         self._reading: _Reading | None = None
         with self._on_mesh():
             self._read = self._empty(self.rows, [0] * self.rows)
-            self._axes = self._rows_axes()
+            self._axes = rows_axes(lambda rows: self._empty(rows, [0] * rows), self.read_rows)
+        self._caches = [part for _, part in below(model.spec) if isinstance(part, Cache)]
 
     def check(self, ask: Ask) -> None:
         """Raises WindowOverflow or ValueError for what cannot be served."""
@@ -94,7 +97,7 @@ class Engine:
         if not 0 <= ask.top <= vocab:
             raise ValueError(f"top = {ask.top}: expected 0 to the {vocab} ids of the vocabulary")
         checked_seed(ask.seed)
-        check_room(self.model.spec, ask.max_new)
+        check_room(self.model.spec, [len(ask.prompt)], ask.max_new)
 
     def submit(self, ask: Ask) -> int:
         """The number under which its pieces come. Raises as `check`."""
@@ -108,7 +111,7 @@ class Engine:
         self._waiting = collections.deque(pair for pair in self._waiting if pair[0] != number)
         if self._reading is not None and self._reading.number == number:
             self._reading = None
-        self._held = [None if row is not None and row.number == number else row for row in self._held]
+        self._left([row is not None and row.number == number for row in self._held])
 
     @property
     def busy(self) -> bool:
@@ -131,7 +134,7 @@ class Engine:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def _read_on(self) -> None:
-        if self._reading is None and self._waiting and None in self._held:
+        if self._reading is None and self._waiting and None in self._held and self._fits(self._waiting[0][1]):
             number, ask = self._waiting.popleft()
             most = [len(ask.prompt) + ask.max_new] + [0] * (self.read_rows - 1)
             self._reading = _Reading(number, ask, self._empty(self.read_rows, most))
@@ -143,7 +146,7 @@ class Engine:
         now.read, now.done = feed(self.model, tokens, segments, now.read), now.done + len(part)
         if now.done == len(now.ask.prompt):
             free = self._held.index(None)
-            self._read = _seated(self._axes, self._read, now.read, jnp.int32(free))
+            self._read = seated(self._axes, self._read, now.read, jnp.int32(free))
             self._held[free], self._reading = _Row(now.number, now.ask), None
 
     def _decode_on(self) -> list[Piece]:
@@ -162,7 +165,7 @@ class Engine:
         self._read = decoding.read
         found = {name: np.asarray(getattr(decoding, name)) for name in ("ids", "logprobs", "top_ids", "top_logprobs")}
         count, ended = np.asarray(decoding.count), np.asarray(decoding.stopped)
-        pieces = []
+        pieces, left = [], [False] * self.rows
         for b, row in enumerate(self._held):
             if row is None:
                 continue
@@ -171,22 +174,26 @@ class Engine:
             ids, logprobs, top_ids, top_logprobs = (found[name][b, :n].tolist() for name in found)
             tops = [list(zip(i, x, strict=True))[: row.ask.top] for i, x in zip(top_ids, top_logprobs, strict=True)]
             pieces.append(Piece(row.number, ids, logprobs, tops, finish))
-            if finish is not None:
-                self._held[b] = None
+            left[b] = finish is not None
+        self._left(left)
         return pieces
+
+    def _fits(self, ask: Ask) -> bool:
+        """Whether caches hold a request beside those that have a row, all at their longest."""
+        asks = [ask, *(row.ask for row in self._held if row is not None)]
+        lengths = [len(each.prompt) + each.max_new for each in asks]
+        return all(cache.fits(lengths) for cache in self._caches)
 
     def _empty(self, rows: int, most: Sequence[int]) -> Consumed:
         following, since = np.zeros(rows, np.float32), np.zeros(rows, np.int32)
         return nothing_read(self.model, rows, self.room, np.asarray(most, np.int32), following, since)
 
-    def _rows_axes(self) -> tuple[int, ...]:
-        """The axis of rows of every array of a state."""
-        shapes = []
-        for rows in (self.read_rows, 2 * self.read_rows):
-            made = jax.eval_shape(functools.partial(self._empty, rows, [0] * rows))
-            shapes.append([x.shape for x in jax.tree.leaves(made)])
-        differ = lambda one, other: next(n for n, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)
-        return tuple(map(differ, *shapes))
+    def _left(self, rows: list[bool]) -> None:
+        """Rows whose requests have ended are free, and give back what they hold of a common memory."""
+        self._held = [None if left else row for row, left in zip(self._held, rows, strict=True)]
+        if None in self._axes and any(rows):
+            with self._on_mesh():
+                self._read = released(self._read, jnp.asarray(rows))
 
 
 @dataclasses.dataclass
@@ -205,13 +212,3 @@ class _Row:
 
 
 _IDLE = _Row(-1, Ask(prompt=(), max_new=0))
-
-
-@functools.partial(jax.jit, static_argnames="axes", donate_argnames="read")
-def _seated(axes: tuple[int, ...], read: Consumed, alone: Consumed, row: Any) -> Consumed:
-    """The rows with the first of others in the place of one."""
-    leaves, structure = jax.tree.flatten(read)
-    put = lambda x, new, axis: jax.lax.dynamic_update_slice_in_dim(
-        x, jax.lax.slice_in_dim(new, 0, 1, axis=axis).astype(x.dtype), row, axis
-    )
-    return jax.tree.unflatten(structure, map(put, leaves, jax.tree.leaves(alone), axes))

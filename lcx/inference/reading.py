@@ -54,7 +54,7 @@ def prefill(
     """`rows` rows that have read the prompts, `chunk` tokens a step, with room for `max_new` tokens more.
 
     Raises ValueError if a cache has none."""
-    check_room(model.spec, max_new)
+    check_room(model.spec, [*map(len, prompts)], max_new)
     longest = bucket(max(map(len, prompts)))
     tokens, segments = right_padded(prompts, longest, rows, model.spec.vocab)
     most = np.asarray([*map(len, prompts), *[0] * (rows - len(prompts))], np.int32) + max_new
@@ -83,13 +83,16 @@ def padded_rows(prompts: int, rules: Rules) -> int:
     return -(-rows // shards) * shards
 
 
-def check_room(spec: Decoder, new: int) -> None:
-    """Raises ValueError if a cache has no room for so many tokens behind a prompt."""
+def check_room(spec: Decoder, prompts: Sequence[int], new: int) -> None:
+    """Raises ValueError if a cache has no room for rows of prompts of so many tokens, and as many new ones behind each."""
     for path, part in below(spec, "model"):
         if isinstance(part, Cache) and part.room is not None and new > part.room:
             raise ValueError(
                 f"{path}.policy.every = {part.room}: expected at least {new}, an answer's tokens, as it drops in prefill alone"
             )
+        if isinstance(part, Cache) and not part.fits([length + new for length in prompts]):
+            total = f"{sum(prompts) + len(prompts) * new} tokens in {len(prompts)} rows"
+            raise ValueError(f"{path} = {part}: expected a cache with room for {total}")
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "length"))

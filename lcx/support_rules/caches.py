@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from lcx.cache.cache import At
 from lcx.cache.dense import DenseCache
 from lcx.cache.kv_cache import KVCache
+from lcx.cache.paged import PagedCache
 from lcx.cache.ring import RingCache
 from lcx.mixers.attention import Attention
 from lcx.positions.frequencies import FrequencyRule
 from lcx.positions.length_rule import LengthRule
 from lcx.spec import SpecError
-from lcx.support_rules.walk import attentions
+from lcx.support_rules.walk import attentions, sizes
 from lcx.training.experiment import Experiment
 
 OWN = re.compile(r"model\.pattern\[\d+\]\.mixer")  # a layer's mixer, not one within another
@@ -61,6 +62,19 @@ def rings_hold_what_is_seen(experiment: Experiment) -> Iterator[str]:
             yield f"{path}.mask: {expected}, which holds the newest tokens"
         elif size is not None and size < reach:
             yield f"{path}.cache.size = {size}: expected at least {reach}, the tokens that {path}.mask reaches, or None"
+
+
+def pages_are_of_one_device(experiment: Experiment) -> Iterator[str]:
+    model, length = experiment.model, experiment.data.length
+    for path, mixer in attentions(experiment):
+        if not isinstance(mixer.cache, PagedCache):
+            continue
+        for axis in (*model.rules.batch, *model.rules.slots):
+            if (size := sizes(experiment.mesh)[axis]) > 1:
+                yield f"mesh.{axis} = {size}: expected 1 beside {path}.cache, a PagedCache, whose rows draw on one pool"
+        if not mixer.cache.fits([length]):
+            least = -(-length // mixer.cache.page)
+            yield f"{path}.cache.pages = {mixer.cache.pages}: expected at least {least}, which a row of data.length takes"
 
 
 def caches_turn_keys(experiment: Experiment) -> Iterator[str]:
