@@ -430,7 +430,7 @@ def test_each_rule_is_broken_by_something_and_the_base_breaks_none():
             (KVCache(keys="raw", positions="slots"), [(f"{LAYER}.mixer.distance_bias", ALiBi())]),
             (KVCache(codec=IntGroups(group=3)), []),
             (RingCache(), []),
-            (PagedCache(pages=1), []),
+            (PagedCache(page=16, pages=1), []),
         )
     ]
     configs = (
