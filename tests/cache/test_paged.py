@@ -1,6 +1,7 @@
 """The paged cache: rows of any lengths on one pool, pages in any order, taken as rows grow and given back when they end."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,26 @@ from lcx.spec import SpecError
 from tests.cache.driven import DIM, HEADS, KV_HEADS, SCALE, passes, run
 
 PAGE = 4
+
+
+@functools.partial(jax.jit, static_argnames=("cache", "rows"))
+def empty(cache, rows):
+    return cache.init(rows, 16, KV_HEADS, DIM, DIM, jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames="cache")
+def put(cache, state, k, v, info):
+    return cache.append(state, k, v, info, None)
+
+
+@functools.partial(jax.jit, static_argnames=("cache", "mask", "softcap"))
+def attend(cache, state, q, info, mask=Causal(), softcap=None):
+    return cache.attend(state, q, info, mask=mask, scale=SCALE, softcap=softcap, frequencies=None)
+
+
+@jax.jit
+def released(state, rows):
+    return state.released(rows)
 
 
 def table(state):
@@ -52,14 +73,14 @@ def test_ragged_rows_find_what_the_reference_kernel_finds(window, softcap):
     lengths, asked = [0, 1, PAGE, 3 * PAGE, 11], [0, 1, 2, 3, 1]
     k, v, info = ragged(lengths)
     cache = PagedCache(page=PAGE, pages=9)
-    state = cache.append(cache.init(5, 16, KV_HEADS, DIM, DIM, jnp.float32), k, v, info, None)
+    state = put(cache, empty(cache, 5), k, v, info)
     state = shuffled(state)
     assert sum(map(len, table(state))) == 8 and len(free(state)) == 1
     q = jnp.asarray(np.random.default_rng(1).normal(size=(5, 3, HEADS, DIM)), jnp.float32)
     segments = (np.arange(3) < np.asarray(asked)[:, None]).astype(np.int32)
     q_info = causal_info(segments, start=jnp.asarray(lengths) - jnp.asarray(asked))
     mask = Causal() if window is None else Window(size=window)
-    out, _ = cache.attend(state, q, q_info, mask=mask, scale=SCALE, softcap=softcap, frequencies=None)
+    out, _ = attend(cache, state, q, q_info, mask, softcap)
     both = jnp.stack([state.k, state.v], axis=3).reshape(*state.k.shape[:2], 2 * KV_HEADS, DIM)
     rows = [n for n in range(5) if asked[n]]
     wanted = ref_ragged_paged_attention(
@@ -77,7 +98,7 @@ def test_ragged_rows_find_what_the_reference_kernel_finds(window, softcap):
     assert not np.asarray(out)[0].any()
 
 
-@pytest.mark.parametrize("span", [8, 2048])
+@pytest.mark.parametrize("span", [8, pytest.param(2048, marks=pytest.mark.slow)])
 def test_passes_find_what_a_dense_cache_finds(span, monkeypatch):
     """With spans of a few pages too, the last of them empty."""
     monkeypatch.setattr(paged, "SPAN", span)
@@ -93,16 +114,15 @@ def test_passes_find_what_a_dense_cache_finds(span, monkeypatch):
 def test_pages_are_taken_as_rows_grow_and_given_back():
     cache = PagedCache(page=PAGE, pages=6)
     k, v, info = ragged([5, 1, 0])
-    put = jax.jit(lambda state, k, v, info: cache.append(state, k, v, info, None))
-    state = put(cache.init(3, 16, KV_HEADS, DIM, DIM, jnp.float32), k, v, info)
+    state = put(cache, empty(cache, 3), k, v, info)
     assert table(state) == [[0, 1], [2], []] and free(state) == [3, 4, 5]
     one = causal_info(np.asarray([[1], [1], [0]]))
     for wanted in ([[0, 1], [2], []],) * 3 + ([[0, 1, 3], [2, 4], []],):
-        state = put(state, k[:, :1], v[:, :1], one)
+        state = put(cache, state, k[:, :1], v[:, :1], one)
         assert table(state) == wanted
-    state = jax.jit(lambda s, rows: s.released(rows))(state, jnp.asarray([True, False, False]))
+    state = released(state, jnp.asarray([True, False, False]))
     assert table(state) == [[], [2, 4], []] and free(state) == [0, 1, 3, 5] and state.used.tolist() == [0, 5, 0]
-    state = put(state, k, v, causal_info(np.asarray([[0] * 5, [0] * 5, [1] * 5])))
+    state = put(cache, state, k, v, causal_info(np.asarray([[0] * 5, [0] * 5, [1] * 5])))
     assert len(table(state)[2]) == 2 and len(free(state)) == 2 and not state.overflow.any()
     held = [page for row in table(state) for page in row]
     assert sorted(held + free(state)) == [*range(6)]
@@ -111,9 +131,9 @@ def test_pages_are_taken_as_rows_grow_and_given_back():
 def test_a_row_read_alone_takes_its_seat():
     cache = PagedCache(page=PAGE, pages=7)
     k, v, info = ragged([5, 9, 2])
-    state = cache.append(cache.init(3, 16, KV_HEADS, DIM, DIM, jnp.float32), k, v, info, None)
+    state = put(cache, empty(cache, 3), k, v, info)
     new_k, new_v, new_info = ragged([11], seed=1)
-    alone = cache.append(cache.init(1, 16, KV_HEADS, DIM, DIM, jnp.float32), new_k, new_v, new_info, None)
+    alone = put(cache, empty(cache, 1), new_k, new_v, new_info)
     state = jax.jit(lambda s, a, row: s.seated(a, row))(state, shuffled(alone), jnp.int32(1))
     found_k, found_v, found = cache.read(state, None)
     for row, (wanted_k, wanted_v, n) in enumerate([(k[0], v[0], 5), (new_k[0], new_v[0], 11), (k[2], v[2], 2)]):
@@ -126,7 +146,7 @@ def test_a_row_read_alone_takes_its_seat():
 def test_what_finds_no_page_is_counted():
     cache = PagedCache(page=PAGE, pages=3)
     k, v, info = ragged([7, 9, 3])
-    state = cache.append(cache.init(3, 16, KV_HEADS, DIM, DIM, jnp.float32), k, v, info, None)
+    state = put(cache, empty(cache, 3), k, v, info)
     assert table(state) == [[0, 1], [2], []] and state.overflow.tolist() == [0, 5, 3]
     assert cache.fits([4, 4, 4]) and not cache.fits([5, 4, 4]) and PagedCache().fits([1 << 20] * 9)
 
@@ -135,12 +155,10 @@ def test_what_another_row_left_in_a_page_is_not_read():
     cache = PagedCache(page=PAGE, pages=2)
     k, v, info = ragged([8])
     wrong = jnp.full_like(v, jnp.nan)
-    state = cache.append(cache.init(1, 8, KV_HEADS, DIM, DIM, jnp.float32), wrong, wrong, info, None).released(
-        jnp.asarray([True])
-    )
-    state = cache.append(state, k[:, :3], v[:, :3], info.take(slice(0, 3)), None)
+    state = put(cache, empty(cache, 1), wrong, wrong, info).released(jnp.asarray([True]))
+    state = put(cache, state, k[:, :3], v[:, :3], info.take(slice(0, 3)))
     q = jnp.ones((1, 1, HEADS, DIM))
-    out, _ = cache.attend(state, q, info.take(slice(2, 3)), mask=Causal(), scale=SCALE, frequencies=None)
+    out, _ = attend(cache, state, q, info.take(slice(2, 3)))
     assert np.isfinite(out).all()
 
 

@@ -122,7 +122,7 @@ def interleaved(kind):
     return causal_info(segments)
 
 
-@pytest.mark.parametrize("kind", ["documents", "shared", "reader"])
+@pytest.mark.parametrize("kind", ["documents", pytest.param("shared", marks=pytest.mark.slow), "reader"])
 def test_what_may_be_missing_is_counted(kind):
     """Documents that others interrupt, tokens that all see, and tokens that see all are right where all is held."""
     info = interleaved(kind)

@@ -82,6 +82,7 @@ def test_what_never_fits_is_refused():
         generate(small, [PROMPTS[0], PROMPTS[2], PROMPTS[1] + [1, 2, 3]], max_new=NEW)
 
 
+@pytest.mark.slow
 def test_heads_on_a_mesh():
     spec = model(PagedCache(page=16)).spec
     mesh = MeshSpec(tensor=2).build(jax.devices()[:2])
