@@ -24,9 +24,9 @@ from lcx.cache.codecs.codec import Codec, Quantizer
 from lcx.cache.codecs.plain import Plain
 from lcx.cache.coded import attend_codes
 from lcx.cache.kv_state import Held, KVState, Pass, Waiting, joined, no_tokens, rounded_up
-from lcx.cache.selected import selected, summarised
 from lcx.cache.policies.policy import Policy
 from lcx.cache.pruning import Pruning
+from lcx.cache.selected import selected, summarised
 from lcx.cache.selectors.selector import Selector
 from lcx.cache.spans import Slots, attend_slots
 from lcx.parallel.rules import Rules, ambient_mesh, shard

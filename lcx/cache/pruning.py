@@ -10,8 +10,8 @@ from jaxtyping import Array, Bool, Int
 
 from lcx.batch import PADDING, TokenInfo
 from lcx.cache.kv_state import Held, KVState, Pass, Waiting, hidden, joined, stored_blocks, taken, taken_first
-from lcx.cache.selected import summarised
 from lcx.cache.scorers.scorer import Asked, Rule, Scored, received
+from lcx.cache.selected import summarised
 from lcx.positions.frequencies import Frequencies
 from pallas_kernels.target import platform
 
