@@ -11,11 +11,14 @@ from lcx.cache.kv_cache import KVCache
 from lcx.cache.paged import PagedCache
 from lcx.cache.policies.budgets import Pyramid, Shares
 from lcx.cache.policies.chelsea import Chelsea
+from lcx.cache.policies.duo_attention import DuoAttention
 from lcx.cache.policies.evict import Evict
+from lcx.cache.policies.think import ThinK
 from lcx.cache.policies.windowkv import WindowKV
 from lcx.cache.ring import RingCache
 from lcx.cache.scorers.expected_attention import ExpectedAttention
 from lcx.cache.scorers.key_norm import KeyNorm
+from lcx.cache.scorers.q_filters import QFilters
 from lcx.cache.scorers.snapkv import SnapKV
 from lcx.cache.selectors.quest import Quest
 from lcx.memory.rmt import RMT
@@ -36,6 +39,8 @@ from lcx.support_table import base
 
 MIXER = "model.pattern[0].mixer"
 QUEST = Quest(budget=64)
+FILTERS = next(iter(QFilters.examples()))
+DUO = DuoAttention(gates=((0.1, 0.2), (0.3, 0.9)), streaming=0.5)
 SNAP = Evict(score=SnapKV(), keep=0.5)
 
 
@@ -61,6 +66,17 @@ def refusals(cache, *more):
         (KVCache(codec=IntGroups(group=3)), [], "groups of 3 channels in heads of 8"),
         (KVCache(keys="raw", codec=KVQuant(calibration="reader")), [], "expected tables of this model"),
         (KVCache(policy=Evict(score=KeyNorm(), keep=8, layers=Pyramid())), [("model.periods", 2)], "expected 'all'"),
+        (
+            KVCache(policy=Evict(score=FILTERS, keep=8)),
+            [(f"{MIXER}.distances", SelfExtend(group=2, window=4))],
+            "no rotated keys",
+        ),
+        (KVCache(policy=Evict(score=FILTERS, keep=8)), [(f"{MIXER}.kv_heads", 4)], "numbers of layer 0 of this model"),
+        (KVCache(policy=Evict(score=FILTERS, keep=8)), [("model.periods", 2)], "numbers of layer 1 of this model"),
+        (KVCache(policy=DUO), [(f"{MIXER}.kv_heads", 4)], "4 heads of layer 0 of this model"),
+        (KVCache(policy=DUO), [], "one row for each of the model's 1 layers"),
+        (KVCache(policy=DUO), [("model.periods", 2)], "expected 'all', as each layer's"),
+        (KVCache(policy=ThinK()), [("model.rope", DynamicNTK(original_length=8))], "cache.keys = 'rotated': expected 'raw'"),
         (KVCache(policy=WindowKV(keep=8)), [], "expected a divisor of the model's 1 layers"),
         (KVCache(policy=Evict(score=KeyNorm(), keep=8, layers=Shares(values=(1.0, 2.0)))), [], "one for each of the model's 1"),
     ],
@@ -114,6 +130,7 @@ def test_accepted():
     several = [("model.periods", 2), ("model.unroll", "all")]
     for cache in (
         KVCache(policy=Evict(score=SnapKV(), keep=8, layers=Pyramid())),
+        KVCache(policy=DUO),
         KVCache(policy=WindowKV(keep=8, layers=Pyramid(beta=4.0, group=2))),
         KVCache(keys="raw", codec=KVQuant(codebook="uniform"), policy=Chelsea(keep=0.5, mass="one")),
     ):

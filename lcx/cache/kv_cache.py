@@ -53,6 +53,8 @@ class KVCache(KeysCache):
     def validate(self):
         for field, part in (("codec", self.codec), ("policy", self.policy)):
             self.check(self.keys == "raw" or part is None or not part.raw, "keys", f"'raw', which {field} = {part} reads")
+        rotates = self.policy is not None and self.policy.rotated
+        self.check(self.keys == "rotated" or not rotates, "keys", f"'rotated', which policy = {self.policy} writes to")
         self.check(
             self.positions == "own" or self.keys == "raw", "keys", "'raw' beside positions = 'slots', which turns keys anew"
         )
@@ -95,13 +97,12 @@ class KVCache(KeysCache):
     def init(self, batch_size, length, kv_heads, head_dim, value_dim, dtype, axes=1, at=At()):
         codec, policy = self.codec, self.policy
         B, K, G = batch_size, kv_heads, kv_heads if self.by_head else 1
-        share = 1.0 if policy is None else policy.layers.share(at.layer, at.depth)
+        share = 1.0 if policy is None else policy.share(at.layer, at.depth)
         block = codec.block if self.selector is None else self.selector.page
         S = rounded_up(length if policy is None else policy.slots(length, share), block * at.shards)
         R = codec.first + codec.recent + codec.block - 1
-        tables = jax.tree.map(
-            lambda x: jnp.broadcast_to(x, (B, *x.shape)), codec.tables(at.layer, kv_heads, head_dim, value_dim)
-        )
+        known = codec.tables(at.layer, kv_heads, head_dim, value_dim), policy and policy.tables(at.layer, kv_heads, head_dim)
+        tables, known = jax.tree.map(lambda x: jnp.broadcast_to(x, (B, *x.shape)), known)
         empty = lambda coder, size, known: jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
             jax.eval_shape(lambda: coder.encode(jnp.zeros((B, K, S, size), dtype), known)),
@@ -134,6 +135,7 @@ class KVCache(KeysCache):
             newest=jnp.zeros((B, queries, at.heads, head_dim), dtype),
             newest_info=no_tokens(B, queries, axes),
             watched=None if policy is None else policy.watching(B, at.heads, head_dim),
+            known=known,
             tables=tables,
             overflow=zero,
             selects=selects,

@@ -40,8 +40,9 @@ class Held:
 @record
 class KVState:
     """length: that it was made for. share: of the mean budget, the layer's. used: slots taken, with those that a block leaves
-    empty. seen: tokens read. newest: the last queries, if a policy reads them; watched: what it made of all. tables: what the
-    codec knew beforehand. overflow: tokens that found no slot. selects: whether the layer's selector chooses."""
+    empty. seen: tokens read. newest: the last queries, if a policy reads them; watched: what it made of all; known: what it
+    knew beforehand. tables: what the codec did. overflow: tokens that found no slot. selects: whether the layer's selector
+    chooses."""
 
     length: int = static()
     share: float = static()
@@ -52,6 +53,7 @@ class KVState:
     newest: Float[Array, "B W H D"]
     newest_info: TokenInfo
     watched: Any
+    known: Any
     tables: Any
     overflow: Int[Array, "B"]
     selects: Bool[Array, "B"] | None = None

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Int
 
 from lcx.batch import PADDING, TokenInfo
 from lcx.cache.kv_state import Held, KVState, Pass, Waiting, hidden, joined, stored_blocks, taken, taken_first
-from lcx.cache.scorers.scorer import Asked, Rule, Scored, received
+from lcx.cache.scorers.scorer import Asked, Rule, Scored
 from lcx.cache.selected import summarised
 from lcx.positions.frequencies import Frequencies
 from pallas_kernels.target import platform
@@ -60,7 +60,7 @@ class Pruning:
                 self._compressed(was, leaving, moved),
                 self._written(was, leaving, moved),
             )
-        full = (was.used.max(axis=1) + moved > policy.budget(was.seen, was.share) + policy.every) & (moved > 0)
+        full = policy.full(was.used + moved[:, None], was.seen, was.share, was.known) & (moved > 0)
         compress = lambda: _where(
             full,
             self._compressed(was, leaving, moved),
@@ -71,10 +71,11 @@ class Pruning:
     def _marked(self, state: KVState, exact: Waiting) -> tuple[Waiting, Held]:
         """Tokens with what the queries of a pass looked at added."""
         k, _, info = self.cache.decoded(state, self.frequencies)
-        marks = state.held.marks + received(self.asked, k, info, self.rule)
+        mark, several = self.cache.policy.mark, self.asked.q.shape[1]
+        marks = state.held.marks + mark(self.asked, k, info, self.rule, new=0)
         k = jnp.moveaxis(self.cache.turned(exact.k, exact.info, self.frequencies), 2, 1)
         one = jax.tree.map(lambda x: x[:, None], exact.info)
-        late = exact.marks + jnp.moveaxis(received(self.asked, k, one, self.rule), 1, 2)
+        late = exact.marks + jnp.moveaxis(mark(self.asked, k, one, self.rule, new=several), 1, 2)
         return dataclasses.replace(exact, marks=late), dataclasses.replace(state.held, marks=marks)
 
     def _queries(self, state: KVState, info: TokenInfo) -> dict[str, Any]:
@@ -161,6 +162,7 @@ class Pruning:
             marks=None if marks is None else pick(marks, by_all(order)),
             counts=None if counts is None else pick(counts, by_all(order)),
             watched=state.watched,
+            known=state.known,
             seen=state.seen,
             budget=budget,
             output=self.asked.output,

@@ -48,6 +48,9 @@ def caches_meet_their_queries(experiment: Experiment) -> Iterator[str]:
         if plan is not None and policy is not None and (policy.queries or policy.marks or policy.weighs):
             expected = "expected one that reads no queries and weighs no tokens"
             yield f"{path}.cache.policy: {expected} beside {path}.distances, under which a pair has no single logit"
+        if plan is not None and policy is not None and policy.turned:
+            expected = "expected one that reads no rotated keys"
+            yield f"{path}.cache.policy: {expected} beside {path}.distances, which turns a key anew for each query"
         if policy is not None and policy.weighs and mixer.softcap is not None:
             yield f"{path}.cache.policy.mass = 'counted': expected 'one' beside a softcap: no method says which comes first"
 
@@ -105,9 +108,11 @@ def caches_fit_their_layers(experiment: Experiment) -> Iterator[str]:
         try:
             for number in layers:
                 cache.codec.tables(number, *sizes)
+                if cache.policy is not None:
+                    cache.policy.tables(number, mixer.kv_heads, mixer.head_dim)
             sizes = (1, experiment.data.length, *sizes, jnp.dtype(model.compute), 1, At(depth=model.depth, heads=mixer.heads))
             jax.eval_shape(functools.partial(cache.init, *sizes))
-            shares = {1.0 if cache.policy is None else cache.policy.layers.share(number, model.depth) for number in layers}
+            shares = {1.0 if cache.policy is None else cache.policy.share(number, model.depth) for number in layers}
             leaders = {cache.leads(number) for number in layers}
         except (SpecError, ValueError) as error:
             yield f"{path}.cache: {error}"

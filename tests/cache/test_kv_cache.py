@@ -8,12 +8,18 @@ import numpy as np
 import pytest
 
 from lcx.attention.mask import Sink, Window
+from lcx.cache.cache import At
 from lcx.cache.codecs.groups import KIVI, IntGroups
 from lcx.cache.codecs.plain import Plain
 from lcx.cache.codecs.scaled import Fp8, Int8
 from lcx.cache.kv_cache import KVCache
+from lcx.cache.policies.cam import CaM
+from lcx.cache.policies.duo_attention import DuoAttention
 from lcx.cache.policies.evict import Evict
 from lcx.cache.policies.policy import Policy
+from lcx.cache.policies.simlayerkv import SimLayerKV
+from lcx.cache.policies.think import ThinK
+from lcx.cache.scorers.compactor import Compactor
 from lcx.cache.scorers.key_norm import KeyNorm
 from lcx.cache.scorers.snapkv import SnapKV
 from lcx.parts import parts
@@ -149,12 +155,61 @@ def test_slots_side_by_side():
 def test_what_needs_raw_keys_says_so():
     with pytest.raises(SpecError, match="keys = 'rotated': expected 'raw' beside positions = 'slots'"):
         KVCache(positions="slots")
+    with pytest.raises(SpecError, match="keys = 'raw': expected 'rotated', which policy = ThinK"):
+        KVCache(keys="raw", policy=ThinK())
+
+
+def test_streaming_heads_keep_streaming():
+    """In decoding too: of two heads one holds all, the other its first and newest, with `every` more at most."""
+    cache = KVCache(policy=DuoAttention(gates=((0.9, 0.1),), sinks=2, recent=5, every=2))
+    counts = []
+
+    def check(state, q, k, v, info, out, lse, before):
+        close((out, lse), expected(q, k, v, info, before))
+        held, seen = held_indices(cache, state)[1], int(state.seen[1])
+        assert held[0] == [*range(seen)] and held[1] == [0, 1, *range(seen - len(held[1]) + 2, seen)]
+        counts.append(len(held[1]))
+
+    state = run(cache, passes([12, *[1] * 6, 12, 1], padding=3), each=check)
+    assert counts == [7, 8, 9, 7, 8, 9, 7, 7, 8] and state.overflow.tolist() == [0, 0]
+
+
+def test_layers_that_only_stream_have_slots_for_no_more():
+    policy = DuoAttention(gates=((0.1, 0.2), (0.9, 0.8)), sinks=2, recent=5, every=2)
+    init = lambda layer: KVCache(policy=policy).init(
+        1, 96, KV_HEADS, DIM, DIM, jnp.float32, at=At(layer=layer, depth=2, heads=4)
+    )
+    assert [init(layer).held.k.shape[2] for layer in (0, 1)] == [9, 96]
+    one = KVCache(policy=dataclasses.replace(policy, gates=((0.1, 0.2),), streaming=1.0))
+    state = run(one, passes([12, 1, 1, 1]))
+    assert held_indices(one, state)[0] == [[0, 1, *range(10, 15)]] * 2 and state.overflow.tolist() == [0, 0]
+
+
+CHOICES = {
+    "compactor": Evict(score=Compactor(sketch=4, chunk=8, sinks=2, recent=2), keep=8),
+    "think": ThinK(channels=0.4, window=6, score=KeyNorm(), keep=8),
+    "lazy": SimLayerKV(threshold=0.4, sinks=1, recent=8),
+    "cam": CaM(score=SnapKV(window=3, kernel=3), keep=8, window=4),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if n > 1 else ()) for n, name in enumerate(CHOICES)]
+)
+def test_padding_is_no_part_of_a_choice(name):
+    policy = CHOICES[name]
+    cache = KVCache(policy=policy, keys="raw" if policy.raw else "rotated")
+    ((q, k, v, info),) = passes([24], padding=7)
+    found = run(cache, [(q, k, v, info)]).held
+    wanted = run(cache, [(*(x[:, 7:] for x in (q, k, v)), info.take(slice(7, 24)))]).held
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(np.asarray(a[0], np.float64), np.asarray(b[0], np.float64), atol=2e-6)
 
 
 @pytest.mark.parametrize("cls", parts(Policy), ids=lambda cls: cls.__name__)
 def test_every_policy_holds_no_more_than_it_says(cls):
     for policy in list(cls.examples())[:1]:
-        cache = KVCache(policy=policy, keys="raw")
+        cache = KVCache(policy=policy, keys="rotated" if policy.rotated else "raw")
         slots = policy.slots(96, 1.0)
 
         def check(state, *_, slots=slots):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from pathlib import Path
 
 import jax
@@ -15,10 +16,15 @@ from lcx.cache.cache import At
 from lcx.cache.codecs.scaled import Int8
 from lcx.cache.kv_cache import KVCache
 from lcx.cache.policies.budgets import Even, Pyramid, Shares
+from lcx.cache.policies.cam import CaM
+from lcx.cache.policies.duo_attention import DuoAttention
 from lcx.cache.policies.evict import Evict
 from lcx.cache.policies.fold import Fold
+from lcx.cache.policies.simlayerkv import SimLayerKV
+from lcx.cache.policies.think import ThinK
 from lcx.cache.policies.windowkv import WindowKV
 from lcx.cache.scorers.chunks import WholeChunks
+from lcx.cache.scorers.compactor import Compactor
 from lcx.cache.scorers.critical import Critical
 from lcx.cache.scorers.curdkv import CurDKV
 from lcx.cache.scorers.expected_attention import ExpectedAttention
@@ -26,7 +32,9 @@ from lcx.cache.scorers.key_difference import KeyDifference
 from lcx.cache.scorers.key_norm import KeyNorm
 from lcx.cache.scorers.lag import Lag
 from lcx.cache.scorers.leverage import leverage
+from lcx.cache.scorers.non_causal import NonCausal, within_chunks
 from lcx.cache.scorers.observed import Observed
+from lcx.cache.scorers.q_filters import QFilters
 from lcx.cache.scorers.recency import Recency
 from lcx.cache.scorers.scorer import Asked, Rule, Scorer
 from lcx.cache.scorers.snapkv import SnapKV
@@ -46,6 +54,7 @@ PRESSES = {
     "observed": Observed(by="mean"),
     "expected": ExpectedAttention(ahead=32, sinks=4),
     "cur": CurDKV(window=16, sinks=4),
+    "non_causal": NonCausal(chunk=20),
 }
 
 
@@ -66,10 +75,10 @@ def one_pass(cache, q, k, v, output):
     return cache.prune(given, asked, frequencies=FREQUENCIES, rule=RULE)
 
 
-def kept(policy, golden, codec=None):
+def kept(policy, golden, codec=None, keys="rotated"):
     """(state, places that each key head keeps) of the tokens of the golden arrays in one pass."""
     given = [jnp.asarray(golden[name], jnp.float32) for name in ("q", "k", "v", "output")]
-    state = one_pass(KVCache(policy=policy, **({} if codec is None else {"codec": codec})), *given)
+    state = one_pass(KVCache(policy=policy, keys=keys, **({} if codec is None else {"codec": codec})), *given)
     index, there = (np.asarray(x)[0] for x in (state.held.info.index, state.held.info.segments != 0))
     return state, [sorted(i[t].tolist()) for i, t in zip(index, there, strict=True)]
 
@@ -119,14 +128,20 @@ def test_windows_are_those_of_the_authors(task, golden):
     assert found == [golden[f"windows/{task}"].tolist()]
 
 
-def test_lagging_scores_are_those_of_kvpress(golden):
+def scores(scorer, golden):
+    """[K, N] of all tokens in one pass."""
+
     class Seen(Evict):
         def compress(self, now, slots):
             result = super().compress(now, slots)
             return dataclasses.replace(result, v=jnp.broadcast_to(self.score.score(now)[..., None], now.v.shape)[:, :, :slots])
 
-    state, _ = kept(Seen(score=Lag(block=8, sinks=4), keep=N), golden)
-    found, wanted = np.asarray(state.held.v)[0, :, :N, 0], golden["score/lag"]
+    state, _ = kept(Seen(score=scorer, keep=N), golden, keys="raw" if scorer.raw else "rotated")
+    return np.asarray(state.held.v)[0, :, :N, 0]
+
+
+def test_lagging_scores_are_those_of_kvpress(golden):
+    found, wanted = scores(Lag(block=8, sinks=4), golden), golden["score/lag"]
     np.testing.assert_allclose(np.where(wanted < 1, found, 1), wanted, atol=1e-6)
     assert (found[wanted >= 1] >= 1).all()
 
@@ -135,6 +150,105 @@ def test_leverage_scores_are_those_of_kvpress(golden):
     k = jnp.swapaxes(jnp.asarray(golden["k"], jnp.float32), 1, 2)
     found = leverage(k, jnp.ones((1, 1, N), bool), jnp.asarray(golden["directions"], jnp.float32))
     np.testing.assert_allclose(found[0], golden["score/leverage"], rtol=2e-4)
+
+
+def test_attention_within_chunks_is_that_of_kvpress(golden):
+    """Up to its last mean and deviation; of a last chunk that is not full, what its class gives of that chunk alone."""
+    found, wanted = scores(NonCausal(chunk=20), golden), golden["score/non_causal/20"]
+    np.testing.assert_allclose((found - found.mean()) / found.std(ddof=1), wanted, atol=2e-5)
+    found = scores(NonCausal(chunk=25, kernel=1), golden) / np.linalg.norm(golden["v"][0], axis=-1).T
+    np.testing.assert_allclose(found, golden["score/non_causal/25"], atol=2e-5)
+
+
+def test_compactor(golden):
+    class Given(Compactor):
+        def directions(self, now):
+            return jnp.asarray(golden["directions"], jnp.float32)
+
+    given = Given(sketch=6, chunk=16, blend=0.6)
+    found, wanted = scores(given, golden)[:, 8:-4], golden["score/compactor"][:, 8:-4]
+    np.testing.assert_allclose(found, wanted, atol=5e-4)
+    for blend in (0.6, None):
+        _, found = kept(Evict(score=dataclasses.replace(given, blend=blend), keep=KEPT), golden, keys="raw")
+        assert found == golden["kept/compactor"].tolist()
+
+
+def numbers(x):
+    return tuple(map(numbers, x)) if np.ndim(x) else float(x)
+
+
+def test_directions_of_queries(golden, tmp_path):
+    np.savez(tmp_path / "d.npz", directions=golden["filters"][None])
+    for held in (numbers(golden["filters"][None]), str(tmp_path / "d.npz")):
+        _, found = kept(Evict(score=QFilters(directions=held), keep=KEPT), golden)
+        assert found == golden["kept/filters"].tolist()
+
+
+def test_a_lazy_layer_keeps_first_and_newest(golden):
+    """kvpress leaves the last query's own token out, and of 12 newest tokens keeps 11; the authors keep what they judge by."""
+    shares = golden["lazy/shares"]
+    mass = shares[:4].sum() + shares[-11:].sum() + 1 - shares.sum()
+    for threshold, lazy in ((mass - 1e-4, True), (mass + 1e-4, False)):
+        _, found = kept(SimLayerKV(threshold=float(threshold), sinks=4, recent=12), golden)
+        assert found == [[0, 1, 2, 3, 48, *golden["kept/lazy"][4:]] if lazy else [*range(N)]]
+
+
+def test_streaming_heads(golden, tmp_path):
+    gates = golden["gates"]
+    (tmp_path / "g.json").write_text(json.dumps(gates.tolist()))
+    np.savetxt(tmp_path / "g.tsv", gates, delimiter="\t")
+    np.savez(tmp_path / "g.npz", gates=gates)
+    for held in (numbers(gates), *(str(tmp_path / f"g.{kind}") for kind in ("json", "tsv", "npz"))):
+        policy = DuoAttention(gates=held, sinks=4, recent=12)
+        for layer, mask in enumerate(golden["masked/duo"]):
+            assert policy.tables(layer, K, D).tolist() == (~mask.all(axis=1)).tolist()
+    first = DuoAttention(gates=numbers(np.where(golden["masked/duo"].all(axis=2), 0.9, 0.1)[:1]), sinks=4, recent=12)
+    _, found = kept(first, golden)
+    assert found == [np.flatnonzero(mask).tolist() for mask in golden["masked/duo"][0]]
+
+
+def test_channels_that_are_left_out(golden):
+    state, found = kept(ThinK(channels=0.4, window=WINDOW), golden)
+    assert found == [[*range(N)]] * K
+    np.testing.assert_allclose(jnp.moveaxis(state.held.k[0, :, :N], 0, 1), golden["think/keys"], atol=2e-5)
+    assert (np.asarray(state.held.k[0, :, :N]) == 0).all(axis=1).sum() == 3 * K
+    state, found = kept(ThinK(channels=0.4, window=WINDOW, score=KeyNorm(), keep=KEPT), golden)
+    assert found == golden["kept/norm"].tolist()
+    np.testing.assert_allclose(state.held.k[0, :, :KEPT], golden["think/norm"], atol=2e-5)
+
+
+def test_values_are_merged_into_those_behind_as_in_cam(golden):
+    class Given(CaM):
+        def draws(self, now):
+            drawn = jnp.asarray(golden["uniform"], jnp.float32)[None]
+            return jnp.pad(drawn, ((0, 0), (0, 0), (0, now.k.shape[2] - N)))
+
+    state, found = kept(Given(score=KeyNorm(), keep=KEPT, window=5), golden)
+    assert found == [golden["kept/cam"].tolist()]
+    np.testing.assert_allclose(state.held.v[0, :, :KEPT], golden["cam/values"], atol=2e-5)
+
+
+def test_chunks_of_tokens_that_are_there():
+    """Padding anywhere and two documents: each token's neighbours are those of its chunk and document, on both sides."""
+    rng = np.random.default_rng(3)
+    segments = np.asarray([[0, 0, 1, 1, 1, 0, 1, 2, 2, 2, 0]], np.int32)
+    q, k = rng.normal(size=(1, 11, H, D)), rng.normal(size=(1, 11, K, D))
+    info = causal_info(jnp.asarray(segments))
+    q32 = jnp.asarray(q, jnp.float32)
+    asked = Asked(q=q32, raw=q32, out=q32, lse=q32[..., 0], info=info, output=jnp.zeros((H, D, 1)))
+    keys = jnp.asarray(np.concatenate([np.ones((1, 2, K, D)), k], axis=1), jnp.float32)
+    k_info = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (2, 0)) + ((0, 0),) * (x.ndim - 2))[:, None], info)
+    found = within_chunks(asked, jnp.moveaxis(keys, 2, 1), k_info, RULE, new=11, size=5)
+    wanted = np.ones((K, 13))
+    wanted[:, :2] = 0
+    for places in ([2, 3, 4, 6], [7], [8, 9]):  # of chunks 2 3 4 6 7 and 8 9
+        for h in range(K):
+            s = np.einsum("tgd,sd->gts", q[0, places, 2 * h : 2 * h + 2], k[0, places, h]) * RULE.scale
+            p = np.exp(s) / np.exp(s).sum(axis=-1, keepdims=True)
+            wanted[h, np.asarray(places) + 2] = p.sum(axis=1).mean(axis=0)
+    np.testing.assert_allclose(found[0], wanted, atol=1e-5)
+    alone = within_chunks(asked, jnp.moveaxis(keys, 2, 1), k_info, RULE, new=0, size=5)
+    assert not np.asarray(alone).any()
 
 
 def test_budgets_of_layers(golden):

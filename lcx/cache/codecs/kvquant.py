@@ -14,7 +14,6 @@ which much attention goes to. Q-Norm moves what codes stand for to the mean and 
 import dataclasses
 import functools
 import math
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import jax
@@ -23,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8, UInt16
 
 from lcx.cache.codecs.codec import Codec, Quantizer
-from lcx.spec import SpecError
+from lcx.cache.known import arrays_of
 from pallas_kernels.quantized_attention import formats
 from pallas_kernels.quantized_attention.formats import half_bits, halves
 from pallas_kernels.quantized_attention.packing import BLOCK, pack, unpack
@@ -194,7 +193,7 @@ class KVQuant(Codec):
         plain = {"codebook": even, "scale": np.ones(kv_heads, np.float32), "shift": np.zeros(kv_heads, np.float32)}
         if not self.calibration:
             return plain | {"upper": wide(np.float32(8)), "lower": wide(np.float32(-8))}, dict(plain)
-        held, kind = calibrated(self.calibration), "rotated" if self.rotated else "raw"
+        held, kind = arrays_of(self, "calibration", "kvquant.npz"), "rotated" if self.rotated else "raw"
         sides = []
         for side, ranges in ((kind, ("upper", "lower")), ("values", ())):
             at = f"{side}/{self.outliers:g}"
@@ -228,18 +227,3 @@ class KVQuant(Codec):
             cls(codebook="uniform", bits=2, outliers=0.2, sinks=2),
             cls(codebook="uniform", outliers=0.0),
         )
-
-
-SHIPPED = Path(__file__).parents[2] / "assets"
-TABLES = "kvquant.npz"
-
-
-@functools.lru_cache(maxsize=8)
-def calibrated(name: str) -> dict[str, np.ndarray]:
-    """The tables of a file, or of a model that comes with lcx. Raises SpecError that says what there is."""
-    for path in (Path(name), SHIPPED / name / TABLES):
-        if path.is_file():
-            with np.load(path) as held:
-                return {key: held[key].astype(np.float32) for key in held.files}
-    shipped = ", ".join(sorted(path.parent.name for path in SHIPPED.glob(f"*/{TABLES}"))) or "none"
-    raise SpecError(f"KVQuant.calibration = {name!r}: expected a file of experiments.calibrate, or a shipped model: {shipped}")

@@ -65,9 +65,23 @@ class Evict(Policy):
     def marks(self):
         return self.score.marks
 
+    def mark(self, *pass_, **options):
+        return self.score.mark(*pass_, **options)
+
     @property
     def raw(self):
         return self.score.raw
+
+    @property
+    def by_layer(self):
+        return super().by_layer or self.score.by_layer
+
+    def tables(self, layer, kv_heads, head_dim):
+        return self.score.tables(layer, kv_heads, head_dim)
+
+    @property
+    def turned(self):
+        return self.score.turned
 
     @property
     def expects_turns(self):

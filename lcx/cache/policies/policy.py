@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -50,9 +50,17 @@ class Policy(Reads, Spec, abc.ABC):
         self.check(self.every >= 1, "every", "at least 1 token")
 
     @property
-    def by_layer(self) -> bool:
-        """Whether layers have budgets of their own."""
+    def by_layer(self):
         return self.layers != Even()
+
+    @property
+    def rotated(self) -> bool:
+        """Whether it writes to keys that are rotated for good."""
+        return False
+
+    def share(self, layer: int, depth: int) -> float:
+        """A layer's, of the mean budget."""
+        return self.layers.share(layer, depth)
 
     def slots(self, length: int, share: float) -> int:
         """Slots for rows of `length` tokens. share: the layer's, of the mean budget."""
@@ -69,6 +77,10 @@ class Policy(Reads, Spec, abc.ABC):
         if isinstance(self.keep, int):
             return jnp.full_like(seen, max(1, int(self.keep * share)))
         return jnp.maximum(1, jnp.floor(seen * (self.keep * share) + 1e-4).astype(jnp.int32))
+
+    def full(self, used: Int[Array, "B G"], seen: Int[Array, "B"], share: float, known: Any) -> Bool[Array, "B"]:
+        """Whether it acts in decoding, before so many slots are used."""
+        return used.max(axis=1) > self.budget(seen, share) + self.every
 
     @property
     @abc.abstractmethod

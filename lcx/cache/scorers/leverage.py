@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from lcx.cache.scorers.scorer import Scorer
+from lcx.cache.scorers.scorer import Scored, Scorer
 
 RIDGE = 1e-2
 
@@ -38,10 +38,12 @@ class Leverage(Scorer):
     def raw(self):
         return True
 
-    def score(self, now):
+    def directions(self, now: Scored) -> Float[Array, "K D s"]:
         K, D = now.raw.shape[1], now.raw.shape[3]
-        directions = jax.random.normal(jax.random.key(self.seed), (K, D, self.sketch)) / jnp.sqrt(self.sketch)
-        return leverage(now.raw, now.there, directions)
+        return jax.random.normal(jax.random.key(self.seed), (K, D, self.sketch)) / jnp.sqrt(self.sketch)
+
+    def score(self, now):
+        return leverage(now.raw, now.there, self.directions(now))
 
     @classmethod
     def examples(cls):

@@ -21,7 +21,7 @@ class Observed(Scorer):
 
     @property
     def marks(self):
-        return True
+        return "received"
 
     def score(self, now):
         if self.by == "sum":

@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -45,9 +45,9 @@ class Scored:
 
     k: rotated as they meet queries; raw: as the cache holds them, which a policy may ask to be before their rotation. count: of
     tokens there. newest, its info: the last queries that were asked for, padding first. marks: attention received so far, and
-    counts: the tokens that each stands for, if asked for. watched: what was made of all queries. seen: tokens that the row has
-    read; budget: that it keeps. output: the matrix that heads are projected by. leader: what the layer that leads this one
-    holds.
+    counts: the tokens that each stands for, if asked for. watched: what was made of all queries. known: what was known of the
+    layer beforehand. seen: tokens that the row has read; budget: that it keeps. output: the matrix that heads are projected by.
+    leader: what the layer that leads this one holds.
     """
 
     k: Float[Array, "B K N D"]
@@ -60,6 +60,7 @@ class Scored:
     marks: Float[Array, "B K N"] | None
     counts: Float[Array, "B K N"] | None
     watched: Any
+    known: Any
     seen: Int[Array, "B"]
     budget: Int[Array, "B"]
     output: Float[Array, "H E M"]
@@ -128,13 +129,23 @@ class Reads:
         return 0
 
     @property
-    def marks(self) -> bool:
-        """Whether it reads the attention that every token received so far (`Scored.marks`)."""
-        return False
+    def marks(self) -> Literal["", "received", "within chunks"]:
+        """What it reads of the attention that every token got so far (`Scored.marks`): nothing, all of it, or that of its
+        neighbours on both sides."""
+        return ""
+
+    def mark(self, asked: Asked, k: Float[Array, "B K N D"], k_info: TokenInfo, rule: Rule, new: int) -> Float[Array, "B K N"]:
+        """What the queries of a pass add to the marks of tokens, the last `new` of which are the pass itself."""
+        return received(asked, k, k_info, rule)
 
     @property
     def raw(self) -> bool:
         """Whether it reads keys before their rotation."""
+        return False
+
+    @property
+    def turned(self) -> bool:
+        """Whether it reads keys as one rotation turns them, which under a distance plan there is not."""
         return False
 
     @property
@@ -148,6 +159,15 @@ class Reads:
 
     def watching(self, rows: int, heads: int, head_dim: int) -> Any:
         """What it has made of no queries: arrays [B, ...]."""
+        return None
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether layers differ in what it is or knows."""
+        return False
+
+    def tables(self, layer: int, kv_heads: int, head_dim: int) -> Any:
+        """What it knows of a layer beforehand: arrays [K, ...] (`Scored.known`). Raises SpecError if made for other sizes."""
         return None
 
 
@@ -174,9 +194,23 @@ class Wrapper(Scorer):
     def marks(self):
         return self.of.marks
 
+    def mark(self, *pass_, **options):
+        return self.of.mark(*pass_, **options)
+
     @property
     def raw(self):
         return self.of.raw
+
+    @property
+    def by_layer(self):
+        return self.of.by_layer
+
+    def tables(self, layer, kv_heads, head_dim):
+        return self.of.tables(layer, kv_heads, head_dim)
+
+    @property
+    def turned(self):
+        return self.of.turned
 
     @property
     def expects_turns(self):
