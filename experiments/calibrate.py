@@ -1,11 +1,17 @@
-"""Calibrates KVQuant for a model: writes the tables that its codec reads.
+"""Measures of a model what a cache has to know beforehand: tables of KVQuant, directions of Q-Filters, gates of heads.
 
     python -m experiments.calibrate --run_dir=reader --to=reader.npz
+    python -m experiments.calibrate --run_dir=reader --to=filters.npz --method=QFilters
     python -m experiments.calibrate --run_dir=models/llama-3.1-8b --to=llama.npz --text=books --length=2048 --windows=16
 
-The tables are of texts of --length tokens, by default the model's window: of the folder --text, or of the standard library's
-source code. Then --config=set:model.pattern[0].mixer.cache=KVCache(keys='raw',codec=KVQuant(calibration='reader.npz'))
-reads them. Exit status: 0 written, 2 refused.
+It reads texts of --length tokens, by default the model's window: of the folder --text, or of the standard library's
+source code. What it wrote is read by --config=set:model.pattern[0].mixer.cache=..., with one of
+
+    KVQuant         KVCache(keys='raw',codec=KVQuant(calibration='reader.npz'))
+    QFilters        KVCache(policy=Evict(score=QFilters(directions='filters.npz'),keep=0.2))
+    DuoAttention    KVCache(policy=DuoAttention(gates='gates.npz'))
+
+--outliers and --sinks are of KVQuant. Exit status: 0 written, 2 refused.
 """
 
 from pathlib import Path
@@ -17,15 +23,19 @@ from experiments.program import Arguments, launch
 from lcx.data.sources import StandardLibrary, TextFolder
 from lcx.evaluation.tasks.perplexity import Perplexity
 from lcx.inference.calibration import tables
+from lcx.inference.head_statistics import statistics
 from lcx.spec import SpecError
 from lcx.training.checkpoint import load_model
 from lcx.training.experiment import Experiment
 from lcx.training.run_folder import read_trained
 from lcx.training.shipped import run_folder
 
+STATISTICS = {"QFilters": "directions", "DuoAttention": "gates"}
+
 
 def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("to", None, "file to write", flag_values=values)
+    flags.DEFINE_enum("method", "KVQuant", ["KVQuant", *STATISTICS], "what it is for", flag_values=values)
     flags.DEFINE_string("text", None, "folder of texts; default: the standard library's source code", flag_values=values)
     flags.DEFINE_integer("windows", 16, "texts that are read", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("length", None, "tokens of each; default: the model's window", lower_bound=8, flag_values=values)
@@ -48,7 +58,11 @@ def main(arguments: Arguments) -> None:
         print(f"would read {len(rows)} texts of {length} tokens")
         return
     model = load_model(run_folder(arguments.run_dir), experiment.model)
-    made = tables(model, rows, outliers=shares, sinks=asked.sinks)
+    if asked.method == "KVQuant":
+        made = tables(model, rows, outliers=shares, sinks=asked.sinks)
+    else:
+        name = STATISTICS[asked.method]
+        made = {name: statistics(model, rows)[name]}
     np.savez_compressed(asked.to, **made)
     print(f"{asked.to}: {Path(asked.to).stat().st_size:,} bytes, {experiment.model.depth} layers")
 
