@@ -2,6 +2,7 @@
 
     python -m experiments.ablate --config='config:ablations.cache.bits(only="KIVI, 2 bits")'       # one arm, minutes
     python -m experiments.ablate --config='config:ablations.cache.kept(only="SnapKV")'             # at 12, 20 and 50 %
+    python -m experiments.ablate --config='config:ablations.cache.streams(only="DuoAttention")'    # heads, layers, channels
     python -m experiments.ablate --config='config:ablations.cache.bits(model="models/my-folder", length=4096)'
 
 Models are measured as a server reads: prompts in chunks of 512, each compressed before the next comes, answers token by token;
@@ -27,13 +28,18 @@ from lcx.cache.codecs.scaled import Fp8, Int8
 from lcx.cache.dense import DenseCache
 from lcx.cache.kv_cache import KVCache
 from lcx.cache.policies.budgets import Pyramid
+from lcx.cache.policies.cam import CaM
 from lcx.cache.policies.chelsea import Chelsea
+from lcx.cache.policies.duo_attention import DuoAttention
 from lcx.cache.policies.evict import Evict
 from lcx.cache.policies.fold import Fold
 from lcx.cache.policies.policy import Policy
+from lcx.cache.policies.simlayerkv import SimLayerKV
+from lcx.cache.policies.think import ThinK
 from lcx.cache.policies.windowkv import WindowKV
 from lcx.cache.scorers.chance import Chance
 from lcx.cache.scorers.chunks import WholeChunks
+from lcx.cache.scorers.compactor import Compactor
 from lcx.cache.scorers.critical import Critical
 from lcx.cache.scorers.curdkv import CurDKV
 from lcx.cache.scorers.expected_attention import ExpectedAttention
@@ -41,7 +47,9 @@ from lcx.cache.scorers.key_difference import KeyDifference
 from lcx.cache.scorers.key_norm import KeyNorm
 from lcx.cache.scorers.lag import Lag
 from lcx.cache.scorers.leverage import Leverage
+from lcx.cache.scorers.non_causal import NonCausal
 from lcx.cache.scorers.observed import Observed
+from lcx.cache.scorers.q_filters import QFilters
 from lcx.cache.scorers.recency import Recency
 from lcx.cache.scorers.scorer import Scorer
 from lcx.cache.scorers.snapkv import SnapKV
@@ -64,14 +72,34 @@ def bits(model: str = "reader_2k", length: int = 2048, calibration: str = "reade
     return _ablation(model, {"full precision": DenseCache()} | arms, (_variant("as read", length),), only)
 
 
-def kept(model: str = "reader_2k", length: int = 2048, chunk: int = 512, only: str | None = None) -> Ablation:
+def kept(
+    model: str = "reader_2k", length: int = 2048, chunk: int = 512, measured: str = "reader_2k", only: str | None = None
+) -> Ablation:
     """Policies at shares of the tokens. chunk: of a prompt, behind each of which they choose; at `length` they choose once, the
-    question at the end of the prompt read."""
+    question at the end of the prompt read. measured: directions of Q-Filters, for this model; "" leaves them out."""
     edits = lambda share: ((f"{CACHE}.policy.keep", share),)
     name = "{:g} kept" if chunk < length else "{:g} kept, read at once"
     variants = tuple(_variant(name.format(share), length, edits(share), chunk) for share in SHARES)
-    arms = {name: KVCache(keys="raw" if policy.raw else "rotated", policy=policy) for name, policy in _policies().items()}
+    policies = _policies(measured).items()
+    arms = {name: KVCache(keys="raw" if policy.raw else "rotated", policy=policy) for name, policy in policies}
     return _ablation(model, arms, variants, only)
+
+
+def streams(model: str = "reader_2k", length: int = 2048, measured: str = "reader_2k", only: str | None = None) -> Ablation:
+    """Policies that choose layers, heads or channels, which say themselves how many. measured: gates of this model."""
+    duo = lambda share: DuoAttention(gates=measured, streaming=share, sinks=4, recent=256)
+    lazy = lambda threshold: SimLayerKV(threshold=threshold, recent=256)
+    policies: dict[str, Policy] = {
+        "DuoAttention, 25 % of heads": duo(0.25),
+        "DuoAttention": duo(0.5),
+        "DuoAttention, 75 % of heads": duo(0.75),
+        "SimLayerKV, 0.9": lazy(0.9),
+        "SimLayerKV": lazy(0.65),
+        "ThinK": ThinK(),
+        "ThinK, 60 % of channels": ThinK(channels=0.6),
+    }
+    arms = {name: KVCache(policy=policy) for name, policy in policies.items()}
+    return _ablation(model, {"full precision": DenseCache()} | arms, (_variant("as read", length),), only)
 
 
 def _codecs(calibration: str) -> dict[str, Codec]:
@@ -101,10 +129,11 @@ def _codecs(calibration: str) -> dict[str, Codec]:
     }
 
 
-def _policies() -> dict[str, Policy]:
+def _policies(measured: str) -> dict[str, Policy]:
     evict = lambda score, **options: Evict(score=score, keep=1.0, **options)
     snap: Scorer = SnapKV(window=32)
-    return {
+    known: dict[str, Policy] = {"Q-Filters": evict(QFilters(directions=measured), sinks=SINKS)} if measured else {}
+    return known | {
         "chance": evict(Chance()),
         "newest and sinks": evict(Recency(), sinks=SINKS),
         "key norm": evict(KeyNorm(), sinks=SINKS),
@@ -123,6 +152,10 @@ def _policies() -> dict[str, Policy]:
         "LagKV": evict(Lag(block=32)),
         "CurDKV": evict(CurDKV()),
         "leverage": evict(Leverage(sketch=16), sinks=SINKS),
+        "attention of neighbours": evict(NonCausal(), sinks=SINKS),
+        "Compactor": evict(Compactor(sketch=16)),
+        "SnapKV, ThinK": ThinK(score=snap, keep=1.0),
+        "SnapKV, CaM": CaM(score=snap, keep=1.0),
         "WindowKV": WindowKV(keep=1.0, layers=Pyramid(beta=6.0, group=3)),
         "Chelsea": Chelsea(keep=1.0),
         "Chelsea, each counts one": Chelsea(keep=1.0, mass="one"),
