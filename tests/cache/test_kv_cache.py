@@ -193,9 +193,7 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if n > 1 else ()) for n, name in enumerate(CHOICES)]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if n else ()) for n, name in enumerate(CHOICES)])
 def test_padding_is_no_part_of_a_choice(name):
     policy = CHOICES[name]
     cache = KVCache(policy=policy, keys="raw" if policy.raw else "rotated")

@@ -168,9 +168,8 @@ def test_compactor(golden):
     given = Given(sketch=6, chunk=16, blend=0.6)
     found, wanted = scores(given, golden)[:, 8:-4], golden["score/compactor"][:, 8:-4]
     np.testing.assert_allclose(found, wanted, atol=5e-4)
-    for blend in (0.6, None):
-        _, found = kept(Evict(score=dataclasses.replace(given, blend=blend), keep=KEPT), golden, keys="raw")
-        assert found == golden["kept/compactor"].tolist()
+    _, found = kept(Evict(score=dataclasses.replace(given, blend=None), keep=KEPT), golden, keys="raw")  # of 60 0.6 go
+    assert found == golden["kept/compactor"].tolist()
 
 
 def numbers(x):
@@ -179,9 +178,10 @@ def numbers(x):
 
 def test_directions_of_queries(golden, tmp_path):
     np.savez(tmp_path / "d.npz", directions=golden["filters"][None])
-    for held in (numbers(golden["filters"][None]), str(tmp_path / "d.npz")):
-        _, found = kept(Evict(score=QFilters(directions=held), keep=KEPT), golden)
-        assert found == golden["kept/filters"].tolist()
+    held, file = numbers(golden["filters"][None]), str(tmp_path / "d.npz")
+    np.testing.assert_array_equal(QFilters(directions=held).tables(0, K, D), QFilters(directions=file).tables(0, K, D))
+    _, found = kept(Evict(score=QFilters(directions=file), keep=KEPT), golden)
+    assert found == golden["kept/filters"].tolist()
 
 
 def test_a_lazy_layer_keeps_first_and_newest(golden):

@@ -12,8 +12,11 @@ from lcx.cache.codecs.kvquant import KVQuant
 from lcx.cache.dense import DenseCache
 from lcx.cache.kv_cache import KVCache
 from lcx.cache.policies.budgets import Pyramid
+from lcx.cache.policies.cam import CaM
+from lcx.cache.policies.duo_attention import DuoAttention
 from lcx.cache.policies.evict import Evict
 from lcx.cache.policies.windowkv import WindowKV
+from lcx.cache.scorers.compactor import Compactor
 from lcx.cache.scorers.expected_attention import ExpectedAttention
 from lcx.cache.scorers.key_norm import KeyNorm
 from lcx.cache.scorers.observed import Observed
@@ -45,6 +48,13 @@ CACHES = {
         policy=Evict(score=ExpectedAttention(ahead=8, sinks=1), keep=16, every=4, layers=Pyramid(beta=2.0)),
     ),
     "quest": KVCache(codec=KIVI(group=8, residual=8), selector=Quest(page=32, budget=32, dense_layers=1)),
+    "duo": KVCache(policy=DuoAttention(gates=((0.1, 0.2), (0.9, 0.3)), streaming=0.75, sinks=2, recent=6, every=4)),
+    "compactor, int4": KVCache(
+        keys="raw",
+        codec=IntGroups(group=8),
+        policy=Evict(score=Compactor(sketch=4, chunk=8, sinks=2, recent=2), keep=16, every=4),
+    ),
+    "cam": KVCache(policy=CaM(score=SnapKV(window=4), keep=16, every=4, window=4)),
     "windows": KVCache(policy=WindowKV(keep=12, suffix=4, window=4, every=4, layers=Pyramid(beta=4.0, group=2))),
 }
 
@@ -66,13 +76,13 @@ def test_all_tokens_as_they_are_answer_as_a_dense_cache():
 
 @pytest.mark.parametrize(
     "name",
-    ["windows", *(pytest.param(name, marks=pytest.mark.slow) for name in ("kivi", "h2o, int4", "pyramid, kvquant", "quest"))],
+    ["windows", *(pytest.param(name, marks=pytest.mark.slow) for name in CACHES if name not in ("windows", "snap"))],
 )
 def test_a_row_is_alone_with_its_cache(name):
     """Together with others, and seated between them in a state that served before."""
     together = ids(name, PROMPTS)
     assert ids(name, PROMPTS[2:3]) == together[2:3]
-    if name != "windows":
+    if name not in ("windows", "duo"):
         return
     engine = Engine(model(name), window=128, rows=2, chunk=16, burst=4)
     found: dict[int, list[int]] = {}
@@ -83,7 +93,14 @@ def test_a_row_is_alone_with_its_cache(name):
 
 @pytest.mark.parametrize(
     "name, axis",
-    [("h2o, int4", "tensor"), ("quest", "context"), pytest.param("snap", "context", marks=pytest.mark.slow)],
+    [
+        ("h2o, int4", "tensor"),
+        ("quest", "context"),
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in [("snap", "context"), ("duo", "tensor"), ("compactor, int4", "tensor")]
+        ),
+    ],
 )
 def test_on_a_mesh_as_on_one_device(name, axis):
     rules = Rules(sequence=(), slots=("context",)) if axis == "context" else Rules()
