@@ -44,4 +44,5 @@ def sine(turn):
 
 
 def fraction(x):
-    return x - jnp.round(x)
+    """In [-0.5, 0.5), off by whole turns."""
+    return x - jnp.floor(x + 0.5)

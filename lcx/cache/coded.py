@@ -5,6 +5,8 @@ for spans (`spans.py`), and so is a CPU; by name, the reference form decodes all
 """
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lcx.attention.mask import tokens_of
@@ -12,8 +14,9 @@ from lcx.attention.merge import Part
 from lcx.batch import TokenInfo
 from lcx.positions.frequencies import Frequencies
 from lcx.positions.rotate import tables_of
+from pallas_kernels import angles
 from pallas_kernels.quantized_attention import op
-from pallas_kernels.quantized_attention.formats import Arrays, Format, Plan, Slots
+from pallas_kernels.quantized_attention.formats import Arrays, Format, Plan, Slots, Turning
 from pallas_kernels.tile_attention.op import Fold, Tiled
 
 
@@ -37,10 +40,14 @@ def attend_codes(
     if not isinstance(fold, Tiled) or keys is None or values is None or fold.form == "xla":
         return None
     bias = None if fold.decay is None else fold.decay.bias(q)
-    cosine = sine = None
+    cosine = sine = turning = None
     if frequencies is not None:
         by_row = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), info)
-        cosine, sine = tables_of("key", by_row.positions, frequencies, by_row.lengths)
+        if frequencies.by_length or frequencies.growth is not None or info.positions.shape[-1] > 1:
+            cosine, sine = tables_of("key", by_row.positions, frequencies, by_row.lengths)
+        else:
+            parts = jnp.stack([jnp.asarray(x, jnp.float32) for x in angles.parts(frequencies.inv_freq / (2 * np.pi))])
+            turning = Turning(by_row.positions[..., 0], parts, jnp.float32(frequencies.factor))
     plan = Plan(
         keys[0],
         values[0],
@@ -50,6 +57,6 @@ def attend_codes(
         along="index" if bias is None else bias.along,
         pairing="half" if frequencies is None else frequencies.pairing,
     )
-    slots = Slots(keys[1], values[1], tokens_of(info), used, extra, cosine, sine)
+    slots = Slots(keys[1], values[1], tokens_of(info), used, extra, cosine, sine, turning)
     form = "reference" if fold.form == "reference" else "auto"
     return op.forward(plan, q, slots, tokens_of(q_info), None if bias is None else bias.slopes, form=form)

@@ -29,6 +29,7 @@ from lcx.models.decoder import DecoderModel, rebuild
 from lcx.positions.rotate import rotate
 from lcx.record import record, replaced
 from lcx.spec import SpecError, edit
+from pallas_kernels.quantized_attention.formats import halves
 
 ROUNDS = 50  # of k-means, at most
 
@@ -127,7 +128,7 @@ def _of_layer(made, name: str, x, weight, share: float, bits: Sequence[int], val
         even = {"codebook": jnp.zeros((len(x), x.shape[2], 2)), "scale": jnp.ones((1, 1)), "shift": jnp.zeros((1, 1))}
         by_head = jnp.moveaxis(jnp.asarray(x), 1, 2)
         coded = Values(2, share).loose(by_head, even)
-        z, r = (np.moveaxis(np.asarray(coded.range[..., n : n + 1], np.float32), 1, 2) for n in (0, 1))
+        z, r = (np.moveaxis(np.asarray(halves(coded.range[..., n : n + 1])), 1, 2) for n in (0, 1))
         place = np.moveaxis(np.asarray(coded.place, np.int64), 1, 2)
         inside = ~(place[..., None] == np.arange(x.shape[3])).any(axis=3)
     else:

@@ -1,8 +1,9 @@
 """How slots hold keys and values, and what a call of attention to them is.
 
 A format is static; its arrays are [B, K, n, ...] with n in proportion to the S slots. Codes of 2, 3, 4 or 8 bits are packed
-along tokens (`packing`), so a format that packs holds a multiple of 32 slots. Where half precision is said, float16 or its bits
-in uint16: TPU kernels read bits, and XLA copies what it is to reinterpret.
+along tokens (`packing`), so a format that packs holds a multiple of 32 slots. Half precision is held as its bits in uint16: TPU
+kernels read bits, and XLA copies what it is to reinterpret. The few numbers that a token has of its own are arrays [B, K, S]
+each (`each`): a last axis that short is laid out in many ways, and XLA copies all slots from one to another.
 """
 
 import dataclasses
@@ -10,8 +11,9 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped, UInt16
+from jaxtyping import Array, Float, Int, Shaped, UInt, UInt16
 
+from pallas_kernels import angles
 from pallas_kernels.quantized_attention.packing import BLOCK, PLANES
 from pallas_kernels.tile_attention.tokens import Along, Mask, Tokens
 
@@ -27,7 +29,7 @@ class Scaled:
 
 class ScaledArrays(NamedTuple):
     codes: Shaped[Array, "B K S D"]
-    scale: Float[Array, "B K S 1"]
+    scale: Float[Array, "B K S"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +49,11 @@ class TokenGroups:
 
 
 class GroupArrays(NamedTuple):
-    """codes: planes of words. scale, zero: half precision."""
+    """codes: planes of words. scale, zero: half precision; of channels `each` of g, of tokens an array."""
 
     codes: tuple[Shaped[Array, "B K _ D"], ...]
-    scale: Shaped[Array, "B K n g"]
-    zero: Shaped[Array, "B K n g"]
+    scale: tuple[UInt16[Array, "B K S"], ...] | UInt16[Array, "B K n D"]
+    zero: tuple[UInt16[Array, "B K S"], ...] | UInt16[Array, "B K n D"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,15 +65,15 @@ class Codebook:
 
 class CodebookArrays(NamedTuple):
     """codes: planes of words. codebook: of a head. place, number: channels of a token's outliers, D where there is none, and
-    what they are, half precision. by_channel: zero and half range of a channel; by_token: of a token, half precision. Of the
-    two there is one."""
+    what they are, half precision, `each` of O. by_channel: zero and half range of a channel; by_token: of a token, half
+    precision. Of the two there is one."""
 
     codes: tuple[Shaped[Array, "B K _ D"], ...]
     codebook: Float[Array, "B K c"]
-    place: Int[Array, "B K S O"]
-    number: Shaped[Array, "B K S O"]
+    place: tuple[UInt[Array, "B K S"], ...]
+    number: tuple[UInt16[Array, "B K S"], ...]
     by_channel: Float[Array, "B K 2 D"] | None = None
-    by_token: Shaped[Array, "B K S 2"] | None = None
+    by_token: tuple[UInt16[Array, "B K S"], UInt16[Array, "B K S"]] | None = None
 
 
 Format = Scaled | ChannelGroups | TokenGroups | Codebook
@@ -91,10 +93,36 @@ class Plan:
     pairing: Pairing = "half"
 
 
+class Turning(NamedTuple):
+    """How far pairs turn: position times the sum of `parts`, in turns (`angles`). factor: of cosine and sine."""
+
+    positions: Float[Array, "rows S"]  # rows: B, or B K
+    parts: Float[Array, "3 C"]
+    factor: Float[Array, ""]
+
+    def tables(self) -> tuple[Float[Array, "rows S C"], Float[Array, "rows S C"]]:
+        """(cosine, sine)."""
+        turn = angles.turns(self.positions[..., None].astype(jnp.float32), *self.parts)
+        return jnp.cos(2 * jnp.pi * turn) * self.factor, jnp.sin(2 * jnp.pi * turn) * self.factor
+
+    def lanes(self, channels: int, pairing: Pairing) -> Float[Array, "4 D"]:
+        """Parts and factor of every channel: 0 and 1 of one that has no pair."""
+        rows = [widened(part, channels, pairing, 0.0) for part in self.parts]
+        factor = jnp.full(self.parts.shape[1], self.factor, jnp.float32)
+        return jnp.stack([*rows, widened(factor, channels, pairing, 1.0)])
+
+
+def widened(table: Float[Array, "*n C"], channels: int, pairing: Pairing, rest: float) -> Float[Array, "*n D"]:
+    """A table of pairs as one of channels, `rest` where a channel has no pair."""
+    wide = jnp.concatenate([table, table], axis=-1) if pairing == "half" else jnp.repeat(table, 2, axis=-1)
+    missing = channels - wide.shape[-1]
+    return jnp.pad(wide, [(0, 0)] * (wide.ndim - 1) + [(0, missing)], constant_values=rest)
+
+
 class Slots(NamedTuple):
     """tokens: of a key head or of all; segment 0 is empty, and what an empty slot holds is never looked at. used: slots of a
     row behind which all are empty. extra: added to the scores of each slot. cosine, sine: rotate the first 2C channels of raw
-    keys."""
+    keys; or turning, by which they are made."""
 
     k: Arrays
     v: Arrays
@@ -103,6 +131,13 @@ class Slots(NamedTuple):
     extra: Float[Array, "B K S"] | None = None
     cosine: Float[Array, "rows S C"] | None = None  # rows: B, or B K
     sine: Float[Array, "rows S C"] | None = None
+    turning: Turning | None = None
+
+    @property
+    def pairs(self) -> int:
+        """C, 0 where keys come as they are to be met."""
+        table = self.cosine if self.turning is None else self.turning.parts
+        return 0 if table is None else table.shape[-1]
 
 
 def channels(arrays: Arrays) -> int:
@@ -110,9 +145,19 @@ def channels(arrays: Arrays) -> int:
     return (arrays.codes[0] if isinstance(arrays.codes, tuple) else arrays.codes).shape[-1]
 
 
-def halves(x: Shaped[Array, "*n"]) -> Float[Array, "*n"]:
+def each(x: Shaped[Array, "*n g"]) -> tuple[Shaped[Array, "*n"], ...]:
+    """The last axis taken apart."""
+    return tuple(x[..., n] for n in range(x.shape[-1]))
+
+
+def together(parts: tuple[Shaped[Array, "*n"], ...], like: Shaped[Array, "*n"]) -> Shaped[Array, "*n g"]:
+    """What `each` took apart. like: an array of these axes, for none of which anything is left."""
+    return jnp.stack(parts, axis=-1) if parts else jnp.zeros((*like.shape, 0), like.dtype)
+
+
+def halves(x: UInt16[Array, "*n"]) -> Float[Array, "*n"]:
     """Half precision in float32."""
-    return (jax.lax.bitcast_convert_type(x, jnp.float16) if x.dtype == jnp.uint16 else x).astype(jnp.float32)
+    return jax.lax.bitcast_convert_type(x, jnp.float16).astype(jnp.float32)
 
 
 def half_bits(x: Float[Array, "*n"]) -> UInt16[Array, "*n"]:

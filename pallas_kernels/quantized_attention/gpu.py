@@ -12,10 +12,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
-from pallas_kernels.quantized_attention.formats import ChannelGroups, Codebook, Plan, Slots, TokenGroups, channels
+from pallas_kernels import angles
+from pallas_kernels.quantized_attention.formats import (
+    ChannelGroups,
+    Codebook,
+    Pairing,
+    Plan,
+    Slots,
+    TokenGroups,
+    channels,
+    widened,
+)
 from pallas_kernels.quantized_attention.gpu_formats import numbers, operands, table
 from pallas_kernels.quantized_attention.packing import BLOCK
-from pallas_kernels.quantized_attention.reference import partners, widened
+from pallas_kernels.quantized_attention.reference import partners
 from pallas_kernels.tile_attention.scores import LOG2E, LOW, Scores, dot, sees_nothing
 from pallas_kernels.tile_attention.tokens import Tokens, distance
 
@@ -38,8 +48,8 @@ def refused(plan: Plan, q: Float[Array, "B T H D"], slots: Slots) -> str | None:
     for form, arrays in ((plan.keys, slots.k), (plan.values, slots.v)):
         if isinstance(form, ChannelGroups | TokenGroups) and form.size & (form.size - 1):
             return f"{form}: the GPU kernel takes groups of a power of two"
-        if isinstance(form, Codebook) and arrays.place.shape[-1] > OUTLIERS:
-            return f"{arrays.place.shape[-1]} outliers a token: the GPU kernel takes at most {OUTLIERS}"
+        if isinstance(form, Codebook) and len(arrays.place) > OUTLIERS:
+            return f"{len(arrays.place)} outliers a token: the GPU kernel takes at most {OUTLIERS}"
     return None
 
 
@@ -59,9 +69,7 @@ def forward(
     K, bk = jax.tree.leaves(slots.k)[0].shape[1], 2 * BLOCK if S % (2 * BLOCK) == 0 else BLOCK
     tiles = -(-S // bk)
     parts = min(tiles, -(-PROGRAMS // (B * K)))
-    given = _queries(
-        q, q_tokens, slopes, K, None if slots.cosine is None else partners(q, slots.cosine.shape[-1], plan.pairing)
-    )
+    given = _queries(q, q_tokens, slopes, K, partners(q, slots.pairs, plan.pairing) if slots.pairs else None)
     R = given["q"].shape[2]
     given |= {name: _filled(x, S, bk) if along else x for name, (x, along) in _held(plan, slots, D).items()}
 
@@ -113,7 +121,10 @@ def _held(plan: Plan, slots: Slots, D: int) -> dict[str, tuple[Array, bool]]:
     given["used"] = (jnp.minimum(slots.used, slots.tokens.index.shape[2]).astype(jnp.int32)[:, None, None], False)
     if slots.extra is not None:
         given["extra"] = (slots.extra, True)
-    if slots.cosine is not None:
+    if slots.turning is not None:
+        given["position"] = (slots.turning.positions.astype(jnp.float32).reshape(B, -1, slots.tokens.index.shape[2]), True)
+        given["lanes"] = (jnp.broadcast_to(slots.turning.lanes(D, plan.pairing), (B, 1, 4, D)), False)
+    elif slots.pairs:
         for name, x, rest in (("cosine", slots.cosine, 1.0), ("sine", slots.sine, 0.0)):
             x = x.reshape(B, -1, *x.shape[1:])
             given[name] = (x if 2 * x.shape[-1] == D else widened(x, D, plan.pairing, rest), True)
@@ -124,7 +135,7 @@ def _held(plan: Plan, slots: Slots, D: int) -> dict[str, tuple[Array, bool]]:
 
 def _program(plan: Plan, refs: SimpleNamespace, bk: int, each: int, D: int) -> None:
     """One part of the slots of one key head."""
-    q, part, used, turned = refs.q[...], pl.program_id(0), refs.used[0], hasattr(refs, "cosine")
+    q, part, used, turned = refs.q[...], pl.program_id(0), refs.used[0], hasattr(refs, "partner")
     partner = refs.partner[...] if turned else None
     q_tokens = Tokens(*(refs.q_tokens[n, :][:, None] for n in range(4)))
     slopes = refs.slopes[...][:, None] if hasattr(refs, "slopes") else None
@@ -140,7 +151,7 @@ def _program(plan: Plan, refs: SimpleNamespace, bk: int, each: int, D: int) -> N
         there = (refs.segments[here] != 0) & (place < used)
         k = numbers(plan.keys, key_refs, start, bk, D)
         if turned:
-            cosine, sine = (table(ref, start, bk, D, plan.pairing) for ref in (refs.cosine, refs.sine))
+            cosine, sine = _turned(refs, start, bk, D, plan.pairing)
             raw = dot(q, (k * cosine).astype(q.dtype), 1, 1) + dot(partner, (k * sine).astype(q.dtype), 1, 1)
         else:
             raw = dot(q, k.astype(q.dtype), 1, 1)
@@ -166,11 +177,21 @@ def _program(plan: Plan, refs: SimpleNamespace, bk: int, each: int, D: int) -> N
     refs.lse[...] = jnp.where(blind, -jnp.inf, (top + jnp.log2(total)) / LOG2E)
 
 
-NAMES = ("codes", "plane0", "plane1", "scale", "zero", "codebook", "place", "number", "by_channel", "by_token")
+def _turned(refs: SimpleNamespace, start, bk: int, D: int, pairing: Pairing) -> tuple[Array, Array]:
+    """Cosine and sine of some slots, a channel each."""
+    if not hasattr(refs, "position"):
+        return tuple(table(ref, start, bk, D, pairing) for ref in (refs.cosine, refs.sine))
+    lane = lambda n: refs.lanes[n, :][None, :]
+    turn = angles.turns(refs.position[pl.ds(start, bk)][:, None], lane(0), lane(1), lane(2))
+    return angles.sine(turn + 0.25) * lane(3), angles.sine(turn) * lane(3)
+
+
+NAMES = ("codes", "plane0", "plane1", "scale", "zero", "codebook", "by_channel")
 
 
 def _side(refs: SimpleNamespace, side: str) -> SimpleNamespace:
-    return SimpleNamespace(**{name: getattr(refs, f"{side}_{name}", None) for name in NAMES})
+    own = [ref for name, ref in vars(refs).items() if name.startswith(f"{side}_own")]
+    return SimpleNamespace(own=own, **{name: getattr(refs, f"{side}_{name}", None) for name in NAMES})
 
 
 def _filled(x: Array, S: int, bk: int) -> Array:

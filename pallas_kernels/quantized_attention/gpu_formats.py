@@ -10,26 +10,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Shaped, UInt16
 
 from pallas_kernels.quantized_attention.formats import Arrays, ChannelGroups, Codebook, Format, Pairing, Scaled, TokenGroups
 from pallas_kernels.quantized_attention.packing import BLOCK, PLANES
 
 
 def operands(form: Format, arrays: Arrays) -> dict[str, tuple[Shaped[Array, "B K n ..."], bool]]:
-    """Arrays by name, and whether slots lie along n."""
+    """Arrays by name, and whether slots lie along n. own: what a token has of its own, in the order of the fields."""
     if isinstance(form, Scaled):
         codes = arrays.codes if form.kind == "int8" else jax.lax.bitcast_convert_type(arrays.codes, jnp.uint8)
-        return {"codes": (codes, True), "scale": (arrays.scale, True)}
+        return {"codes": (codes, True), "own0": (arrays.scale, True)}
     given = {f"plane{n}": (words, True) for n, words in enumerate(arrays.codes)}
-    if not isinstance(form, Codebook):
-        return given | {"scale": (_half(arrays.scale), True), "zero": (_half(arrays.zero), True)}
-    given["codebook"] = (arrays.codebook, False)
-    if arrays.place.shape[-1]:
-        given |= {"place": (arrays.place, True), "number": (_half(arrays.number), True)}
-    if arrays.by_channel is not None:
-        return given | {"by_channel": (arrays.by_channel, False)}
-    return given | {"by_token": (_half(arrays.by_token), True)}
+    if isinstance(form, TokenGroups):
+        return given | {"scale": (arrays.scale, True), "zero": (arrays.zero, True)}
+    if isinstance(form, ChannelGroups):
+        own = [*arrays.scale, *arrays.zero]
+    else:
+        own = [*arrays.place, *arrays.number, *(arrays.by_token or ())]
+        given["codebook"] = (arrays.codebook, False)
+        if arrays.by_channel is not None:
+            given["by_channel"] = (arrays.by_channel, False)
+    return given | {f"own{n}": (x, True) for n, x in enumerate(own)}
 
 
 def numbers(form: Format, refs: SimpleNamespace, start: Any, bk: int, D: int) -> Float[Array, "bk D"]:
@@ -38,17 +40,19 @@ def numbers(form: Format, refs: SimpleNamespace, start: Any, bk: int, D: int) ->
     if isinstance(form, Scaled):
         codes = refs.codes[slots, :]
         x = codes.astype(jnp.float32) if form.kind == "int8" else _e4m3(codes)
-        return x * refs.scale[slots, 0][:, None]
+        return x * refs.own[0][slots][:, None]
     codes = _unpacked(form, refs, start, bk, D)
     if isinstance(form, Codebook):
         return _looked_up(form, refs, codes, slots)
     if isinstance(form, ChannelGroups):
-        spread = lambda ref: _repeated(ref[slots, :].astype(jnp.float32)[:, :, None], (bk, D // form.size, form.size), (bk, D))
-    elif form.size >= bk:
-        spread = lambda ref: ref[jax.lax.div(start, jnp.int32(form.size)), :].astype(jnp.float32)[None, :]
+        half = len(refs.own) // 2
+        scale, zero = (_by_group(own, slots, form.size) for own in (refs.own[:half], refs.own[half:]))
+        return codes.astype(jnp.float32) * scale + zero
+    if form.size >= bk:
+        spread = lambda ref: _halves(ref[jax.lax.div(start, jnp.int32(form.size)), :])[None, :]
     else:
         some = pl.ds(jax.lax.div(start, jnp.int32(form.size)), bk // form.size)
-        spread = lambda ref: _repeated(ref[some, :].astype(jnp.float32)[:, None, :], (bk // form.size, form.size, D), (bk, D))
+        spread = lambda ref: _repeated(_halves(ref[some, :])[:, None, :], (bk // form.size, form.size, D), (bk, D))
     return codes.astype(jnp.float32) * spread(refs.scale) + spread(refs.zero)
 
 
@@ -86,15 +90,23 @@ def _looked_up(form: Codebook, refs, codes, slots):
     if refs.by_channel is not None:
         x = level[0] * refs.by_channel[1, :][None, :] + refs.by_channel[0, :][None, :]
     else:
-        zero, half = (refs.by_token[slots, n].astype(jnp.float32)[:, None] for n in (0, 1))
+        zero, half = (_halves(ref[slots])[:, None] for ref in refs.own[-2:])
         x = level[0] * half + zero
-    if refs.place is None:
-        return x
+    many = (len(refs.own) - (2 if refs.by_channel is None else 0)) // 2
     channel = jnp.arange(codes.shape[1], dtype=jnp.int32)[None, :]
-    for n in range(refs.place.shape[1]):
-        place, number = refs.place[slots, n].astype(jnp.int32), refs.number[slots, n].astype(jnp.float32)
+    for n in range(many):
+        place, number = refs.own[n][slots].astype(jnp.int32), _halves(refs.own[many + n][slots])
         x = jnp.where(channel == place[:, None], number[:, None], x)
     return x
+
+
+def _by_group(own: list, slots, size: int) -> Float[Array, "bk D"]:
+    """Numbers of groups of `size` channels, for each of them."""
+    group = jnp.arange(len(own) * size, dtype=jnp.int32)[None, :] // size
+    total = _halves(own[0][slots])[:, None]
+    for n in range(1, len(own)):
+        total = jnp.where(group == n, _halves(own[n][slots])[:, None], total)
+    return total
 
 
 def _e4m3(codes: Shaped[Array, "bk D"]) -> Float[Array, "bk D"]:
@@ -108,5 +120,5 @@ def _repeated(x, shape: tuple[int, ...], flat: tuple[int, int]):
     return jnp.broadcast_to(x, shape).reshape(flat)
 
 
-def _half(x: Shaped[Array, "*n"]) -> Shaped[Array, "*n"]:
-    return jax.lax.bitcast_convert_type(x, jnp.float16) if x.dtype == jnp.uint16 else x
+def _halves(bits: UInt16[Array, "*n"]) -> Float[Array, "*n"]:
+    return jax.lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)

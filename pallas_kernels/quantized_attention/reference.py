@@ -36,9 +36,9 @@ def forward(
     k, v = decoded(plan.keys, slots.k), decoded(plan.values, slots.v)
     B, K, S, D = k.shape
     T, H = q.shape[1:3]
-    if slots.cosine is not None:
-        tables = (x.reshape(B, -1, S, x.shape[-1]).astype(jnp.float32) for x in (slots.cosine, slots.sine))
-        k = rotated(k, *tables, plan.pairing)
+    if slots.pairs:
+        tables = (slots.cosine, slots.sine) if slots.turning is None else slots.turning.tables()
+        k = rotated(k, *(x.reshape(B, -1, S, x.shape[-1]).astype(jnp.float32) for x in tables), plan.pairing)
     there = (slots.tokens.segments != 0) & (jnp.arange(S) < slots.used[:, None, None])
     k, v = (jnp.where(there[..., None], x, 0) for x in (k, v))
     rows = Tokens(*(x[:, None, :, None] for x in q_tokens))
@@ -65,13 +65,13 @@ def forward(
 def decoded(form: Format, arrays: Arrays) -> Float[Array, "B K S D"]:
     """What the codes of all slots stand for."""
     if isinstance(form, Scaled):
-        return arrays.codes.astype(jnp.float32) * arrays.scale
+        return arrays.codes.astype(jnp.float32) * arrays.scale[..., None]
     codes = unpack(arrays.codes, form.bits)
     if isinstance(form, Codebook):
         return _looked_up(codes, arrays)
-    scale, zero = halves(arrays.scale), halves(arrays.zero)
-    axis = -1 if isinstance(form, ChannelGroups) else -2
-    scale, zero = (jnp.repeat(x, form.size, axis=axis) for x in (scale, zero))
+    of_channels = isinstance(form, ChannelGroups)
+    scale, zero = (halves(jnp.stack(x, axis=-1) if of_channels else x) for x in (arrays.scale, arrays.zero))
+    scale, zero = (jnp.repeat(x, form.size, axis=-1 if of_channels else -2) for x in (scale, zero))
     return codes.astype(jnp.float32) * scale + zero
 
 
@@ -82,11 +82,10 @@ def _looked_up(codes: UInt8[Array, "B K S D"], arrays: CodebookArrays) -> Float[
     if arrays.by_channel is not None:
         zero, half = arrays.by_channel[:, :, :1], arrays.by_channel[:, :, 1:]
     else:
-        zero, half = halves(arrays.by_token[..., :1]), halves(arrays.by_token[..., 1:])
+        zero, half = (halves(x)[..., None] for x in arrays.by_token)
     x, channel = found * half + zero, jnp.arange(channels(arrays))
-    for n in range(arrays.place.shape[-1]):
-        place, number = (leaf[..., n : n + 1] for leaf in (arrays.place, arrays.number))
-        x = jnp.where(channel == place.astype(jnp.int32), halves(number), x)
+    for place, number in zip(arrays.place, arrays.number, strict=True):
+        x = jnp.where(channel == place[..., None].astype(jnp.int32), halves(number)[..., None], x)
     return x
 
 
@@ -113,10 +112,3 @@ def partners(q: Float[Array, "*n D"], pairs: int, pairing: Pairing) -> Float[Arr
     else:
         turned = jnp.stack([turned[..., 1::2], -turned[..., ::2]], axis=-1).reshape(turned.shape)
     return jnp.concatenate([turned, jnp.zeros_like(rest)], axis=-1)
-
-
-def widened(table: Float[Array, "*n C"], channels: int, pairing: Pairing, rest: float) -> Float[Array, "*n D"]:
-    """A table of pairs as one of channels, `rest` where a channel has no pair."""
-    wide = jnp.concatenate([table, table], axis=-1) if pairing == "half" else jnp.repeat(table, 2, axis=-1)
-    missing = channels - wide.shape[-1]
-    return jnp.pad(wide, [(0, 0)] * (wide.ndim - 1) + [(0, missing)], constant_values=rest)

@@ -1,8 +1,8 @@
 """Coded slots in a TPU kernel: which arrays of a format it is given, and products of queries and codes in vector memory.
 
-A tile is bk slots of all key heads. What a token has of its own (scales, outliers) comes with tokens along lanes, [B, K, g, S]:
-a bitcast for XLA, which lays an array [B, K, S, g] of few channels out like that. Words of packed codes are unpacked a token
-of every block of 32 at a time, in strides of the words, and written in strides to a tile of float32 in the order of tokens.
+A tile is bk slots of all key heads. What a token has of its own (scales, outliers) comes as arrays [B, K, S], tokens along
+lanes, and is made float32 once a tile, each in K rows of `own`. Words of packed codes are unpacked a token of every block of 32
+at a time, in strides of the words, and written in strides to a tile of float32 in the order of tokens.
 Scales and zero points of a token are no part of a number: the queries times the codes are scaled, of each group of channels,
 and so are the probabilities before they meet the codes of values. With z the zero point of group g:
     q . k = sum_g scale_g (q_g . code_g) + z_g sum(q_g),   p v = [(p scale_g) code_g + p . z_g] for g
@@ -22,7 +22,6 @@ from pallas_kernels.quantized_attention.formats import (
     Arrays,
     ChannelGroups,
     Codebook,
-    CodebookArrays,
     Format,
     Scaled,
     TokenGroups,
@@ -51,51 +50,61 @@ def groups(form: Format, width: int) -> int:
 
 def operands(form: Format, arrays: Arrays) -> dict[str, Operand]:
     """What a kernel is given of one side."""
+    given = {f"own{n}": Operand(x, 2) for n, x in enumerate(_own(form, arrays))}
     if isinstance(form, Scaled):
-        return {"codes": Operand(arrays.codes, 2), "scale": Operand(arrays.scale.swapaxes(2, 3), 3)}
-    given = {f"plane{n}": Operand(words, 2) for n, words in enumerate(arrays.codes)}
+        return given | {"codes": Operand(arrays.codes, 2)}
+    given |= {f"plane{n}": Operand(words, 2) for n, words in enumerate(arrays.codes)}
     if isinstance(form, Codebook):
-        wide = jnp.broadcast_to(arrays.codebook[..., None], (*arrays.codebook.shape, LANES))
-        given["codebook"] = Operand(wide)
-        for name, x in _outliers(arrays).items():
-            by_head = _lies_by_head(*x.shape[1::2], x.dtype.itemsize)
-            given[f"{name}_heads" if by_head else name] = Operand(
-                jnp.transpose(x, (0, 3, 1, 2) if by_head else (0, 1, 3, 2)), 3
-            )
+        given["codebook"] = Operand(jnp.broadcast_to(arrays.codebook[..., None], (*arrays.codebook.shape, LANES)))
         if arrays.by_channel is not None:
-            return given | {"by_channel": Operand(arrays.by_channel.astype(jnp.float32))}
-        return given | {"by_token": Operand(_bits(arrays.by_token.swapaxes(2, 3)), 3)}
-    for name, x in (("scale", arrays.scale), ("zero", arrays.zero)):
-        given[name] = Operand(_bits(x.swapaxes(2, 3)), 3) if by_token(form) else Operand(_bits(x), 2)
+            given["by_channel"] = Operand(arrays.by_channel.astype(jnp.float32))
+    elif isinstance(form, TokenGroups):
+        given |= {"scale": Operand(arrays.scale, 2), "zero": Operand(arrays.zero, 2)}
     return given
+
+
+def _own(form: Format, arrays: Arrays) -> list[Shaped[Array, "B K S"]]:
+    """What a token has of its own: scales and zero points of groups; or places and numbers of outliers, zero and half range."""
+    if isinstance(form, Scaled):
+        return [arrays.scale]
+    if isinstance(form, Codebook):
+        return [*arrays.place, *arrays.number, *(arrays.by_token or ())]
+    return [*arrays.scale, *arrays.zero] if isinstance(form, ChannelGroups) else []
 
 
 def scratch(form: Format, arrays: Arrays, bk: int, turned: bool) -> dict[str, tuple[int, ...]]:
     """Shapes of arrays that a side needs beside its operands, of float32, and of words of int32; turned: of rotated keys."""
-    D = channels(arrays)
+    D, own = channels(arrays), _own(form, arrays)
     needed = {} if isinstance(form, Scaled) else {"wide": (D // LANES * bk, LANES)}
     if needed and D > LANES:
         needed |= {f"words{n}": (bk // BLOCK * width, LANES) for n, width in enumerate(PLANES[form.bits])}
-    rows = 0
     if isinstance(form, TokenGroups) and form.size > BLOCK:
         needed |= dict.fromkeys(("scales", "zeros"), (D // LANES * bk // BLOCK, LANES))
-    if isinstance(form, Codebook):
-        rows = 2 * arrays.place.shape[-1] + (0 if arrays.by_token is None else 2)
-        for name, x in _outliers(arrays).items():
-            if _lies_by_head(*x.shape[1::2], x.dtype.itemsize):
-                needed |= {f"{name}_rows": (x.shape[1] * x.shape[3], bk)}
-    elif by_token(form) and turned:
-        rows = groups(form, D) * (1 if isinstance(form, Scaled) else 2)
+    if own:
+        needed["own"] = (len(own) * own[0].shape[1], bk)
+    rows = len(own) if turned or isinstance(form, Codebook) else 0
     return needed | ({"rows": (-(-rows // 8) * 8, bk)} if rows else {})
 
 
-def prepare(refs: SimpleNamespace) -> None:
-    """Outliers of a tile that lie head by head, each in a row of its own."""
-    for name in ("place", "number"):
-        if (ref := getattr(refs, f"{name}_heads")) is not None:
-            rows, K = getattr(refs, f"{name}_rows"), ref.shape[1]
-            for n in range(ref.shape[0]):
-                rows[n * K : (n + 1) * K, :] = _outlier(name, ref[n])
+def prepare(form: Format, refs: SimpleNamespace) -> None:
+    """What tokens of a tile have of their own, in float32."""
+    places = _outliers(refs) if isinstance(form, Codebook) else 0
+    for n, ref in enumerate(refs.owned):
+        x, K = ref[...], ref.shape[0]
+        if x.dtype != jnp.float32:
+            x = x.astype(jnp.int32).astype(jnp.float32) if n < places else _halves(x)
+        refs.own[n * K : (n + 1) * K, :] = x
+
+
+def _outliers(refs: SimpleNamespace) -> int:
+    """Of a token, of a codebook."""
+    return (len(refs.owned) - (2 if refs.by_channel is None else 0)) // 2
+
+
+def _own_rows(refs: SimpleNamespace, h: Any, there: Bool[Array, "1 _"]) -> list[Float[Array, "1 bk"]]:
+    """Of a head, 0 of what may be anything."""
+    K = refs.own.shape[0] // len(refs.owned) if refs.owned else 0
+    return [jnp.where(there, refs.own[pl.ds(n * K + h, 1), :], 0) for n in range(len(refs.owned))]
 
 
 def key_scores(form: Format, refs: SimpleNamespace, h: Any, q: Shaped[Array, "rows D"], R: int) -> Float[Array, "R bk"]:
@@ -110,9 +119,9 @@ def key_scores(form: Format, refs: SimpleNamespace, h: Any, q: Shaped[Array, "ro
     scale, zero = _scales(form, refs, h, there)
     total = 0
     for g in range(len(scale)):
-        total += found[g * R : (g + 1) * R] * scale[g : g + 1]
-        if zero is not None:
-            total += q[g * R : (g + 1) * R].astype(jnp.float32).sum(axis=1, keepdims=True) * zero[g : g + 1]
+        total += found[g * R : (g + 1) * R] * scale[g]
+        if zero:
+            total += q[g * R : (g + 1) * R].astype(jnp.float32).sum(axis=1, keepdims=True) * zero[g]
     return total
 
 
@@ -124,14 +133,14 @@ def value_sums(
         return dot(p.astype(dtype), _numbers(form, refs, h, there).astype(dtype), 1, 0)
     scale, zero = _scales(form, refs, h, there)
     R, codes = len(p), _codes(form, refs, h).astype(dtype)
-    scaled = jnp.concatenate([p * scale[g : g + 1] for g in range(len(scale))], axis=0).astype(dtype)
+    scaled = jnp.concatenate([p * row for row in scale], axis=0).astype(dtype)
     found = dot(scaled, codes, 1, 0)
     group = jax.lax.broadcasted_iota(jnp.int32, (R, codes.shape[1]), 1) // (codes.shape[1] // len(scale))
     total = jnp.zeros((R, codes.shape[1]), jnp.float32)
     for g in range(len(scale)):
         part = found[g * R : (g + 1) * R]
-        if zero is not None:
-            part += (p * zero[g : g + 1]).sum(axis=1, keepdims=True)
+        if zero:
+            part += (p * zero[g]).sum(axis=1, keepdims=True)
         total = jnp.where(group == g, part, total)
     return total
 
@@ -145,12 +154,12 @@ def _numbers(form: Format, refs, h, there: Bool[Array, "1 _"]) -> Float[Array, "
         return _looked_up(form, refs, h, there)
     x = _codes(form, refs, h)
     scale, zero = _scales(form, refs, h, there)
-    columns = _columns(refs, [scale] if zero is None else [scale, zero])
+    columns = _columns(refs, [*scale, *zero])
     n, group = len(scale), jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) // (x.shape[1] // len(scale))
     total = jnp.zeros(x.shape, jnp.float32)
     for g in range(n):
         part = x * columns[:, g : g + 1]
-        total = jnp.where(group == g, part if zero is None else part + columns[:, n + g : n + g + 1], total)
+        total = jnp.where(group == g, part + columns[:, n + g : n + g + 1] if zero else part, total)
     return total
 
 
@@ -207,48 +216,23 @@ def _looked_up(form: Codebook, refs, h, there) -> Float[Array, "bk D"]:
             return level[0]
         return level[0] * refs.by_channel[h, 1:2, lanes] + refs.by_channel[h, 0:1, lanes]
 
-    x, rows = _unpacked(form, refs, h, number), []
-    if refs.by_token is not None:
-        rows = [jnp.where(there, _halves(refs.by_token[h]), 0)]
-    places = _outlier_rows(refs, "place", h)
-    many = sum(map(len, places))
-    rows += [*places, *(jnp.where(there, x, 0) for x in _outlier_rows(refs, "number", h))]
+    x, rows, many = _unpacked(form, refs, h, number), _own_rows(refs, h, there), _outliers(refs)
     if not rows:
         return x
-    columns, first = _columns(refs, rows), 0
-    if refs.by_token is not None:
-        x, first = x * columns[:, 1:2] + columns[:, 0:1], 2
+    columns = _columns(refs, rows)
+    if refs.by_channel is None:
+        x = x * columns[:, 2 * many + 1 : 2 * many + 2] + columns[:, 2 * many : 2 * many + 1]
     channel = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1).astype(jnp.float32)
-    for n in range(first, first + many):
+    for n in range(many):
         x = jnp.where(channel == columns[:, n : n + 1], columns[:, many + n : many + n + 1], x)
     return x
 
 
-def _outlier_rows(refs, name: str, h) -> list[Array]:
-    """[_, bk] of a head: places or numbers of its outliers."""
-    if (ref := getattr(refs, f"{name}_heads")) is not None:
-        return [getattr(refs, f"{name}_rows")[pl.ds(n * ref.shape[1] + h, 1), :] for n in range(ref.shape[0])]
-    return [] if getattr(refs, name) is None else [_outlier(name, getattr(refs, name)[h])]
-
-
-def _outlier(name: str, x: Shaped[Array, "*n"]) -> Float[Array, "*n"]:
-    return _halves(x) if name == "number" else x.astype(jnp.int32).astype(jnp.float32)
-
-
-def _outliers(arrays: CodebookArrays) -> dict[str, Array]:
-    return {"place": arrays.place, "number": _bits(arrays.number)} if arrays.place.shape[-1] else {}
-
-
-def _lies_by_head(K: int, many: int, itemsize: int) -> bool:
-    """Whether XLA lays [B, K, S, many] out as [B, many, K, S] rather than [B, K, many, S]: which it pads less."""
-    padded = lambda n: -(-n // 8) * 8 if n > 4 else max(1 << (n - 1).bit_length(), 4 // itemsize)
-    return many * padded(K) < K * padded(many)
-
-
-def _scales(form: Format, refs, h, there) -> tuple[Float[Array, "g bk"], Float[Array, "g bk"] | None]:
-    if isinstance(form, Scaled):
-        return jnp.where(there, refs.scale[h], 0), None
-    return jnp.where(there, _halves(refs.scale[h]), 0), jnp.where(there, _halves(refs.zero[h]), 0)
+def _scales(form: Format, refs, h, there) -> tuple[list[Float[Array, "1 bk"]], list[Float[Array, "1 bk"]]]:
+    """(scales, zero points or none) of groups of channels."""
+    rows = _own_rows(refs, h, there)
+    half = len(rows) if isinstance(form, Scaled) else len(rows) // 2
+    return rows[:half], rows[half:]
 
 
 def _kept(form: TokenGroups, refs):
@@ -275,17 +259,11 @@ def _side_by_side(ref, parts: int) -> Float[Array, "rows D"]:
     return jnp.concatenate([ref[part * rows : (part + 1) * rows, :] for part in range(parts)], axis=1)
 
 
-def _columns(refs, rows: list[Array]) -> Float[Array, "bk columns"]:
-    """Rows [_, bk] side by side as columns."""
-    first = 0
-    for part in rows:
-        refs.rows[first : first + len(part)] = part
-        first += len(part)
+def _columns(refs, rows: list[Float[Array, "1 bk"]]) -> Float[Array, "bk columns"]:
+    """Rows side by side as columns."""
+    for n, row in enumerate(rows):
+        refs.rows[n : n + 1] = row
     return refs.rows[...].T
-
-
-def _bits(x: Shaped[Array, "*n"]) -> Shaped[Array, "*n"]:
-    return x if x.dtype == jnp.uint16 else jax.lax.bitcast_convert_type(x, jnp.uint16)
 
 
 def _halves(bits: Shaped[Array, "*n"]) -> Float[Array, "*n"]:

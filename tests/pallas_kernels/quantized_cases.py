@@ -11,6 +11,8 @@ from lcx.cache.codecs.codec import Codec
 from lcx.cache.codecs.groups import KIVI, IntGroups
 from lcx.cache.codecs.kvquant import KVQuant
 from lcx.cache.codecs.scaled import Fp8, Int8
+from pallas_kernels import angles
+from pallas_kernels.quantized_attention import formats
 from pallas_kernels.quantized_attention.formats import Plan, Slots
 from pallas_kernels.tile_attention.tokens import Tokens
 
@@ -43,16 +45,9 @@ class Case:
     extra: bool = False
     by_head: bool = False
     rotary: int = 0
+    tables: bool = False  # that rotate, in place of positions
     pairing: str = "half"
-    bits: bool = True  # half precision as its bits
     dtype: type = jnp.float32
-
-
-def of_codec(quantizer, codes, tables, as_bits=True):
-    """The format and arrays of a quantizer's codes, half precision as its bits or as it is."""
-    form, arrays = quantizer.format(codes, tables)
-    as_numbers = lambda x: jax.lax.bitcast_convert_type(x, jnp.float16) if x.dtype == jnp.uint16 else x
-    return form, arrays if as_bits else jax.tree.map(as_numbers, arrays)
 
 
 def made(case: Case, seed=0):
@@ -79,15 +74,22 @@ def made(case: Case, seed=0):
         codes = coder.encode(jnp.asarray(x, jnp.float32), tables)
         garbage = jax.tree.map(lambda leaf: _garbage(leaf, there, S, rng), codes)
         decoded.append(coder.decode(codes, tables))
-        sides.append(of_codec(coder, garbage, tables, case.bits))
-    angles = rng.normal(size=(B * heads, S, case.rotary // 2)) * 9
+        sides.append(coder.format(garbage, tables))
+    turning, tables, pairs = None, (None, None), case.rotary // 2
+    if pairs:
+        positions = jnp.asarray(np.where(there, rng.integers(0, 900_000, there.shape), 0), jnp.float32).reshape(B * heads, S)
+        parts = angles.parts(500000.0 ** (-np.arange(pairs) / pairs) / (2 * np.pi))
+        turning = formats.Turning(positions, jnp.asarray(np.stack(parts), jnp.float32), jnp.float32(1.1))
+    if case.tables:
+        turning, tables = None, turning.tables()
     slots = Slots(
         sides[0][1],
         sides[1][1],
         k_tokens,
         jnp.asarray(used, jnp.int32),
         jnp.where(there, jnp.asarray(rng.exponential(size=(B, K, S)), jnp.float32), jnp.nan) if case.extra else None,
-        *(jnp.asarray(table(angles), jnp.float32) if case.rotary else None for table in (np.cos, np.sin)),
+        *tables,
+        turning,
     )
     q = jnp.asarray(rng.normal(size=(B, T, K * case.group, D)), case.dtype)
     slopes = jnp.asarray(rng.exponential(size=q.shape[:3]) / 99, jnp.float32) if case.sloped else None

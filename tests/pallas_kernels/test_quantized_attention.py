@@ -8,7 +8,7 @@ from quantized_cases import CODECS, Case, close, made
 
 from lcx.attention.mask import Causal, Sink, Window
 from pallas_kernels.quantized_attention import op, reference
-from pallas_kernels.quantized_attention.formats import ChannelGroups, TokenGroups, invalid
+from pallas_kernels.quantized_attention.formats import ChannelGroups, TokenGroups, invalid, widened
 from pallas_kernels.tile_attention import reference as dense
 from pallas_kernels.tile_attention.tokens import Bias, Tokens
 
@@ -29,7 +29,7 @@ def test_slopes_soft_cap_and_counts():
     given, (k, v) = made(case)
     close(reference.forward(*given), rows(*given, k, v), 3e-6)
     plan, q, slots, q_tokens, slopes = given
-    twice = slots._replace(extra=jnp.full(slots.k.scale.shape[:3], np.log(2.0), jnp.float32))
+    twice = slots._replace(extra=jnp.full(slots.k.scale.shape, np.log(2.0), jnp.float32))
     out, lse = reference.forward(plan, q, slots, q_tokens, slopes)
     more, later = reference.forward(plan, q, twice, q_tokens, slopes)
     close((more, later), (out, lse + np.log(2.0)), 1e-6)
@@ -39,7 +39,7 @@ def test_slopes_soft_cap_and_counts():
 @pytest.mark.parametrize("rotary", [64, 128])
 def test_raw_keys_are_turned(pairing, rotary):
     """As the rope turns them, and as partners of the queries' channels do."""
-    case = Case(CODECS["kvquant 3"], S=96, T=2, rotary=rotary, pairing=pairing)
+    case = Case(CODECS["kvquant 3"], S=96, T=2, rotary=rotary, pairing=pairing, tables=True)
     (plan, q, slots, q_tokens, slopes), (k, v) = made(case)
     first = np.arange(rotary // 2) if pairing == "half" else np.arange(0, rotary, 2)
     second = first + (rotary // 2 if pairing == "half" else 1)
@@ -47,10 +47,21 @@ def test_raw_keys_are_turned(pairing, rotary):
     turned = k.at[..., first].set(pairs.real).at[..., second].set(pairs.imag)
     got = reference.forward(plan, q, slots, q_tokens, slopes)
     close(got, rows(plan, q, slots, q_tokens, slopes, turned, v), 3e-6)
-    wide = [reference.widened(x, case.D, pairing, rest) for x, rest in ((slots.cosine, 1.0), (slots.sine, 0.0))]
+    wide = [widened(x, case.D, pairing, rest) for x, rest in ((slots.cosine, 1.0), (slots.sine, 0.0))]
     partner = reference.partners(q, rotary // 2, pairing)
     found = jnp.einsum("bthd,bsd->bths", q, k[:, 0] * wide[0]) + jnp.einsum("bthd,bsd->bths", partner, k[:, 0] * wide[1])
     np.testing.assert_allclose(found, jnp.einsum("bthd,bsd->bths", q, turned[:, 0]), atol=1e-3)
+
+
+def test_tables_are_made_of_positions():
+    """As in float64, nine hundred thousand positions away."""
+    turning = made(Case(CODECS["int8"], S=96, rotary=64))[0][2].turning
+    angle = np.asarray(turning.positions, np.float64)[..., None] * 500000.0 ** (-np.arange(32) / 32)
+    for table, wanted in zip(turning.tables(), (np.cos(angle), np.sin(angle)), strict=True):
+        np.testing.assert_allclose(table, 1.1 * wanted, atol=2e-5)
+    given, _ = made(Case(CODECS["int8"], S=96, rotary=64))
+    tables, _ = made(Case(CODECS["int8"], S=96, rotary=64, tables=True))
+    close(reference.forward(*given), reference.forward(*tables), 1e-6)
 
 
 def rows(plan, q, slots, q_tokens, slopes, k, v):

@@ -37,12 +37,13 @@ def test_every_format(name):
     [
         Case(CODECS["groups 4"], S=96, group=1, by_head=True),
         Case(CODECS["groups 2"], S=416, group=8, softcap=3.0, sloped=True, extra=True),
-        Case(KIVI(bits=4, group=4), S=416, group=4, D=32, T=5, extra=True, bits=False),
+        Case(KIVI(bits=4, group=4), S=416, group=4, D=32, T=5, extra=True),
         Case(CODECS["int8"], S=101, group=4, D=64, sloped=True, by_head=True, mask=MASK),
         Case(CODECS["kvquant 3"], S=416, rotary=128, T=5, by_head=True),
         Case(CODECS["kvquant 2"], S=416, rotary=64),
         Case(CODECS["groups 3"], S=416, rotary=128, pairing="interleaved", extra=True),
         Case(CODECS["fp8"], S=416, rotary=64, pairing="interleaved"),
+        Case(CODECS["int8"], S=416, rotary=128, tables=True),
         Case(CODECS["groups 8"], S=416, dtype=jnp.bfloat16),
     ],
     ids=repr,
@@ -53,7 +54,7 @@ def test_heads_and_what_is_added(case):
 
 @pytest.mark.parametrize("name", CODECS)
 def test_lowers_for_cuda(name):
-    case = Case(CODECS[name], S=1024, K=2, group=4, softcap=20.0, sloped=True, extra=True, bits=False, dtype=jnp.bfloat16)
+    case = Case(CODECS[name], S=1024, K=2, group=4, softcap=20.0, sloped=True, extra=True, dtype=jnp.bfloat16)
     case = Case(**{**vars(case), "rotary": 128 if name.startswith("kvquant") else 0, "mask": MASK})
     (plan, *given), _ = made(case)
     with described("NVIDIA H200"):

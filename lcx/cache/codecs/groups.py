@@ -15,17 +15,16 @@ from jaxtyping import Array, Float, UInt8, UInt16
 
 from lcx.cache.codecs.codec import Codec, Quantizer
 from pallas_kernels.quantized_attention import formats
-from pallas_kernels.quantized_attention.formats import half_bits, halves
+from pallas_kernels.quantized_attention.formats import each, half_bits, halves
 from pallas_kernels.quantized_attention.packing import BLOCK, PLANES, pack, unpack
 
 
 class Grouped(NamedTuple):
-    """codes: of every number, packed or not. scale, zero: of every group, bits of half precision, which is as fine as 2 to 4
-    bits ask for."""
+    """Loose codes. scale, zero: of every group, bits of half precision, which is as fine as 2 to 4 bits ask for."""
 
-    codes: Array | tuple[Array, ...]
-    scale: UInt16[Array, "B K n g"]
-    zero: UInt16[Array, "B K n g"]
+    codes: UInt8[Array, "B K N D"]
+    scale: UInt16[Array, "B K N g"]
+    zero: UInt16[Array, "B K N g"]
 
 
 def uniform(x: Float[Array, "*n G"], bits: int) -> tuple[UInt8[Array, "*n G"], UInt16[Array, "*n 1"], UInt16[Array, "*n 1"]]:
@@ -62,14 +61,14 @@ class ChannelGroups(Quantizer):
         return stands_for(apart, loose.scale[..., None], loose.zero[..., None]).reshape(loose.codes.shape)
 
     def tightened(self, loose, tables=None):
-        return loose._replace(codes=pack(loose.codes, self.bits))
+        return formats.GroupArrays(pack(loose.codes, self.bits), each(loose.scale), each(loose.zero))
 
     def loosened(self, codes, tables=None):
-        return codes._replace(codes=unpack(codes.codes, self.bits))
+        scale, zero = (jnp.stack(x, axis=-1) for x in (codes.scale, codes.zero))
+        return Grouped(unpack(codes.codes, self.bits), scale, zero)
 
     def format(self, codes, tables):
-        arrays = formats.GroupArrays(*codes)
-        return formats.ChannelGroups(self.bits, min(self.size, formats.channels(arrays))), arrays
+        return formats.ChannelGroups(self.bits, min(self.size, formats.channels(codes))), codes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +93,7 @@ class TokenGroups(Quantizer):
         groups = jnp.moveaxis(loose.reshape(*lead, tokens // self.size, self.size, channels), -2, -1)
         codes, scale, zero = uniform(groups, self.bits)
         codes = jnp.moveaxis(codes, -1, -2).reshape(loose.shape)
-        return Grouped(pack(codes, self.bits), scale[..., 0], zero[..., 0])
+        return formats.GroupArrays(pack(codes, self.bits), scale[..., 0], zero[..., 0])
 
     def loosened(self, codes, tables=None):
         numbers = unpack(codes.codes, self.bits)
@@ -102,7 +101,7 @@ class TokenGroups(Quantizer):
         return stands_for(apart, codes.scale[..., None, :], codes.zero[..., None, :]).reshape(numbers.shape)
 
     def format(self, codes, tables):
-        return formats.TokenGroups(self.bits, self.size), formats.GroupArrays(*codes)
+        return formats.TokenGroups(self.bits, self.size), codes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,28 +14,29 @@ which much attention goes to. Q-Norm moves what codes stand for to the mean and 
 import dataclasses
 import functools
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8, UInt16
+from jaxtyping import Array, Float, UInt8
 
 from lcx.cache.codecs.codec import Codec, Quantizer
 from lcx.cache.known import arrays_of
 from pallas_kernels.quantized_attention import formats
-from pallas_kernels.quantized_attention.formats import half_bits, halves
+from pallas_kernels.quantized_attention.formats import each, half_bits, halves, together
 from pallas_kernels.quantized_attention.packing import BLOCK, pack, unpack
 
 
 class Coded(NamedTuple):
-    """codes: packed or not. place, number: channels of outliers, one beyond the last where there is none, and what they are.
-    range: zero point and half range of a token, if it has its own. Both of half precision, as its bits."""
+    """Loose: arrays [B, K, N, _]; tight: codes are packed, the rest is taken apart (`formats.each`). place, number: channels of
+    outliers, one beyond the last where there is none, and what they are. range: zero point and half range of a token, if it has
+    its own. Both of half precision, as its bits."""
 
-    codes: Array | tuple[Array, ...]
-    place: Int[Array, "B K N O"]
-    number: UInt16[Array, "B K N O"]
-    range: UInt16[Array, "B K N 2"] | None
+    codes: Any
+    place: Any
+    number: Any
+    range: Any
 
 
 def outliers_of(share: float, channels: int) -> int:
@@ -80,10 +81,13 @@ class _Coder(Quantizer):
         return x
 
     def tightened(self, loose, tables=None):
-        return loose._replace(codes=pack(loose.codes, self.bits))
+        limits = None if loose.range is None else each(loose.range)
+        return Coded(pack(loose.codes, self.bits), each(loose.place), each(loose.number), limits)
 
     def loosened(self, codes, tables=None):
-        return codes._replace(codes=unpack(codes.codes, self.bits))
+        numbers = unpack(codes.codes, self.bits)
+        place, number = (together(x, numbers[..., 0]) for x in (codes.place, codes.number))
+        return Coded(numbers, place, number, None if codes.range is None else jnp.stack(codes.range, axis=-1))
 
     def format(self, codes, tables):
         """Q-Norm is part of the codebook."""

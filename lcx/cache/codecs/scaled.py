@@ -27,11 +27,11 @@ class ByToken(Quantizer):
         scale = jnp.abs(x).max(axis=-1, keepdims=True) / most
         scaled = jnp.clip(x / jnp.where(scale == 0, 1, scale), -most, most)
         codes = jnp.round(scaled).astype(jnp.int8) if self.kind == "int8" else scaled.astype(jnp.float8_e4m3fn)
-        return formats.ScaledArrays(codes, scale)
+        return formats.ScaledArrays(codes, scale[..., 0])
 
     def value(self, loose, tables=None):
         numbers = loose.codes.astype(jnp.float32) if self.kind == "int8" else widened(loose.codes)
-        return numbers * loose.scale
+        return numbers * loose.scale[..., None]
 
     def format(self, codes, tables):
         return formats.Scaled(self.kind), codes
