@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcx.inference.decoding import Asked, Decoding, decode, keys_of, nothing_decoded, stop_rows
-from lcx.inference.reading import padded_rows, prefill
+from lcx.inference.reading import Consumed, check_room, padded_rows, prefill
 from lcx.inference.sampling import Sampling, sampling_rows
 from lcx.inference.shapes import bucket
 from lcx.models.decoder import DecoderModel, settled
@@ -49,36 +49,71 @@ def generate(
     """
     if max_new < 1 or not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise ValueError(f"generate: max_new = {max_new} and {len(prompts)} prompts: expected at least one token of each")
-    seeds = range(len(prompts)) if seeds is None else seeds
-    until = [None] * len(prompts) if until is None else until
-    several = len(prompts) if isinstance(sampling, Sampling) else len(sampling)
-    if not len(seeds) == len(until) == several == len(prompts):
-        counts = f"{len(seeds)} seeds, {len(until)} conditions and {several} samplings"
-        raise ValueError(f"generate: {counts} for {len(prompts)} prompts")
-    rows, new = padded_rows(len(prompts), model.spec.rules), bucket(max_new)
+    options = _for_rows(len(prompts), sampling, seeds, until)
     model = settled(model)
-    read = prefill(model, prompts, rows, max_new, chunk, placed)
-    empty = rows - len(prompts)
-    each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+    read = prefill(model, prompts, padded_rows(len(prompts), model.spec.rules), max_new, chunk, placed)
+    return answer(model, read, max_new=max_new, stop=stop, **options)[0]
+
+
+def answer(
+    model: DecoderModel,
+    read: Consumed,
+    *,
+    max_new: int,
+    sampling: Sampling | Sequence[Sampling] = Sampling(),
+    seeds: Sequence[int] | None = None,
+    stop: Sequence[int] = (),
+    until: Sequence[Until | None] | None = None,
+    made: int = 0,
+) -> tuple[list[Generated], Consumed]:
+    """(up to `max_new` tokens of each row that has read something, the rows after them). The old `read` is consumed.
+
+    made: tokens that these rows were given before behind their prompts, so that an answer in parts draws as a whole one does;
+    the other options are those of `generate`. Raises ValueError as it does, and where a row has no room.
+    """
+    model, rows = settled(model), len(read.seen)
+    some = np.flatnonzero(np.asarray(read.seen))
+    options = _for_rows(len(some), sampling, seeds, until)
+    room = int(np.asarray(read.most - read.seen)[some].min(initial=max_new))
+    if not 1 <= max_new <= room:
+        raise ValueError(f"generate: max_new = {max_new}: expected 1 to the {room} tokens that rows have room for")
+    check_room(model.spec, made + max_new)
+    spread = lambda values, blank: [dict(zip(some.tolist(), values, strict=True)).get(n, blank) for n in range(rows)]
+    until = spread(options["until"], None)
     asked = Asked(
-        key=keys_of([*seeds, *[0] * empty]),
-        sampling=sampling_rows([*each, *[Sampling()] * empty]),
+        key=keys_of(spread(options["seeds"], 0)),
+        sampling=sampling_rows(spread(options["sampling"], Sampling())),
         stops=jnp.asarray(stop_rows([tuple(stop)] * rows)),
-        made=jnp.zeros(rows, jnp.int32),
-        limit=jnp.full(rows, max_new, jnp.int32),
+        made=jnp.full(rows, made, jnp.int32),
+        limit=jnp.full(rows, made + max_new, jnp.int32),
     )
-    decoding = nothing_decoded(read, new, jnp.arange(rows) >= len(prompts))
+    decoding = nothing_decoded(read, bucket(max_new), read.seen == 0)
     ask = max_new if not any(until) else ASK_EVERY
     for end in (*range(ask, max_new, ask), max_new):
         decoding = decode(model, decoding, asked, jnp.int32(end))
         if end < max_new:
-            made = _rows(decoding, max_new)
-            ended = [u is not None and u(row.ids) for u, row in zip(until, made, strict=False)]
-            stopped = np.asarray(decoding.stopped) | np.pad(ended, (0, rows - len(ended)))
+            ended = [u is not None and u(row.ids) for u, row in zip(until, _rows(decoding, max_new), strict=True)]
+            stopped = np.asarray(decoding.stopped) | ended
             if stopped.all():
                 break
             decoding = dataclasses.replace(decoding, stopped=jnp.asarray(stopped))
-    return _rows(decoding, max_new)[: len(prompts)]
+    found = _rows(decoding, max_new)
+    return [found[n] for n in some], decoding.read
+
+
+def _for_rows(
+    count: int,
+    sampling: Sampling | Sequence[Sampling],
+    seeds: Sequence[int] | None,
+    until: Sequence[Until | None] | None,
+) -> dict[str, Sequence]:
+    """The options, one a row. Raises ValueError where there are more or fewer."""
+    sampling = [sampling] * count if isinstance(sampling, Sampling) else sampling
+    seeds, until = range(count) if seeds is None else seeds, [None] * count if until is None else until
+    if not len(seeds) == len(until) == len(sampling) == count:
+        counts = f"{len(seeds)} seeds, {len(until)} conditions and {len(sampling)} samplings"
+        raise ValueError(f"generate: {counts} for {count} prompts")
+    return {"sampling": sampling, "seeds": seeds, "until": until}
 
 
 def _rows(decoding: Decoding, limit: int) -> list[Generated]:

@@ -25,7 +25,7 @@ from lcx.parallel.gathered import axes_size
 from lcx.parallel.rules import Rules, ambient_mesh
 from lcx.positions.length_rule import length_policy
 from lcx.positions.visual import Placed
-from lcx.record import record
+from lcx.record import record, static
 from lcx.spec import below
 
 
@@ -33,8 +33,9 @@ from lcx.spec import below
 class Consumed:
     """What the rows have read. last: the hidden state at each row's newest token. seen: tokens consumed. most: tokens that a
     row may consume in all, which a length-dependent rope reads. following: the position of the token of index `since`, from
-    which those behind it count on."""
+    which those behind it count on. room: tokens of a row that the state was made for."""
 
+    room: int = static()
     last: Float[Array, "B M"]
     state: Any
     seen: Int[Array, "B"]
@@ -103,7 +104,7 @@ def nothing_read(
     length = -(-length // (shares := axes_size(split_axes(model.spec.rules)))) * shares
     last, seen = jnp.zeros((rows, model.spec.width), model.spec.compute), jnp.zeros(rows, jnp.int32)
     state = model.apart(model.init_state(rows, length))
-    return Consumed(last=last, state=state, seen=seen, most=most, following=following, since=since)
+    return Consumed(room=length, last=last, state=state, seen=seen, most=most, following=following, since=since)
 
 
 @functools.partial(jax.jit, donate_argnames="read")

@@ -76,6 +76,7 @@ def test_padding_in_a_chunk_is_not_read(model, parts):
     ids = np.asarray([[7, 8, 9, 0, 0], [0, 0, 7, 8, 9], [7, 8, 0, 9, 0], [7, 8, 9, 1, 2]], np.int32)
     segments = np.asarray([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [1, 1, 0, 1, 0], [0, 0, 0, 0, 0]], np.int32)
     read = Consumed(
+        room=8,
         last=jnp.ones((4, 32)),
         state=model.init_state(4, 8),
         seen=jnp.zeros(4, jnp.int32),
