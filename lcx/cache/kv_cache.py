@@ -266,8 +266,12 @@ class KVCache(KeysCache):
         if self.positions == "own":
             return held
         there = held.info.segments != PADDING
-        nearest = jnp.where(exact.info.segments != PADDING, exact.info.index, jnp.iinfo(jnp.int32).max).min(axis=1)
-        place = nearest[:, None, None] - there.sum(axis=2, keepdims=True) + jnp.cumsum(there, axis=2) - 1
+        segments, slot, most = held.info.segments, jnp.arange(there.shape[2]), jnp.iinfo(jnp.int32).max
+        ends = segments != jnp.pad(segments[:, :, 1:], ((0, 0), (0, 0), (0, 1)))  # documents stand one behind the other
+        end = jax.lax.cummin(jnp.where(ends, slot, there.shape[2]), axis=2, reverse=True)
+        own = segments[..., None] == exact.info.segments[:, None, None]
+        nearest = jnp.where(own, exact.info.index[:, None, None], most).min(axis=3, initial=most)
+        place = jnp.where(there & (nearest < most), nearest - 1 - end + slot, 0)
         positions = jnp.broadcast_to(place[..., None], held.info.positions.shape).astype(jnp.float32)
         return dataclasses.replace(held, info=replaced(held.info, positions=positions))
 
