@@ -5,16 +5,19 @@
 
 A round halves a chunk at most; rounds go on until the budget is met. Means are weighted by how many tokens each stands for, and
 attention counts it so many times: log n is added to its logit (both inferred: the abstract says neither). Sinks and recent
-tokens are not merged. Keys are merged as they are held: rotated ones have turned apart, so chunks are short.
+tokens are not merged, nor those of two documents. Keys are merged as they are held: rotated ones have turned apart, so chunks
+are short. What is still beyond the budget is dropped, the oldest behind the sinks first.
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from lcx.cache.kv_state import taken
 from lcx.cache.policies.policy import Kept, Policy
 from lcx.cache.scorers.key_difference import unit
 from lcx.record import record
@@ -22,12 +25,13 @@ from lcx.record import record
 
 @record
 class Merged:
-    """Tokens in front, oldest first. origin: places among those before the first round."""
+    """Tokens in front, oldest first. origin: places among those before the first round. segments: their documents."""
 
     k: Float[Array, "B K N D"]
     v: Float[Array, "B K N E"]
     counts: Float[Array, "B K N"]
     origin: Int[Array, "B K N"]
+    segments: Int[Array, "B K N"]
     count: Int[Array, "B K"]
 
 
@@ -65,7 +69,8 @@ class Chelsea(Policy):
     def compress(self, now, slots):
         B, K, N, _ = now.k.shape
         origin = jnp.broadcast_to(jnp.arange(N), (B, K, N))
-        begin = Merged(k=now.raw, v=now.v, counts=now.counts, origin=origin, count=jnp.broadcast_to(now.count, (B, K)))
+        segments, count = jnp.broadcast_to(now.info.segments, (B, K, N)), jnp.broadcast_to(now.count, (B, K))
+        begin = Merged(k=now.raw, v=now.v, counts=now.counts, origin=origin, segments=segments, count=count)
         budget = jnp.broadcast_to(now.budget[:, None], (B, K))
 
         def more(state):
@@ -73,9 +78,9 @@ class Chelsea(Policy):
             return (turn < self.rounds) & (merged.count > budget).any()
 
         _, merged = jax.lax.while_loop(more, lambda state: (state[0] + 1, self._round(state[1], budget)), (0, begin))
-        cut = lambda x: (
-            x[:, :, :slots] if slots <= N else jnp.pad(x, ((0, 0), (0, 0), (0, slots - N)) + ((0, 0),) * (x.ndim - 3))
-        )
+        beyond, place = jnp.maximum(merged.count - budget, 0)[..., None], jnp.arange(slots)
+        place = jnp.where(place < jnp.minimum(self.sinks, budget - 1)[..., None], place, place + beyond)
+        cut = functools.partial(taken, place=jnp.minimum(place, N - 1), axis=2)
         there = jnp.arange(slots) < jnp.minimum(merged.count, budget)[..., None]
         return Kept(index=cut(merged.origin), there=there, k=cut(merged.k), v=cut(merged.v), counts=cut(merged.counts))
 
@@ -88,11 +93,11 @@ class Chelsea(Policy):
         apart = lambda x: cut(x).reshape(B, K, -1, half, 2, *x.shape[3:])
         place = jnp.arange(N)
         free = (place >= self.sinks) & (place < now.count[..., None] - self.recent)
-        free, keys, values, counts = map(apart, (free, now.k, now.v, now.counts))
+        free, keys, values, counts, segments = map(apart, (free, now.k, now.v, now.counts, now.segments))
         excess = now.count - budget
         chunks = jnp.maximum(free.any(axis=(3, 4)).sum(axis=2), 1)
         links = jnp.maximum(-(-excess // chunks), 0)[..., None, None]
-        joins, target = matched(keys, free, jnp.minimum(links, half))
+        joins, target = matched(keys, free, segments, jnp.minimum(links, half))
         joins = joins & (jnp.cumsum(joins.reshape(B, K, -1), axis=2).reshape(joins.shape) <= excess[..., None, None])
         to = jax.nn.one_hot(target, half) * (joins * counts[..., 0])[..., None]  # [.., A, B] weights
         total = counts[..., 1] + to.sum(axis=3)
@@ -111,6 +116,7 @@ class Chelsea(Policy):
             v=take(join(now.v, merged(values))),
             counts=take(join(now.counts, jnp.stack([counts[..., 0], total], axis=4))),
             origin=take(now.origin),
+            segments=take(now.segments),
             count=there.sum(axis=2),
         )
 
@@ -120,11 +126,15 @@ class Chelsea(Policy):
 
 
 def matched(
-    keys: Float[Array, "B K c half 2 D"], free: Bool[Array, "B K c half 2"], links: Int[Array, "B K 1 1"]
+    keys: Float[Array, "B K c half 2 D"],
+    free: Bool[Array, "B K c half 2"],
+    segments: Int[Array, "B K c half 2"],
+    links: Int[Array, "B K 1 1"],
 ) -> tuple[Bool[Array, "B K c half"], Int[Array, "B K c half"]]:
-    """(whether each even token joins an odd one, which): of each chunk the `links` most alike. Soft matching of ToMe."""
+    """(whether each even token joins an odd one of its document, which): of each chunk the `links` most alike, as in ToMe."""
     alike = jnp.einsum("bkcid,bkcjd->bkcij", unit(keys[..., 0, :]), unit(keys[..., 1, :]), precision="highest")
-    alike = jnp.where(free[..., 0][..., None] & free[..., 1][..., None, :], alike, -jnp.inf)
+    may = free[..., 0][..., None] & free[..., 1][..., None, :] & (segments[..., 0][..., None] == segments[..., 1][..., None, :])
+    alike = jnp.where(may, alike, -jnp.inf)
     best, target = alike.max(axis=4), alike.argmax(axis=4)
     rank = jnp.argsort(jnp.argsort(-best, axis=3, stable=True), axis=3)
     return (best > -jnp.inf) & (rank < links), target

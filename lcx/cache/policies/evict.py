@@ -10,6 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 from lcx.cache.policies.policy import Kept, Policy
 from lcx.cache.scorers.scorer import Scored, Scorer
 
+LARGE = 1e38  # beyond every score
+
 
 def top(
     scores: Float[Array, "B G N"], budget: Int[Array, "B G"], places: int
@@ -94,13 +96,15 @@ class Evict(Policy):
         return self.score.watching(rows, heads, head_dim)
 
     def worth(self, now: Scored) -> Float[Array, "B G N"]:
-        """Scores with what always stays on top, -inf where there is no token."""
+        """Scores, -inf where there is no token. What always stays is on top: sinks, then the newest of the others, if a budget
+        does not hold all of them."""
         scores = self.score.score(now).astype(jnp.float32)
         if self.heads == "shared":
             scores = scores.mean(axis=1, keepdims=True)
         place = jnp.arange(scores.shape[2])
-        stays = (now.info.index < self.sinks) | (place >= now.count[..., None] - self.recent)
-        return jnp.where(now.there, jnp.where(stays, jnp.inf, scores), -jnp.inf)
+        stays = jnp.isposinf(scores) | (place >= now.count[..., None] - self.recent)
+        scores = jnp.where(stays, LARGE * (1 + place / scores.shape[2]), scores)
+        return jnp.where(now.there, jnp.where(now.info.index < self.sinks, jnp.inf, scores), -jnp.inf)
 
     def compress(self, now, slots):
         worth = self.worth(now)

@@ -31,7 +31,9 @@ class Fold(Evict):
         rows, heads = jnp.arange(B)[:, None, None], jnp.arange(K)[:, None]
         stays = jnp.zeros((B, K, N), bool).at[rows, heads, jnp.where(there, index, N)].set(True, mode="drop")
         alike = jnp.einsum("bknd,bkcd->bknc", unit(now.k), keys, precision="highest")
-        alike = jnp.where(there[:, :, None], alike, -jnp.inf)
+        segments = by_all(now.info.segments)
+        same = segments[..., None] == taken(segments, index, axis=2)[:, :, None]
+        alike = jnp.where(there[:, :, None] & same, alike, -jnp.inf)
         best, target = alike.max(axis=3), alike.argmax(axis=3)
         size = jnp.linalg.norm(now.v, axis=-1)
         met = jnp.take_along_axis(jnp.linalg.norm(values, axis=-1), target, axis=2)
