@@ -7,6 +7,7 @@ import pytest
 from lcx.attention.mask import Causal, Sink, Window
 from lcx.cache.codecs.groups import IntGroups
 from lcx.cache.codecs.kvquant import KVQuant
+from lcx.cache.dense import DenseCache
 from lcx.cache.kv_cache import KVCache
 from lcx.cache.paged import PagedCache
 from lcx.cache.policies.budgets import Pyramid, Shares
@@ -21,19 +22,21 @@ from lcx.cache.scorers.key_norm import KeyNorm
 from lcx.cache.scorers.q_filters import QFilters
 from lcx.cache.scorers.snapkv import SnapKV
 from lcx.cache.selectors.quest import Quest
-from lcx.memory.rmt import RMT
+from lcx.memory.model_memory import ModelMemory
 from lcx.memory.ttt_e2e import TTTE2E
 from lcx.mixers.attention import Attention
+from lcx.mixers.mixer import Mixer
 from lcx.mixers.titans import TitansMAG
 from lcx.mixers.transformer_xl import TransformerXL
 from lcx.parallel.mesh import MeshSpec
 from lcx.parallel.rules import Rules
+from lcx.parts import parts
 from lcx.positions.alibi import ALiBi
 from lcx.positions.dynamic_ntk import DynamicNTK
 from lcx.positions.long_heads import LongHeads
 from lcx.positions.self_extend import SelfExtend
 from lcx.positions.xpos import XPos
-from lcx.spec import SpecError, edits
+from lcx.spec import SpecError, below, edit, edits
 from lcx.support import broken
 from lcx.support_table import base
 
@@ -86,10 +89,37 @@ def test_refused(cache, more, words):
     assert any(words in sentence for sentence in found), found
 
 
+MEMORIES = [memory for cls in parts(ModelMemory) for memory in list(cls.examples())[:1]]
+
+
+@pytest.mark.parametrize("memory", MEMORIES, ids=lambda memory: type(memory).__name__)
 @pytest.mark.parametrize("cache", [KVCache(), RingCache(size=64), PagedCache()], ids=["kv", "ring", "paged"])
-def test_not_beside_a_memory(cache):
-    found = refusals(cache, ("model.memory", next(iter(RMT.examples()))))
-    assert any("expected a DenseCache beside model.memory" in sentence for sentence in found)
+def test_not_beside_a_memory(cache, memory):
+    """TTT-E2E among them, which takes tokens out of a cache again."""
+    found = refusals(cache, ("model.memory", memory))
+    assert any("mixer.cache: expected a DenseCache beside model.memory" in sentence for sentence in found), found
+
+
+def of_others():
+    """Mixers that hold attention, each with the path of it."""
+    for cls in parts(Mixer):
+        for mixer in list(cls.examples())[:1]:
+            paths = [path for path, part in below(mixer) if path and isinstance(part, Attention)]
+            yield from (pytest.param(mixer, path, id=cls.__name__) for path in paths)
+
+
+@pytest.mark.parametrize("mixer, path", [*of_others()])
+def test_not_within_another_mixer(mixer, path):
+    try:
+        found = list(broken(edits(base(), [(MIXER, mixer), (f"{MIXER}.{path}.cache", KVCache())])))
+    except SpecError as error:
+        found = [str(error)]
+    assert any(f"{path}" in sentence and "DenseCache" in sentence for sentence in found), found
+
+
+def test_not_in_front_of_the_layers():
+    found = refusals(DenseCache(), ("model.embed_mixer", edit(base().model.pattern[0].mixer, "cache", KVCache())))
+    assert any("model.embed_mixer.cache: expected a DenseCache" in sentence for sentence in found), found
 
 
 def test_a_ring_is_as_long_as_its_mask_reaches():
