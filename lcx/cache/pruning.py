@@ -55,11 +55,7 @@ class Pruning:
         if policy is None or policy.scope == ("decode" if several else "prefill"):
             return self._written(was, leaving, moved)
         if several:
-            return _where(
-                real.any(axis=1),
-                self._compressed(was, leaving, moved),
-                self._written(was, leaving, moved),
-            )
+            return _where(real.any(axis=1), self._compressed(was, leaving, moved), was)  # the others have nothing to move
         full = policy.full(was.used + moved[:, None], was.seen, was.share, was.known) & (moved > 0)
         compress = lambda: _where(
             full,
@@ -101,7 +97,7 @@ class Pruning:
             coder.encode(by_head(x).astype(jnp.float32), known)
             for coder, x, known in zip(self.cache.coders, (leaving.k, leaving.v), state.tables, strict=True)
         ]
-        after = self.asked.out if blocks == 1 and platform() == "cpu" else None
+        after = self.asked.out if platform() == "cpu" else None
         put = functools.partial(stored_blocks, slot=heads, after=after)
         info = jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], (B, G, *x.shape[1:])), leaving.info)
         used = state.used + moved[:, None]
