@@ -1,10 +1,11 @@
 """Measures of a model what a cache has to know beforehand: tables of KVQuant, directions of Q-Filters, gates of heads.
 
-    python -m experiments.calibrate --run_dir=reader --to=reader.npz
-    python -m experiments.calibrate --run_dir=reader --to=filters.npz --method=QFilters
-    python -m experiments.calibrate --run_dir=models/llama-3.1-8b --to=llama.npz --text=books --length=2048 --windows=16
+python -m experiments.calibrate --run_dir=reader --to=reader.npz
+python -m experiments.calibrate --run_dir=reader --to=filters.npz --method=QFilters
+python -m experiments.calibrate --run_dir=models/llama-3.1-8b --to=llama.npz --text=books --length=2048 --windows=16
 
-It reads texts of --length tokens, by default the model's window: of the folder --text, or of the standard library's
+with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+    model = load_model(run_folder(arguments.run_dir), model_spec, mesh=mesh)
 source code. What it wrote is read by --config=set:model.pattern[0].mixer.cache=..., with one of
 
     KVQuant         KVCache(keys='raw',codec=KVQuant(calibration='reader.npz'))
@@ -14,11 +15,14 @@ source code. What it wrote is read by --config=set:model.pattern[0].mixer.cache=
 --outliers and --sinks are of KVQuant. Exit status: 0 written, 2 refused.
 """
 
+import contextlib
 from pathlib import Path
 
+import jax
 import numpy as np
 from absl import flags
 
+from experiments.generate import define_mesh, on_mesh
 from experiments.program import Arguments, launch
 from lcx.data.sources import StandardLibrary, TextFolder
 from lcx.evaluation.tasks.perplexity import Perplexity
@@ -34,6 +38,7 @@ STATISTICS = {"QFilters": "directions", "DuoAttention": "gates"}
 
 
 def define(values: flags.FlagValues) -> None:
+    define_mesh(values)
     flags.DEFINE_string("to", None, "file to write", flag_values=values)
     flags.DEFINE_enum("method", "KVQuant", ["KVQuant", *STATISTICS], "what it is for", flag_values=values)
     flags.DEFINE_string("text", None, "folder of texts; default: the standard library's source code", flag_values=values)
@@ -54,15 +59,19 @@ def main(arguments: Arguments) -> None:
     source = TextFolder(path=asked.text) if asked.text else StandardLibrary(split="train")
     length = asked.length or experiment.data.length
     rows = Perplexity(source=source, windows=asked.windows, buckets=1).inputs(experiment.data.tokenizer, length)
+    if asked.context > 1:
+        raise SpecError(f"--context={asked.context}: expected 1, as texts are read whole; share out rows or heads")
+    model_spec, mesh = on_mesh(asked, experiment.model, length)
     if arguments.dry_run:
         print(f"would read {len(rows)} texts of {length} tokens")
         return
-    model = load_model(run_folder(arguments.run_dir), experiment.model)
-    if asked.method == "KVQuant":
-        made = tables(model, rows, outliers=shares, sinks=asked.sinks)
-    else:
-        name = STATISTICS[asked.method]
-        made = {name: statistics(model, rows)[name]}
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        model = load_model(run_folder(arguments.run_dir), model_spec, mesh=mesh)
+        if asked.method == "KVQuant":
+            made = tables(model, rows, outliers=shares, sinks=asked.sinks)
+        else:
+            name = STATISTICS[asked.method]
+            made = {name: statistics(model, rows)[name]}
     np.savez_compressed(asked.to, **made)
     print(f"{asked.to}: {Path(asked.to).stat().st_size:,} bytes, {experiment.model.depth} layers")
 

@@ -24,11 +24,12 @@ from lcx.batch import Batch, causal_info
 from lcx.cache.codecs.kvquant import Values
 from lcx.cache.dense import DenseCache, DenseState
 from lcx.inference.forward import logprobs_of
+from lcx.inference.reading import padded_rows
 from lcx.mixers.attention import Attention
 from lcx.models.decoder import DecoderModel, rebuild
 from lcx.positions.rotate import rotate
 from lcx.record import record, replaced
-from lcx.spec import SpecError, edit
+from lcx.spec import SpecError, edit, edits
 from pallas_kernels.quantized_attention.formats import halves
 
 ROUNDS = 50  # of k-means, at most
@@ -76,19 +77,25 @@ def tables(
     """By name `<raw, rotated or values>/<outliers>/...`: upper, lower [L, K, D], <bits>/codebook [L, 2^bits] and
     <bits>/norm [L, 2].
 
-    rows: texts of one length, in ids. Raises SpecError for a model that has another mixer than plain attention in some layer.
+    rows: texts of one length, in ids, read `at_once`, or as many as the ambient mesh shares out. Raises SpecError for a model
+    that has another mixer than plain attention in some layer.
     """
     spec = model.spec
     for n, layer in enumerate(spec.pattern):
         if type(layer.mixer) is not Attention or layer.mixer.distances is not None or spec.memory is not None:
             raise SpecError(f"model.pattern[{n}].mixer: expected plain attention, without a distance plan or model.memory")
         spec = edit(spec, f"pattern[{n}].mixer.cache", _Tap(keys="raw"))
-    tapped = rebuild(model, edit(spec, "compute", "float32"))
-    seen = [_read(tapped, jnp.asarray(rows[n : n + at_once], jnp.int32)) for n in range(0, len(rows), at_once)]
+    tapped = rebuild(model, edits(spec, [("compute", "float32"), ("rules.slots", ())]))  # keys split would have no gradient
+    at_once = padded_rows(at_once, dataclasses.replace(tapped.spec.rules, sequence=()))
+    seen = []
+    for n in range(0, len(rows), at_once):
+        part = np.asarray(rows[n : n + at_once], np.int32)
+        padded = np.pad(part, ((0, at_once - len(part)), (0, 0)))
+        seen.append(jax.tree.map(lambda x, real=len(part): np.asarray(x)[:, :real], _read(tapped, jnp.asarray(padded))))
     made: dict[str, list[np.ndarray]] = {}
     for layer in range(spec.depth):
         period, slot = divmod(layer, len(spec.pattern))
-        k, v, dk, dv = (np.concatenate([np.asarray(part[slot][n][period])[:, sinks:] for part in seen]) for n in range(4))
+        k, v, dk, dv = (np.concatenate([part[slot][n][period][:, sinks:] for part in seen]) for n in range(4))
         turn = functools.partial(_turned, spec, spec.pattern[slot].mixer, sinks, len(rows[0]))
         for side, x, slope in (("raw", k, dk), ("rotated", turn(k), turn(dk)), ("values", v, dv)):
             for share in outliers:

@@ -15,7 +15,10 @@ from lcx.mixers.attention import Attention
 from lcx.mixers.delta_net import GatedDeltaNet
 from lcx.models.decoder import Decoder, rebuild
 from lcx.models.layer import Layer
+from lcx.parallel.mesh import MeshSpec
+from lcx.parallel.rules import Rules
 from lcx.spec import SpecError, edit
+from tests.inference.test_sharded_generation import shared_out
 
 MODEL = Decoder(
     vocab=64,
@@ -67,3 +70,24 @@ def test_other_mixers_are_refused(model):
     spec = edit(MODEL, "pattern", (edit(MODEL.pattern[0], "mixer", GatedDeltaNet(heads=2, head_dim=8)),))
     with pytest.raises(SpecError, match="expected plain attention"):
         tables(spec.build(rngs=nnx.Rngs(0)), ROWS)
+
+
+@pytest.mark.parametrize(
+    "mesh, rules",
+    [
+        (MeshSpec(data=4, tensor=2), Rules()),
+        pytest.param(MeshSpec(fsdp=2, tensor=2), Rules(), marks=pytest.mark.slow),
+        pytest.param(MeshSpec(context=2), Rules(), marks=pytest.mark.slow),
+        pytest.param(MeshSpec(context=2), Rules(sequence=(), slots=("context",)), marks=pytest.mark.slow),
+    ],
+)
+def test_on_a_mesh_as_on_one_device(mesh, rules, model):
+    """Of six texts, which four devices do not share out."""
+    few = {"outliers": (0.1,), "bits": (3,)}
+    wanted = tables(model, ROWS, **few)
+    with jax.set_mesh(mesh.build(jax.devices()[: mesh.size])):
+        placed = shared_out(rebuild(model, edit(MODEL, "rules", rules)), jax.sharding.get_mesh())
+        found = tables(placed, ROWS, **few)
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        np.testing.assert_allclose(found[name], wanted[name], atol=5e-5)
