@@ -62,7 +62,7 @@ def arrays(form: Format, keys: bool, array) -> Arrays:
     if isinstance(form, Codebook):
         own = lambda kind: (array(kind, S),) * 2
         ranges = {"by_channel": array(jnp.float32, 2, D)} if keys else {"by_token": own(jnp.uint16)}
-        return CodebookArrays(planes, array(jnp.float32, 2**form.bits), own(jnp.uint8), own(jnp.uint16), **ranges)
+        return CodebookArrays(planes, array(jnp.float32, 2**form.bits), own(jnp.uint16)[:1], own(jnp.uint16), **ranges)
     if isinstance(form, ChannelGroups):
         return GroupArrays(planes, *((array(jnp.uint16, S),) * (D // form.size),) * 2)
     return GroupArrays(planes, *(array(jnp.uint16, S // form.size, D),) * 2)

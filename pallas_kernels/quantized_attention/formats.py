@@ -7,11 +7,12 @@ each (`each`): a last axis that short is laid out in many ways, and XLA copies a
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped, UInt, UInt16
+from jaxtyping import Array, Float, Int, Shaped, UInt8, UInt16
 
 from pallas_kernels import angles
 from pallas_kernels.quantized_attention.packing import BLOCK, PLANES
@@ -65,12 +66,12 @@ class Codebook:
 
 class CodebookArrays(NamedTuple):
     """codes: planes of words. codebook: of a head. place, number: channels of a token's outliers, D where there is none, and
-    what they are, half precision, `each` of O. by_channel: zero and half range of a channel; by_token: of a token, half
-    precision. Of the two there is one."""
+    what they are, half precision, `each` of O; places below 256 come two in a word (`paired`). by_channel: zero and half range
+    of a channel; by_token: of a token, half precision. Of the two there is one."""
 
     codes: tuple[Shaped[Array, "B K _ D"], ...]
     codebook: Float[Array, "B K c"]
-    place: tuple[UInt[Array, "B K S"], ...]
+    place: tuple[UInt16[Array, "B K S"], ...]
     number: tuple[UInt16[Array, "B K S"], ...]
     by_channel: Float[Array, "B K 2 D"] | None = None
     by_token: tuple[UInt16[Array, "B K S"], UInt16[Array, "B K S"]] | None = None
@@ -153,6 +154,23 @@ def each(x: Shaped[Array, "*n g"]) -> tuple[Shaped[Array, "*n"], ...]:
 def together(parts: tuple[Shaped[Array, "*n"], ...], like: Shaped[Array, "*n"]) -> Shaped[Array, "*n g"]:
     """What `each` took apart. like: an array of these axes, for none of which anything is left."""
     return jnp.stack(parts, axis=-1) if parts else jnp.zeros((*like.shape, 0), like.dtype)
+
+
+def paired(x: UInt8[Array, "*n g"]) -> tuple[UInt16[Array, "*n"], ...]:
+    """The last axis taken apart, two numbers in a word: arrays of bytes that kernels read, XLA lays out anew."""
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, x.shape[-1] % 2)]).astype(jnp.uint16)
+    return each(x[..., ::2] | x[..., 1::2] << 8)
+
+
+def unpaired(words: Sequence[Shaped[Array, "*n"]], count: int) -> list[Int[Array, "*n"]]:
+    """The numbers of `paired`."""
+    wide = [x.astype(jnp.int32) for x in words]
+    return [part for x in wide for part in (x & 255, x >> 8)][:count]
+
+
+def places(words: Sequence[Any], channels: int, count: int) -> list[Any]:
+    """Of `count` outliers: the channel of each, an array like those of `words`."""
+    return unpaired(words, count) if channels < 256 else [x.astype(jnp.int32) for x in words]
 
 
 def halves(x: UInt16[Array, "*n"]) -> Float[Array, "*n"]:

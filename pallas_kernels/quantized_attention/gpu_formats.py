@@ -12,7 +12,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Shaped, UInt16
 
-from pallas_kernels.quantized_attention.formats import Arrays, ChannelGroups, Codebook, Format, Pairing, Scaled, TokenGroups
+from pallas_kernels.quantized_attention.formats import (
+    Arrays,
+    ChannelGroups,
+    Codebook,
+    Format,
+    Pairing,
+    Scaled,
+    TokenGroups,
+    places,
+)
 from pallas_kernels.quantized_attention.packing import BLOCK, PLANES
 
 
@@ -92,11 +101,12 @@ def _looked_up(form: Codebook, refs, codes, slots):
     else:
         zero, half = (_halves(ref[slots])[:, None] for ref in refs.own[-2:])
         x = level[0] * half + zero
-    many = (len(refs.own) - (2 if refs.by_channel is None else 0)) // 2
-    channel = jnp.arange(codes.shape[1], dtype=jnp.int32)[None, :]
-    for n in range(many):
-        place, number = refs.own[n][slots].astype(jnp.int32), _halves(refs.own[many + n][slots])
-        x = jnp.where(channel == place[:, None], number[:, None], x)
+    D, rest = codes.shape[1], len(refs.own) - (2 if refs.by_channel is None else 0)
+    words = rest // 3 if D < 256 else rest // 2  # outliers are even in number
+    channel = jnp.arange(D, dtype=jnp.int32)[None, :]
+    place = places([ref[slots].astype(jnp.int32) for ref in refs.own[:words]], D, rest - words)
+    for one, number in zip(place, refs.own[words:rest], strict=True):
+        x = jnp.where(channel == one[:, None], _halves(number[slots])[:, None], x)
     return x
 
 

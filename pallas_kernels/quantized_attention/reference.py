@@ -20,6 +20,7 @@ from pallas_kernels.quantized_attention.formats import (
     Slots,
     channels,
     halves,
+    places,
 )
 from pallas_kernels.quantized_attention.packing import unpack
 from pallas_kernels.tile_attention.tokens import Tokens, distance
@@ -84,8 +85,8 @@ def _looked_up(codes: UInt8[Array, "B K S D"], arrays: CodebookArrays) -> Float[
     else:
         zero, half = (halves(x)[..., None] for x in arrays.by_token)
     x, channel = found * half + zero, jnp.arange(channels(arrays))
-    for place, number in zip(arrays.place, arrays.number, strict=True):
-        x = jnp.where(channel == place[..., None].astype(jnp.int32), halves(number)[..., None], x)
+    for place, number in zip(places(arrays.place, channels(arrays), len(arrays.number)), arrays.number, strict=True):
+        x = jnp.where(channel == place[..., None], halves(number)[..., None], x)
     return x
 
 

@@ -26,6 +26,7 @@ from pallas_kernels.quantized_attention.formats import (
     Scaled,
     TokenGroups,
     channels,
+    places,
 )
 from pallas_kernels.quantized_attention.packing import BLOCK, PLANES
 from pallas_kernels.tile_attention.scores import dot
@@ -75,36 +76,47 @@ def _own(form: Format, arrays: Arrays) -> list[Shaped[Array, "B K S"]]:
 def scratch(form: Format, arrays: Arrays, bk: int, turned: bool) -> dict[str, tuple[int, ...]]:
     """Shapes of arrays that a side needs beside its operands, of float32, and of words of int32; turned: of rotated keys."""
     D, own = channels(arrays), _own(form, arrays)
+    several = len(own) + (len(arrays.number) - len(arrays.place) if isinstance(form, Codebook) else 0)
     needed = {} if isinstance(form, Scaled) else {"wide": (D // LANES * bk, LANES)}
     if needed and D > LANES:
         needed |= {f"words{n}": (bk // BLOCK * width, LANES) for n, width in enumerate(PLANES[form.bits])}
     if isinstance(form, TokenGroups) and form.size > BLOCK:
         needed |= dict.fromkeys(("scales", "zeros"), (D // LANES * bk // BLOCK, LANES))
     if own:
-        needed["own"] = (len(own) * own[0].shape[1], bk)
-    rows = len(own) if turned or isinstance(form, Codebook) else 0
+        needed["own"] = (several * own[0].shape[1], bk)
+    rows = several if turned or isinstance(form, Codebook) else 0
     return needed | ({"rows": (-(-rows // 8) * 8, bk)} if rows else {})
 
 
 def prepare(form: Format, refs: SimpleNamespace) -> None:
-    """What tokens of a tile have of their own, in float32."""
-    places = _outliers(refs) if isinstance(form, Codebook) else 0
-    for n, ref in enumerate(refs.owned):
-        x, K = ref[...], ref.shape[0]
-        if x.dtype != jnp.float32:
-            x = x.astype(jnp.int32).astype(jnp.float32) if n < places else _halves(x)
+    """What tokens of a tile have of their own, in float32, as many rows of each as there are heads."""
+    if not refs.owned:
+        return
+    held, K = [ref[...] for ref in refs.owned], refs.owned[0].shape[0]
+    if isinstance(form, Codebook):
+        many, D = _outliers(refs), refs.plane0.shape[-1]
+        words = len(held) - many - (2 if refs.by_channel is None else 0)
+        rows = [x.astype(jnp.float32) for x in places([x.astype(jnp.int32) for x in held[:words]], D, many)]
+        held = held[words:]
+    else:
+        rows = []
+    rows += [x if x.dtype == jnp.float32 else _halves(x) for x in held]
+    for n, x in enumerate(rows):
         refs.own[n * K : (n + 1) * K, :] = x
 
 
 def _outliers(refs: SimpleNamespace) -> int:
     """Of a token, of a codebook."""
-    return (len(refs.owned) - (2 if refs.by_channel is None else 0)) // 2
+    rows = refs.own.shape[0] // refs.owned[0].shape[0] if refs.owned else 0
+    return (rows - (2 if refs.by_channel is None else 0)) // 2
 
 
 def _own_rows(refs: SimpleNamespace, h: Any, there: Bool[Array, "1 _"]) -> list[Float[Array, "1 bk"]]:
     """Of a head, 0 of what may be anything."""
-    K = refs.own.shape[0] // len(refs.owned) if refs.owned else 0
-    return [jnp.where(there, refs.own[pl.ds(n * K + h, 1), :], 0) for n in range(len(refs.owned))]
+    if not refs.owned:
+        return []
+    K = refs.owned[0].shape[0]
+    return [jnp.where(there, refs.own[pl.ds(n * K + h, 1), :], 0) for n in range(refs.own.shape[0] // K)]
 
 
 def key_scores(form: Format, refs: SimpleNamespace, h: Any, q: Shaped[Array, "rows D"], R: int) -> Float[Array, "R bk"]:

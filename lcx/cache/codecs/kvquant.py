@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, UInt8
 from lcx.cache.codecs.codec import Codec, Quantizer
 from lcx.cache.known import arrays_of
 from pallas_kernels.quantized_attention import formats
-from pallas_kernels.quantized_attention.formats import each, half_bits, halves, together
+from pallas_kernels.quantized_attention.formats import each, half_bits, halves, paired, places, together
 from pallas_kernels.quantized_attention.packing import BLOCK, pack, unpack
 
 
@@ -60,16 +60,20 @@ def looked_up(codes: UInt8[Array, "*n D"], codebook: Float[Array, "B K c"]) -> F
     return jnp.broadcast_to(level[0], codes.shape)
 
 
+def _kind(channels: int):
+    """The type of a place, one beyond the last channel included."""
+    return jnp.uint8 if channels < 256 else jnp.uint16
+
+
 class _Coder(Quantizer):
     block = BLOCK
 
     def _sparse(self, x, far: Float[Array, "B K N D"], most: int):
         """(place, number) of the `most` channels that are farthest out, of those with far > 0."""
         D = x.shape[-1]
-        kind = jnp.uint8 if D < 256 else jnp.uint16
         value, place = jax.lax.top_k(far, most)
         number = half_bits(jnp.take_along_axis(x, place, axis=-1))
-        return jnp.where(value > 0, place, D).astype(kind), jnp.where(value > 0, number, 0)
+        return jnp.where(value > 0, place, D).astype(_kind(D)), jnp.where(value > 0, number, 0)
 
     def _value(self, loose: Coded, z, r, tables):
         x = looked_up(loose.codes, tables["codebook"])
@@ -81,12 +85,15 @@ class _Coder(Quantizer):
         return x
 
     def tightened(self, loose, tables=None):
+        place = (paired if loose.place.dtype == jnp.uint8 else each)(loose.place)
         limits = None if loose.range is None else each(loose.range)
-        return Coded(pack(loose.codes, self.bits), each(loose.place), each(loose.number), limits)
+        return Coded(pack(loose.codes, self.bits), place, each(loose.number), limits)
 
     def loosened(self, codes, tables=None):
         numbers = unpack(codes.codes, self.bits)
-        place, number = (together(x, numbers[..., 0]) for x in (codes.place, codes.number))
+        D, like = numbers.shape[-1], numbers[..., 0]
+        place = together(tuple(places(codes.place, D, len(codes.number))), like).astype(_kind(D))
+        number = together(codes.number, like.astype(jnp.uint16))
         return Coded(numbers, place, number, None if codes.range is None else jnp.stack(codes.range, axis=-1))
 
     def format(self, codes, tables):
@@ -139,8 +146,7 @@ class Values(_Coder):
         scaled = (x - z) / jnp.where(r > 0, r, 1)
         place = jnp.concatenate([order[..., :side], order[..., D - side :]], axis=-1)
         number = half_bits(jnp.take_along_axis(x, place, axis=-1))
-        kind = jnp.uint8 if D < 256 else jnp.uint16
-        return Coded(nearest(scaled, tables["codebook"]), place.astype(kind), number, limits)
+        return Coded(nearest(scaled, tables["codebook"]), place.astype(_kind(D)), number, limits)
 
     def value(self, loose, tables):
         z, r = (halves(loose.range[..., n : n + 1]) for n in (0, 1))
