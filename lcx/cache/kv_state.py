@@ -1,6 +1,7 @@
 """What a KV cache holds, and how tokens and blocks of tokens move in it."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -93,21 +94,28 @@ def taken_first(tree: Any, there: Bool[Array, "B T"]) -> Any:
     return taken(tree, jnp.argsort(~there, axis=1, stable=True))
 
 
-def stored_blocks(held: Array, new: Array, *, slot: Int[Array, "B K n"], after: Array | None) -> Array:
-    """Arrays [B, K, in proportion to S, ...] with new blocks of tokens at some slots, counted in blocks; one beyond drops its.
+def with_blocks(held: Any, new: Any, slot: Int[Array, "B K n"]) -> Any:
+    """Arrays [B, K, in proportion to S, ...] with n new blocks of tokens at some slots, counted in blocks; one beyond drops
+    its."""
+    (B, K, n), row, head = slot.shape, jnp.arange(len(slot))[:, None, None], jnp.arange(slot.shape[1])[:, None]
 
-    after: what was made of the slots before, to write in place on a CPU: behind a loop of a turn at most, across which XLA
-    fuses nothing, and which it sees to come last; it would copy all slots otherwise.
-    """
-    (B, K), each = held.shape[:2], new.shape[2] // slot.shape[2]
-    apart = lambda x: x if each == 1 else x.reshape(B, K, x.shape[2] // each, each, *x.shape[3:])
-    row, head = jnp.arange(B)[:, None, None], jnp.arange(K)[:, None]
-    old, new = apart(held), apart(new).astype(held.dtype)
-    put = lambda old: old.at[row, head, slot].set(new, mode="drop")
-    if after is None:
-        return put(old).reshape(held.shape)
-    turns = jnp.minimum((slot < old.shape[2]).any().astype(jnp.int32), 1 + jnp.isnan(after.sum()).astype(jnp.int32))
-    return jax.lax.fori_loop(0, turns, lambda _, old: put(old), old).reshape(held.shape)
+    def put(old: Array, new: Array) -> Array:
+        each = new.shape[2] // n
+        place = jnp.stack(jnp.broadcast_arrays(row, head, slot * each), axis=-1)
+        blocks = new.reshape(B, K, n, each, *new.shape[3:]).astype(old.dtype)
+        windows = jax.lax.ScatterDimensionNumbers(
+            update_window_dims=tuple(range(3, blocks.ndim)), inserted_window_dims=(0, 1), scatter_dims_to_operand_dims=(0, 1, 2)
+        )
+        return jax.lax.scatter(old, place, blocks, windows, unique_indices=True, mode="drop")
+
+    return jax.tree.map(put, held, new)
+
+
+def in_place(write: Callable[[Any], Any], held: Any, wanted: Bool[Array, ""], after: Array) -> Any:
+    """write(held) where it is wanted, without a copy of what is held: behind a loop of a turn at most, across which XLA fuses
+    nothing and which it sees to come after what was made of it before, `after`. No gradient."""
+    turns = jnp.minimum(wanted.astype(jnp.int32), 1 + jnp.isnan(after.sum()).astype(jnp.int32))
+    return jax.lax.fori_loop(0, turns, lambda _, held: write(held), held)
 
 
 def joined(state: Pass) -> Waiting:

@@ -9,11 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from lcx.batch import PADDING, TokenInfo
-from lcx.cache.kv_state import Held, KVState, Pass, Waiting, hidden, joined, stored_blocks, taken, taken_first
+from lcx.cache.kv_state import Held, KVState, Pass, Waiting, hidden, in_place, joined, taken, taken_first, with_blocks
 from lcx.cache.scorers.scorer import Asked, Rule, Scored
 from lcx.cache.selected import summarised
 from lcx.positions.frequencies import Frequencies
-from pallas_kernels.target import platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,28 +91,31 @@ class Pruning:
         slot = (state.used // block)[:, :, None] + jnp.arange(blocks)
         slot = jnp.where(jnp.arange(blocks) < (moved // block)[:, None, None], slot, S // block)
         heads = jnp.broadcast_to(slot, (B, K, blocks))
-        by_head = lambda x: jnp.moveaxis(x, 1, 2)
-        coded = [
-            coder.encode(by_head(x).astype(jnp.float32), known)
-            for coder, x, known in zip(self.cache.coders, (leaving.k, leaving.v), state.tables, strict=True)
-        ]
-        after = self.asked.out if platform() == "cpu" else None
-        put = functools.partial(stored_blocks, slot=heads, after=after)
-        info = jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], (B, G, *x.shape[1:])), leaving.info)
         used = state.used + moved[:, None]
-        new = Held(
-            k=jax.tree.map(put, held.k, coded[0]),
-            v=jax.tree.map(put, held.v, coded[1]),
-            info=jax.tree.map(functools.partial(stored_blocks, slot=slot, after=after), held.info, info),
-            marks=None if held.marks is None else put(held.marks, by_head(leaving.marks)),
-            counts=None if held.counts is None else put(held.counts, jnp.ones((B, K, L))),
-            pages=held.pages,
-        )
-        if self.cache.selector is not None:
+
+        def write(held: Held) -> Held:
+            by_head = lambda x: jnp.moveaxis(x, 1, 2)
+            coded = [
+                coder.encode(by_head(x).astype(jnp.float32), known)
+                for coder, x, known in zip(self.cache.coders, (leaving.k, leaving.v), state.tables, strict=True)
+            ]
+            info = jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], (B, G, *x.shape[1:])), leaving.info)
+            new = Held(
+                k=with_blocks(held.k, coded[0], heads),
+                v=with_blocks(held.v, coded[1], heads),
+                info=with_blocks(held.info, info, slot),
+                marks=None if held.marks is None else with_blocks(held.marks, by_head(leaving.marks), heads),
+                counts=None if held.counts is None else with_blocks(held.counts, jnp.ones((B, K, L)), heads),
+                pages=held.pages,
+            )
+            if self.cache.selector is None:
+                return new
             page = self.cache.selector.page
             touched = (state.used // page)[:, :, None] + jnp.arange(-(-L // page) + 1)
             touched = jnp.broadcast_to(touched, (B, K, touched.shape[2]))
-            new = summarised(self.cache, new, state.tables, self.frequencies, touched)
+            return summarised(self.cache, new, state.tables, self.frequencies, touched)
+
+        new = in_place(write, held, (moved > 0).any(), self.asked.out)
         return dataclasses.replace(
             state,
             held=new,
