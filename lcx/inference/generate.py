@@ -77,7 +77,7 @@ def answer(
     room = int(np.asarray(read.most - read.seen)[some].min(initial=max_new))
     if not 1 <= max_new <= room:
         raise ValueError(f"generate: max_new = {max_new}: expected 1 to the {room} tokens that rows have room for")
-    check_room(model.spec, made + max_new)
+    check_room(model.spec, [n - made for n in np.asarray(read.seen)[some].tolist()], made + max_new)
     spread = lambda values, blank: [dict(zip(some.tolist(), values, strict=True)).get(n, blank) for n in range(rows)]
     until = spread(options["until"], None)
     asked = Asked(

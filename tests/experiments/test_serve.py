@@ -23,6 +23,7 @@ def served(monkeypatch):
     """Addresses that servers were started at, none of which serves, of a model that was not read."""
     seen = []
     monkeypatch.setattr(serve, "load_model", lambda *_, **__: None)
+    monkeypatch.setattr(serve, "light", lambda model: model)
     monkeypatch.setattr(serve, "Engine", lambda *_, rows, **__: SimpleNamespace(rows=rows))
     monkeypatch.setattr(lcx.serving.worker, "Worker", lambda *_: None)
     monkeypatch.setattr(lcx.serving.app, "build_app", lambda *_: None)
