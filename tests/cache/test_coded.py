@@ -77,8 +77,8 @@ def test_masks_biases_and_ropes(options, rule, monkeypatch):
 
 
 def test_a_kernel_meets_what_the_cache_holds(monkeypatch):
-    """As on a TPU, interpreted: raw keys of 128 channels in slots of heads of their own."""
-    cache, D, T = KVCache(codec=KVQuant(codebook="uniform"), keys="raw", policy=EVICT), 128, 64
+    """As on a TPU, interpreted: raw keys of 128 channels."""
+    cache, D, T = KVCache(codec=KVQuant(codebook="uniform"), keys="raw"), 128, 64
     rng, frequencies, info = np.random.default_rng(3), Rope().frequencies(D, 128), causal_info(jnp.ones((1, T), jnp.int32))
     x = lambda n, heads: jnp.asarray(rng.normal(size=(1, n, heads, D)), jnp.float32)
     state = cache.init(1, 128, KV_HEADS, D, D, jnp.float32, at=At(heads=HEADS))

@@ -159,6 +159,7 @@ def test_what_needs_raw_keys_says_so():
         KVCache(keys="raw", policy=ThinK())
 
 
+@pytest.mark.slow
 def test_streaming_heads_keep_streaming():
     """In decoding too: of two heads one holds all, the other its first and newest, with `every` more at most."""
     cache = KVCache(policy=DuoAttention(gates=((0.9, 0.1),), sinks=2, recent=5, every=2))

@@ -63,6 +63,7 @@ def test_gates_are_those_of_kvpress():
         np.testing.assert_allclose(gates(MODEL, MODEL.pattern[0].mixer, q, k, span=40), golden["gates/early"], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_caches_read_what_was_measured(model, made, tmp_path):
     """With all tokens kept a model says what it says without; another model's are refused."""
     np.savez(tmp_path / "m.npz", **made)

@@ -54,7 +54,7 @@ def same(found, wanted):
     "changes, keys",
     [
         ((), "rotated"),
-        pytest.param((("rope", GROWING),), "raw", id="growing"),
+        pytest.param((("rope", GROWING),), "raw", marks=pytest.mark.slow, id="growing"),
         pytest.param(((f"{MIXER}.distances", SelfExtend(group=2, window=4)),), "raw", marks=pytest.mark.slow, id="self-extend"),
     ],
 )
