@@ -23,7 +23,7 @@ from lcx.cache.cache import At, KeysCache
 from lcx.cache.codecs.codec import Codec, Quantizer
 from lcx.cache.codecs.plain import Plain
 from lcx.cache.coded import attend_codes
-from lcx.cache.kv_state import Held, KVState, Pass, Waiting, joined, no_tokens, rounded_up
+from lcx.cache.kv_state import Held, KVState, Pass, Waiting, grown, joined, no_tokens, rounded_up
 from lcx.cache.policies.policy import Policy
 from lcx.cache.pruning import Pruning
 from lcx.cache.selected import selected, summarised
@@ -58,12 +58,18 @@ class KVCache(KeysCache):
         self.check(
             self.positions == "own" or self.keys == "raw", "keys", "'raw' beside positions = 'slots', which turns keys anew"
         )
+        told = self.policy is not None and (self.policy.queries or self.policy.turned or self.policy.expects_turns)
+        wanted = f"'own' beside policy = {self.policy}, which reads at which distances queries and keys are"
+        self.check(self.positions == "own" or not told, "positions", wanted)
         if self.selector is not None:
             block = self.codec.block
             wanted = f"pages of a multiple of the {block} tokens that codec = {self.codec} holds together"
             self.check(self.selector.page % block == 0, "selector", wanted)
             wanted = "'own' beside a selector, which is told of keys turned for good"
             self.check(self.positions == "own", "positions", wanted)
+            counts = self.policy is not None and self.policy.marks == "received"
+            wanted = f"None beside policy = {self.policy}, which counts what a query finds of all tokens"
+            self.check(not counts, "selector", wanted)
 
     @property
     def exact(self):
@@ -148,7 +154,7 @@ class KVCache(KeysCache):
         k = self.held(k, info, frequencies).astype(state.waiting.k.dtype)
         info = info.filled()
         if frequencies is not None and frequencies.by_length:
-            state = _grown(state, info)
+            state = grown(state, info)
         return Pass(state=state, k=k, v=v.astype(state.waiting.v.dtype), info=info)
 
     def placed(self, state, rules):
@@ -169,7 +175,7 @@ class KVCache(KeysCache):
 
     def attend(self, state, q, q_info, *, frequencies, rules=Rules(), scale, **options):
         was, exact = state.state, joined(state)
-        held, kv_heads, heads = self._standing(was, exact), state.k.shape[2], q.shape[2]
+        held, kv_heads, heads = self.standing(was, exact), state.k.shape[2], q.shape[2]
         axes = split_axes(rules)
         mesh = {"heads": heads, "head_axes": () if ambient_mesh() is None else rules.heads, "scale": scale}
 
@@ -260,7 +266,7 @@ class KVCache(KeysCache):
         k, v = (coder.decode(x, known) for coder, x, known in zip(self.coders, (held.k, held.v), state.tables, strict=True))
         return self.turned_slots(k, held.info, frequencies), v, held.info
 
-    def _standing(self, state: KVState, exact: Waiting) -> Held:
+    def standing(self, state: KVState, exact: Waiting) -> Held:
         """Slots with the positions at which they are read."""
         held = state.held
         if self.positions == "own":
@@ -281,19 +287,3 @@ class KVCache(KeysCache):
         from lcx.cache.scorers.snapkv import SnapKV
 
         return cls(), cls(keys="raw", policy=Evict(score=SnapKV(window=3), keep=13, every=2))
-
-
-def _grown(state: KVState, new: TokenInfo) -> KVState:
-    """With the lengths of documents that the tokens of a pass belong to, where they grow."""
-
-    def longer(info: TokenInfo) -> TokenInfo:
-        same = (info.segments[..., None] == new.segments.reshape(-1, *(1,) * (info.segments.ndim - 1), new.shape[1])) & (
-            info.segments[..., None] != PADDING
-        )
-        newest = jnp.where(same, new.lengths.reshape(-1, *(1,) * (info.segments.ndim - 1), new.shape[1]), 0).max(
-            axis=-1, initial=0
-        )
-        return replaced(info, lengths=jnp.maximum(info.lengths, newest))
-
-    held = dataclasses.replace(state.held, info=longer(state.held.info))
-    return dataclasses.replace(state, held=held, waiting=dataclasses.replace(state.waiting, info=longer(state.waiting.info)))

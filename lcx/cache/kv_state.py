@@ -118,6 +118,22 @@ def in_place(write: Callable[[Any], Any], held: Any, wanted: Bool[Array, ""], af
     return jax.lax.fori_loop(0, turns, lambda _, held: write(held), held)
 
 
+def grown(state: KVState, new: TokenInfo) -> KVState:
+    """With the lengths of documents that the tokens of a pass belong to, where they grow."""
+
+    def longer(info: TokenInfo) -> TokenInfo:
+        same = (info.segments[..., None] == new.segments.reshape(-1, *(1,) * (info.segments.ndim - 1), new.shape[1])) & (
+            info.segments[..., None] != PADDING
+        )
+        newest = jnp.where(same, new.lengths.reshape(-1, *(1,) * (info.segments.ndim - 1), new.shape[1]), 0).max(
+            axis=-1, initial=0
+        )
+        return replaced(info, lengths=jnp.maximum(info.lengths, newest))
+
+    held = dataclasses.replace(state.held, info=longer(state.held.info))
+    return dataclasses.replace(state, held=held, waiting=dataclasses.replace(state.waiting, info=longer(state.waiting.info)))
+
+
 def joined(state: Pass) -> Waiting:
     """The tokens in full precision: those that waited, and those of the pass."""
     join = lambda a, b: jnp.concatenate([a, b], axis=1)

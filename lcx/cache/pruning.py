@@ -65,7 +65,8 @@ class Pruning:
 
     def _marked(self, state: KVState, exact: Waiting) -> tuple[Waiting, Held]:
         """Tokens with what the queries of a pass looked at added."""
-        k, _, info = self.cache.decoded(state, self.frequencies)
+        standing = dataclasses.replace(state, held=self.cache.standing(state, exact))
+        k, _, info = self.cache.decoded(standing, self.frequencies)
         mark, several = self.cache.policy.mark, self.asked.q.shape[1]
         marks = state.held.marks + mark(self.asked, k, info, self.rule, new=0)
         k = jnp.moveaxis(self.cache.turned(exact.k, exact.info, self.frequencies), 2, 1)

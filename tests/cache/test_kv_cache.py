@@ -21,6 +21,7 @@ from lcx.cache.policies.simlayerkv import SimLayerKV
 from lcx.cache.policies.think import ThinK
 from lcx.cache.scorers.compactor import Compactor
 from lcx.cache.scorers.key_norm import KeyNorm
+from lcx.cache.scorers.observed import Observed
 from lcx.cache.scorers.snapkv import SnapKV
 from lcx.parts import parts
 from lcx.positions.alibi import ALiBi
@@ -152,11 +153,26 @@ def test_slots_side_by_side():
     close((out, lse), wanted)
 
 
+def test_attention_received_is_what_queries_gave_slots_side_by_side():
+    """Each query of the two of a group gives 1, wherever slots stand."""
+    cache = KVCache(policy=Evict(score=Observed(), keep=12, heads="shared"), keys="raw", positions="slots")
+    total = []
+
+    def each(state, *_):
+        there = np.asarray(state.held.info.segments) != 0
+        total.append(np.where(there, np.asarray(state.held.marks), 0).sum(axis=2))
+
+    run(cache, passes([60, 1, 1, 1, 1]), each=each)
+    np.testing.assert_allclose(np.diff(total, axis=0), 2, atol=1e-4)
+
+
 def test_what_needs_raw_keys_says_so():
     with pytest.raises(SpecError, match="keys = 'rotated': expected 'raw' beside positions = 'slots'"):
         KVCache(positions="slots")
     with pytest.raises(SpecError, match="keys = 'raw': expected 'rotated', which policy = ThinK"):
         KVCache(keys="raw", policy=ThinK())
+    with pytest.raises(SpecError, match=r"positions = 'slots': expected 'own' beside policy = Evict.*distances"):
+        KVCache(keys="raw", positions="slots", policy=Evict(score=SnapKV(), keep=8))
 
 
 @pytest.mark.slow

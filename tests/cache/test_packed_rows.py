@@ -12,6 +12,7 @@ from lcx.cache.codecs.plain import Plain
 from lcx.cache.codecs.scaled import Fp8, Int8
 from lcx.cache.kv_cache import KVCache
 from lcx.cache.policies.budgets import Even
+from lcx.cache.policies.cam import CaM
 from lcx.cache.policies.chelsea import Chelsea
 from lcx.cache.policies.evict import Evict
 from lcx.cache.policies.fold import Fold
@@ -81,7 +82,10 @@ def test_a_budget_is_of_the_row_and_sinks_are_of_each_document():
         assert {0, 1, *newest} <= set(of)
 
 
-@pytest.mark.parametrize("policy", [Chelsea(keep=24, chunk=16, sinks=0, recent=4), Fold(score=KeyNorm(), keep=24)])
+MERGING = Chelsea(keep=24, chunk=16, sinks=0, recent=4), Fold(score=KeyNorm(), keep=24), CaM(score=KeyNorm(), keep=24)
+
+
+@pytest.mark.parametrize("policy", MERGING, ids=lambda policy: type(policy).__name__)
 def test_what_is_merged_is_of_one_document(policy):
     """Other numbers in the second document change nothing of what is held of the first but which tokens."""
     (given,) = documents(passes=(82,))
@@ -89,7 +93,7 @@ def test_what_is_merged_is_of_one_document(policy):
     second = (jnp.asarray(APART) == 2)[..., None, None] & (jnp.arange(len(APART)) == 0)[:, None, None, None]
     states = [run(KVCache(policy=policy), [(q, k, jnp.where(second, value, v), info)]) for value in (0.0, 1000.0)]
     held = [np.asarray(state.held.v)[0] for state in states]
-    segments = np.asarray(states[0].held.info.segments)[0]
+    segments = np.broadcast_to(np.asarray(states[0].held.info.segments)[0], held[0].shape[:2])
     assert (np.asarray(states[0].held.info.index) == np.asarray(states[1].held.info.index)).all()
     np.testing.assert_array_equal(*(x[(segments == 1) | (segments == 3)] for x in held))
     assert (segments == 1).any() and np.abs(held[0] - held[1])[segments == 2].min() > 100

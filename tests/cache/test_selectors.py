@@ -14,6 +14,7 @@ from lcx.cache.codecs.groups import KIVI
 from lcx.cache.kv_cache import KVCache
 from lcx.cache.policies.evict import Evict
 from lcx.cache.scorers.key_norm import KeyNorm
+from lcx.cache.scorers.observed import Observed
 from lcx.cache.scorers.scorer import Asked, Rule
 from lcx.cache.selectors.quest import Quest
 from lcx.positions.rotate import rotate
@@ -116,5 +117,7 @@ def test_what_does_not_fit_is_refused():
         KVCache(codec=KIVI(), selector=Quest(page=8, budget=64))
     with pytest.raises(SpecError, match=r"positions = 'slots'.*'own' beside a selector"):
         KVCache(keys="raw", positions="slots", selector=Quest(budget=64))
+    with pytest.raises(SpecError, match=r"selector = Quest.*None beside policy = Evict.*of all tokens"):
+        KVCache(policy=Evict(score=Observed(), keep=0.5), selector=Quest(budget=64))
     with pytest.raises(SpecError, match=r"budget = 16.*at least a page of 32"):
         Quest(budget=16)

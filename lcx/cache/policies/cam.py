@@ -1,6 +1,7 @@
 """CaM (2024): evicted tokens leave their values, in parts, with those kept right behind them, if they were looked at as much.
 
-    m = the next `window` tokens that stay,   chance = min(1, A_e / mean of A over m),   A: attention received so far
+    m = the next `window` tokens that stay, of the same document,   A: attention received so far
+    chance = min(1, A_e / mean of A over m)
     by that chance v_t <- v_t + v_e / |m| for t of m,   keys as they were
 
 As in kvpress all heads keep the same tokens, which lose several at a time; there attention is counted in decoding alone, and of
@@ -54,6 +55,7 @@ class CaM(Evict):
         start = jnp.cumsum(stays, axis=2)[..., None]  # of those that stay, the first behind
         place = jnp.arange(C)
         behind = (place >= start) & (place < start + self.window) & kept.there[:, :, None]
+        behind = behind & (now.info.segments[..., None] == taken(now.info.segments, kept.index, axis=2)[:, :, None])
         behind = by_all(behind.astype(jnp.float32))  # [B, K, N, C]
         several = behind.sum(axis=3)
         values, marks = taken((now.v, now.marks), by_all(kept.index), axis=2)
