@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from lcx.batch import EXACT_POSITIONS
+from lcx.cache.kv_cache import KVCache
 from lcx.memory.activation_beacon import ActivationBeacon
 from lcx.memory.segment_memory import SegmentMemory
 from lcx.mixers.attention import Attention
@@ -80,6 +81,9 @@ def check_axes(spec: Decoder, axes: int) -> None:
             raise ValueError(
                 f"placed: expected None, as {path} goes by how many tokens a document has, which places do not tell"
             )
+        cache = mixers[path].cache
+        if isinstance(cache, KVCache) and (cache.positions == "slots" or (cache.policy and cache.policy.expects_turns)):
+            raise ValueError(f"placed: expected None, as {path}.cache says by index where tokens stand")
         if mixers[path].distances is not None:
             raise ValueError(f"placed: expected None, as {path}.distances turns pairs by their index")
         most = max(1, len(rope.sections))

@@ -9,6 +9,9 @@ from flax import nnx
 
 from lcx.batch import Batch, causal_info
 from lcx.cache.dense import DenseCache
+from lcx.cache.kv_cache import KVCache
+from lcx.cache.policies.evict import Evict
+from lcx.cache.scorers.expected_attention import ExpectedAttention
 from lcx.channels.glu import GLU
 from lcx.inference.forward import token_logprobs
 from lcx.inference.generate import generate
@@ -23,6 +26,7 @@ from lcx.positions.rope import Rope
 from lcx.positions.visual import DiagonalPositions, Grid, MRopePositions, Placed, Text, V2PEPositions
 from lcx.spec import edits
 
+CACHE = "pattern[0].mixer.cache"
 PARTS = [[Text(2), Grid(2, 2, 2), Text(1)], [Text(3)]]
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [8, 9, 7]]
 RULES = {
@@ -99,6 +103,8 @@ def test_positions_of_other_prompts_are_refused():
             1,
             "expected None, as model.embed_mixer, a TransformerXL, reads places by their index",
         ),
+        ([(CACHE, KVCache(keys="raw", positions="slots"))], 1, "expected None, as .*cache says by index where tokens stand"),
+        ([(CACHE, KVCache(policy=Evict(score=ExpectedAttention(), keep=8)))], 1, "cache says by index where tokens stand"),
         ([("rope", None)], 1, "expected None, as no layer of the model has a rope"),
         ([], 3, r"placed of 3 axes: expected 1, which the rope of model.pattern\[0\].mixer reads"),
         ([("rope", Rope(sections=(2, 1, 1)))], 2, "placed of 2 axes: expected 1 or 3"),
