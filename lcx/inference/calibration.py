@@ -27,6 +27,7 @@ from lcx.inference.forward import logprobs_of
 from lcx.inference.reading import padded_rows
 from lcx.mixers.attention import Attention
 from lcx.models.decoder import DecoderModel, rebuild
+from lcx.positions.frequencies import Frequencies
 from lcx.positions.rotate import rotate
 from lcx.record import record, replaced
 from lcx.spec import SpecError, edit, edits
@@ -96,7 +97,7 @@ def tables(
     for layer in range(spec.depth):
         period, slot = divmod(layer, len(spec.pattern))
         k, v, dk, dv = (np.concatenate([part[slot][n][period][:, sinks:] for part in seen]) for n in range(4))
-        turn = functools.partial(_turned, spec, spec.pattern[slot].mixer, sinks, len(rows[0]))
+        turn = functools.partial(_turned, frequencies_of(tapped, spec.pattern[slot].mixer, len(rows[0])), sinks, len(rows[0]))
         for side, x, slope in (("raw", k, dk), ("rotated", turn(k), turn(dk)), ("values", v, dv)):
             for share in outliers:
                 _of_layer(made, f"{side}/{share:g}", x, np.square(slope, dtype=np.float64), share, bits, side == "values")
@@ -110,7 +111,7 @@ def _read(model: DecoderModel, tokens: Int[Array, "B T"]) -> tuple[Any, ...]:
 
     def loss(taps):
         layers = tuple(replaced(x, k=k, v=v) for x, (k, v) in zip(state["layers"], taps, strict=True))
-        hidden, after, _ = model(Batch(tokens=tokens, info=causal_info(jnp.ones_like(tokens))), state | {"layers": layers})
+        hidden, after, _ = model(whole_texts(tokens), state | {"layers": layers})
         logprobs, _ = logprobs_of(model, hidden[:, :-1], tokens[:, 1:])
         return -logprobs.sum(), [(x.held.k, x.held.v) for x in after["layers"]]
 
@@ -118,12 +119,23 @@ def _read(model: DecoderModel, tokens: Int[Array, "B T"]) -> tuple[Any, ...]:
     return tuple((*x, *slope) for x, slope in zip(held, slopes, strict=True))
 
 
-def _turned(spec, mixer, sinks: int, length: int, x: Float[np.ndarray, "N S K D"]) -> Float[np.ndarray, "N S K D"]:
-    rope = spec.rope_of(mixer)
-    if rope is None:
+def whole_texts(tokens: Int[Array, "B T"]) -> Batch:
+    """Of one document a row, whose length is known from its first token on."""
+    return Batch(tokens=tokens, info=causal_info(jnp.ones_like(tokens), lengths=jnp.full(tokens.shape, tokens.shape[1])))
+
+
+def frequencies_of(model: DecoderModel, mixer: Attention, length: int) -> Frequencies | None:
+    """Of a layer's rope for rows of `length` tokens, as they were learned if they are; None without rotation."""
+    rope = model.spec.rope_of(mixer)
+    return None if rope is None else model.rope() if rope.learned else rope.frequencies(mixer.head_dim, length)
+
+
+def _turned(
+    frequencies: Frequencies | None, sinks: int, length: int, x: Float[np.ndarray, "N S K D"]
+) -> Float[np.ndarray, "N S K D"]:
+    if frequencies is None:
         return x
     places = jnp.broadcast_to(jnp.arange(sinks, length, dtype=jnp.float32)[None, :, None], (*x.shape[:2], 1))
-    frequencies = rope.frequencies(mixer.head_dim, length)
     lengths = jnp.full(x.shape[:2], length, jnp.int32)
     return np.asarray(rotate(jnp.asarray(x), places, frequencies, lengths if frequencies.by_length else None, side="key"))
 

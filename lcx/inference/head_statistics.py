@@ -18,12 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lcx.batch import Batch, causal_info
 from lcx.cache.cache import At
 from lcx.cache.dense import DenseCache, DenseState
 from lcx.cache.scorers.q_filters import direction
+from lcx.inference.calibration import frequencies_of, whole_texts
 from lcx.mixers.attention import Attention
 from lcx.models.decoder import Decoder, DecoderModel, rebuild
+from lcx.positions.frequencies import Frequencies
 from lcx.positions.rotate import rotate
 from lcx.record import record
 from lcx.spec import SpecError, edit
@@ -92,7 +93,8 @@ def statistics(
         period, slot = divmod(layer, len(model.spec.pattern))
         square, total, q, k = (np.concatenate([np.asarray(part[slot][n][period]) for part in seen]) for n in range(4))
         made["directions"].append(direction(square.sum(axis=0), total.sum(axis=0), k.shape[1]))
-        made["gates"].append(gates(model.spec, model.spec.pattern[slot].mixer, q / len(rows[0]), k / len(rows[0]), span=span))
+        mixer, means = model.spec.pattern[slot].mixer, (q / len(rows[0]), k / len(rows[0]))
+        made["gates"].append(gates(*means, frequencies_of(model, mixer, span), scale=mixer.softmax_scale, span=span))
     return {name: np.stack(layers).astype(np.float32) for name, layers in made.items()}
 
 
@@ -100,19 +102,20 @@ def statistics(
 def _read(model: DecoderModel, tokens: Int[Array, "B T"]) -> tuple[Any, ...]:
     """(square, total, raw, sum of raw keys) [periods, B, ...] of every slot of the pattern."""
     state = model.init_state(*tokens.shape)
-    _, after, _ = model(Batch(tokens=tokens, info=causal_info(jnp.ones_like(tokens))), state)
+    _, after, _ = model(whole_texts(tokens), state)
     return tuple((x.square, x.total, x.raw, x.held.k.sum(axis=2)) for x in after["layers"])
 
 
-def gates(spec: Decoder, mixer: Attention, q: Float[np.ndarray, "N H D"], k: Float[np.ndarray, "N K D"], *, span: int):
+def gates(
+    q: Float[np.ndarray, "N H D"], k: Float[np.ndarray, "N K D"], frequencies: Frequencies | None, *, scale: float, span: int
+) -> Float[np.ndarray, "K"]:
     """Gates [K] of one layer, from mean queries and keys of each text before rotation."""
     (N, K), places = k.shape[:2], jnp.arange(span, dtype=jnp.float32)[None, :, None]
     q, k = (jnp.broadcast_to(jnp.asarray(x)[:, None], (N, span, *x.shape[1:])) for x in (q, k))
-    if (rope := spec.rope_of(mixer)) is not None:
-        frequencies = rope.frequencies(mixer.head_dim, span)
+    if frequencies is not None:
         lengths = jnp.full((N, span), span, jnp.int32) if frequencies.by_length else None
         places = jnp.broadcast_to(places, (N, span, 1))
         q, k = (rotate(x, places, frequencies, lengths, side=side) for x, side in ((q, "query"), (k, "key")))
     logits = jnp.einsum("nkgd,nskd->nkgs", q[:, -1].reshape(N, K, -1, q.shape[3]), k, precision="highest")
-    attention = jax.nn.softmax(logits * mixer.softmax_scale, axis=-1)
+    attention = jax.nn.softmax(logits * scale, axis=-1)
     return np.asarray(jnp.cumsum(attention, axis=-1).mean(axis=(0, 2, 3)))

@@ -17,6 +17,8 @@ from lcx.models.decoder import Decoder, rebuild
 from lcx.models.layer import Layer
 from lcx.parallel.mesh import MeshSpec
 from lcx.parallel.rules import Rules
+from lcx.positions.clex import CLEX
+from lcx.positions.rotate import rotate
 from lcx.spec import SpecError, edit
 from tests.inference.test_sharded_generation import shared_out
 
@@ -45,6 +47,21 @@ def test_ranges_are_those_of_keys_before_their_rotation(model):
     assert made["values/0.1/3/codebook"].shape == (2, 8) and (np.diff(made["raw/0/3/codebook"], axis=1) > 0).all()
     turned = np.abs(made["rotated/0/upper"][0] - made["raw/0/upper"][0]).max()
     assert turned > 0.05
+
+
+def test_keys_are_rotated_by_what_was_learned():
+    model = edit(MODEL, "rope", CLEX(original_length=16, largest=4)).build(rngs=nnx.Rngs(0))
+    few = {"outliers": (0.0,), "bits": (2,), "sinks": 0}
+    plain = tables(model, ROWS, **few)
+    model.rope.down[...] = jax.random.normal(jax.random.key(0), model.rope.down[...].shape) / 4
+    made = tables(model, ROWS, **few)
+    keys = jax.tree.map(lambda x: x[0], model.slots[0]).mixer.key[...]
+    x = jax.tree.map(lambda x: x[0], model.slots[0]).norms[0](model.embedding[...][jnp.asarray(ROWS)])
+    keys = jnp.einsum("btm,mkd->btkd", x, keys, precision="highest")
+    places, lengths = jnp.broadcast_to(jnp.arange(40.0)[None, :, None], (6, 40, 1)), jnp.full((6, 40), 40)
+    wanted = rotate(keys, places, model.rope(), lengths, side="key").max(axis=(0, 1))
+    np.testing.assert_allclose(made["rotated/0/upper"][0], wanted, atol=2e-5)
+    assert np.abs(plain["rotated/0/upper"][0] - wanted).max() > 0.01
 
 
 def test_the_tables_are_read_by_the_codec(model, tmp_path):
