@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Shaped, UInt16
+from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels.quantized_attention.formats import (
     Arrays,
@@ -20,6 +20,7 @@ from pallas_kernels.quantized_attention.formats import (
     Pairing,
     Scaled,
     TokenGroups,
+    halves,
     places,
 )
 from pallas_kernels.quantized_attention.packing import BLOCK, PLANES
@@ -58,10 +59,10 @@ def numbers(form: Format, refs: SimpleNamespace, start: Any, bk: int, D: int) ->
         scale, zero = (_by_group(own, slots, form.size) for own in (refs.own[:half], refs.own[half:]))
         return codes.astype(jnp.float32) * scale + zero
     if form.size >= bk:
-        spread = lambda ref: _halves(ref[jax.lax.div(start, jnp.int32(form.size)), :])[None, :]
+        spread = lambda ref: halves(ref[jax.lax.div(start, jnp.int32(form.size)), :])[None, :]
     else:
         some = pl.ds(jax.lax.div(start, jnp.int32(form.size)), bk // form.size)
-        spread = lambda ref: _repeated(_halves(ref[some, :])[:, None, :], (bk // form.size, form.size, D), (bk, D))
+        spread = lambda ref: _repeated(halves(ref[some, :])[:, None, :], (bk // form.size, form.size, D), (bk, D))
     return codes.astype(jnp.float32) * spread(refs.scale) + spread(refs.zero)
 
 
@@ -99,23 +100,23 @@ def _looked_up(form: Codebook, refs, codes, slots):
     if refs.by_channel is not None:
         x = level[0] * refs.by_channel[1, :][None, :] + refs.by_channel[0, :][None, :]
     else:
-        zero, half = (_halves(ref[slots])[:, None] for ref in refs.own[-2:])
+        zero, half = (halves(ref[slots])[:, None] for ref in refs.own[-2:])
         x = level[0] * half + zero
     D, rest = codes.shape[1], len(refs.own) - (2 if refs.by_channel is None else 0)
-    words = rest // 3 if D < 256 else rest // 2  # outliers are even in number
+    words = rest - (2 * rest // 3 if D < 256 else rest // 2)  # of so many outliers and their places, which may be paired
     channel = jnp.arange(D, dtype=jnp.int32)[None, :]
     place = places([ref[slots].astype(jnp.int32) for ref in refs.own[:words]], D, rest - words)
     for one, number in zip(place, refs.own[words:rest], strict=True):
-        x = jnp.where(channel == one[:, None], _halves(number[slots])[:, None], x)
+        x = jnp.where(channel == one[:, None], halves(number[slots])[:, None], x)
     return x
 
 
 def _by_group(own: list, slots, size: int) -> Float[Array, "bk D"]:
     """Numbers of groups of `size` channels, for each of them."""
     group = jnp.arange(len(own) * size, dtype=jnp.int32)[None, :] // size
-    total = _halves(own[0][slots])[:, None]
+    total = halves(own[0][slots])[:, None]
     for n in range(1, len(own)):
-        total = jnp.where(group == n, _halves(own[n][slots])[:, None], total)
+        total = jnp.where(group == n, halves(own[n][slots])[:, None], total)
     return total
 
 
@@ -128,7 +129,3 @@ def _e4m3(codes: Shaped[Array, "bk D"]) -> Float[Array, "bk D"]:
 
 def _repeated(x, shape: tuple[int, ...], flat: tuple[int, int]):
     return jnp.broadcast_to(x, shape).reshape(flat)
-
-
-def _halves(bits: UInt16[Array, "*n"]) -> Float[Array, "*n"]:
-    return jax.lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)

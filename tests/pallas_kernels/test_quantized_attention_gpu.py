@@ -32,6 +32,16 @@ def test_every_format(name):
 
 
 @pytest.mark.slow
+def test_an_odd_number_of_outliers():
+    (plan, q, slots, *rest), _ = made(Case(CODECS["kvquant of many outliers"], S=96, D=32))
+    odd = lambda arrays: arrays._replace(number=arrays.number[:-1])
+    slots = slots._replace(k=odd(slots.k))
+    assert len(slots.k.number) == 3 and len(slots.k.place) == 2
+    got = jax.jit(lambda *x: gpu.forward(plan, *x, interpret=True))(q, slots, *rest)
+    close(got, reference.forward(plan, q, slots, *rest), 3e-6)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [
