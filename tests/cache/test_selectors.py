@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from lcx.attention.mask import Causal, Window, tokens_of
 from lcx.batch import causal_info
@@ -17,6 +18,7 @@ from lcx.cache.scorers.key_norm import KeyNorm
 from lcx.cache.scorers.observed import Observed
 from lcx.cache.scorers.scorer import Asked, Rule
 from lcx.cache.selectors.quest import Quest
+from lcx.parallel.mesh import MeshSpec
 from lcx.positions.rotate import rotate
 from lcx.record import replaced
 from lcx.spec import SpecError
@@ -121,3 +123,18 @@ def test_what_does_not_fit_is_refused():
         KVCache(policy=Evict(score=Observed(), keep=0.5), selector=Quest(budget=64))
     with pytest.raises(SpecError, match=r"budget = 16.*at least a page of 32"):
         Quest(budget=16)
+
+
+def test_pages_that_are_worth_as_much_are_as_many_on_a_mesh():
+    """Of four devices' pages, all alike, the first two and the newest, as on one device."""
+    selector, q = Quest(page=4, budget=12), jnp.ones((1, 2, 1, 8))
+    summaries = (jnp.ones((1, 2, 16, 8), jnp.bfloat16),) * 2
+    seen, newest = jnp.ones((1, 1, 16), bool), jnp.arange(16)[None, None] == 13
+    read = lambda page, chosen, pages: jnp.zeros((1, 2, pages), bool).at[:, jnp.arange(2)[:, None], page].max(chosen)
+    alone = read(*selector.chosen(q, summaries, seen, newest), 16)
+    assert np.flatnonzero(alone[0, 0]).tolist() == [0, 1, 13]
+    with jax.set_mesh(MeshSpec(context=4).build(jax.devices()[:4])):
+        one = lambda *given: read(*selector.chosen(q, *given, ("context",)), 4)
+        pages = P(None, None, "context")
+        shared = jax.jit(jax.shard_map(one, in_specs=pages, out_specs=pages, check_vma=False))
+        np.testing.assert_array_equal(shared(summaries, seen, newest), alone)

@@ -60,8 +60,10 @@ class Selector(Spec, abc.ABC):
         scores = scores.sum(axis=2) if self.group == "sum" else scores.max(axis=2)
         scores = jnp.where(seen, jnp.where(newest, jnp.inf, scores), -jnp.inf)
         best, page = jax.lax.top_k(scores, min(self.pages, scores.shape[2]))
-        least = best[..., -1:]
-        if axes:
+        read = best > -jnp.inf
+        if axes:  # of pages that are worth as much the first, as on one device
             every = jax.lax.all_gather(best, axes, axis=2, tiled=True)
-            least = jax.lax.top_k(every, min(self.pages, every.shape[2]))[0][..., -1:]
-        return page, (best > -jnp.inf) & (best >= least)
+            first = jax.lax.top_k(every, min(self.pages, every.shape[2]))[1]
+            own = jax.lax.axis_index(axes) * best.shape[2] + jnp.arange(best.shape[2])
+            read = read & (own[:, None] == first[..., None, :]).any(axis=3)
+        return page, read
