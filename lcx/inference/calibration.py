@@ -12,7 +12,7 @@ The first `sinks` tokens of a text are left out, as they are never coded. Tables
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -87,12 +87,7 @@ def tables(
             raise SpecError(f"model.pattern[{n}].mixer: expected plain attention, without a distance plan or model.memory")
         spec = edit(spec, f"pattern[{n}].mixer.cache", _Tap(keys="raw"))
     tapped = rebuild(model, edits(spec, [("compute", "float32"), ("rules.slots", ())]))  # keys split would have no gradient
-    at_once = padded_rows(at_once, dataclasses.replace(tapped.spec.rules, sequence=()))
-    seen = []
-    for n in range(0, len(rows), at_once):
-        part = np.asarray(rows[n : n + at_once], np.int32)
-        padded = np.pad(part, ((0, at_once - len(part)), (0, 0)))
-        seen.append(jax.tree.map(lambda x, real=len(part): np.asarray(x)[:, :real], _read(tapped, jnp.asarray(padded))))
+    seen = in_parts(_read, tapped, rows, at_once)
     made: dict[str, list[np.ndarray]] = {}
     for layer in range(spec.depth):
         period, slot = divmod(layer, len(spec.pattern))
@@ -117,6 +112,16 @@ def _read(model: DecoderModel, tokens: Int[Array, "B T"]) -> tuple[Any, ...]:
 
     slopes, held = jax.grad(loss, has_aux=True)([(x.k, x.v) for x in state["layers"]])
     return tuple((*x, *slope) for x, slope in zip(held, slopes, strict=True))
+
+
+def in_parts(read: Callable, model: DecoderModel, rows: Sequence[Sequence[int]], at_once: int) -> list[Any]:
+    """read(model, tokens), arrays [periods, B, ...], of `at_once` rows at a time, or as many as the ambient mesh shares out."""
+    at_once, found = padded_rows(at_once, dataclasses.replace(model.spec.rules, sequence=())), []
+    for n in range(0, len(rows), at_once):
+        part = np.asarray(rows[n : n + at_once], np.int32)
+        padded = jnp.asarray(np.pad(part, ((0, at_once - len(part)), (0, 0))))
+        found.append(jax.tree.map(lambda x, real=len(part): np.asarray(x)[:, :real], read(model, padded)))
+    return found
 
 
 def whole_texts(tokens: Int[Array, "B T"]) -> Batch:

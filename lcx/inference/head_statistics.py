@@ -21,13 +21,13 @@ from jaxtyping import Array, Float, Int
 from lcx.cache.cache import At
 from lcx.cache.dense import DenseCache, DenseState
 from lcx.cache.scorers.q_filters import direction
-from lcx.inference.calibration import frequencies_of, whole_texts
+from lcx.inference.calibration import frequencies_of, in_parts, whole_texts
 from lcx.mixers.attention import Attention
 from lcx.models.decoder import Decoder, DecoderModel, rebuild
 from lcx.positions.frequencies import Frequencies
 from lcx.positions.rotate import rotate
 from lcx.record import record
-from lcx.spec import SpecError, edit
+from lcx.spec import SpecError, edit, edits
 
 
 @record
@@ -79,15 +79,16 @@ def watched_spec(spec: Decoder) -> Decoder:
         if sizes[0] != sizes[1]:
             raise SpecError(f"model.pattern[{n}].mixer: expected the key heads of model.pattern[0], {sizes[1]}, not {sizes[0]}")
         spec = edit(spec, f"pattern[{n}].mixer.cache", _Watch(keys="raw"))
-    return edit(spec, "compute", "float32")
+    return edits(spec, [("compute", "float32"), ("rules.slots", ())])  # texts are read whole
 
 
 def statistics(
     model: DecoderModel, rows: Sequence[Sequence[int]], *, span: int = 500, at_once: int = 2
 ) -> dict[str, np.ndarray]:
-    """directions [L, K, D] and gates [L, K]. rows: texts of one length, in ids. span: places that a gate looks back over."""
+    """directions [L, K, D] and gates [L, K]. rows: texts of one length, in ids, read `at_once` or as many as the
+    ambient mesh shares out. span: places that a gate looks back over."""
     watching = rebuild(model, watched_spec(model.spec))
-    seen = [_read(watching, jnp.asarray(rows[n : n + at_once], jnp.int32)) for n in range(0, len(rows), at_once)]
+    seen = in_parts(_read, watching, rows, at_once)
     made: dict[str, list[np.ndarray]] = {"directions": [], "gates": []}
     for layer in range(model.spec.depth):
         period, slot = divmod(layer, len(model.spec.pattern))

@@ -19,9 +19,11 @@ from lcx.mixers.attention import Attention
 from lcx.mixers.delta_net import GatedDeltaNet
 from lcx.models.decoder import Decoder, rebuild
 from lcx.models.layer import Layer
+from lcx.parallel.mesh import MeshSpec
 from lcx.positions.rope import Rope
 from lcx.positions.rotate import rotate
 from lcx.spec import SpecError, edit
+from tests.inference.test_sharded_generation import shared_out
 
 MODEL = Decoder(
     vocab=64,
@@ -81,6 +83,14 @@ def test_caches_read_what_was_measured(model, made, tmp_path):
             policy.tables(0, 3, 8)
     with pytest.raises(SpecError, match=r"expected a file of experiments\.calibrate, or a shipped model: reader"):
         QFilters(directions="nowhere").tables(0, 2, 8)
+
+
+def test_on_a_mesh_as_on_one_device(model, made):
+    """Of three texts, which four devices do not share out."""
+    with jax.set_mesh(MeshSpec(data=4, tensor=2).build(jax.devices()[:8])):
+        found = statistics(shared_out(model, jax.sharding.get_mesh()), ROWS, span=20)
+    for name in made:
+        np.testing.assert_allclose(found[name], made[name], atol=2e-5)
 
 
 def test_other_mixers_are_refused(model):
