@@ -16,8 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from pallas_kernels import angles
-from pallas_kernels.quantized_attention.formats import Plan, Slots, TokenGroups, channels, widened
+from pallas_kernels.quantized_attention import tpu_turns
+from pallas_kernels.quantized_attention.formats import Plan, Slots, TokenGroups, channels
 from pallas_kernels.quantized_attention.packing import BLOCK
 from pallas_kernels.quantized_attention.reference import partners
 from pallas_kernels.quantized_attention.tpu_formats import (
@@ -143,37 +143,10 @@ def _given(plan, q, slots, q_tokens, slopes) -> dict[str, Operand]:
     given |= {name: Operand(x, 2) for name, x in zip(Tokens._fields, slots.tokens, strict=True)}
     if slots.extra is not None:
         given["extra"] = Operand(slots.extra, 2)
-    if slots.turning is not None:
-        given["position"] = Operand(slots.turning.positions.astype(jnp.float32).reshape(B, -1, slots.tokens.index.shape[2]), 2)
-        given["lanes"] = Operand(jnp.broadcast_to(_lanes(slots, D, plan.pairing), (B, 8, _width(plan, slots))))
-    elif slots.pairs:
-        given["turn"] = Operand(_tables(slots, B, D, plan.pairing), 2)
+    given |= tpu_turns.operands(plan, slots)
     for side, form, arrays in (("k", plan.keys, slots.k), ("v", plan.values, slots.v)):
         given |= {f"{side}_{name}": x for name, x in operands(form, arrays).items()}
     return given
-
-
-def _width(plan: Plan, slots: Slots) -> int:
-    """Lanes of cosines and sines beside each other: of pairs where they fill the channels, else of channels."""
-    D = channels(slots.k)
-    return D if plan.pairing == "half" and 2 * slots.pairs == D else 2 * D
-
-
-def _tables(slots: Slots, B: int, D: int, pairing: str) -> Float[Array, "B heads S W"]:
-    """Cosine and sine beside each other."""
-    tables = [x.reshape(B, -1, *x.shape[1:]) for x in (slots.cosine, slots.sine)]
-    if pairing != "half" or 2 * slots.pairs != D:
-        tables = [widened(x, D, pairing, rest) for x, rest in zip(tables, (1.0, 0.0), strict=True)]
-    return jnp.concatenate(tables, axis=-1)
-
-
-def _lanes(slots: Slots, D: int, pairing: str) -> Float[Array, "8 W"]:
-    """Of each lane of such a table: parts of its turn, a quarter of a turn more for a cosine, and its factor."""
-    found = slots.turning.lanes(D, pairing)
-    pairs = slots.pairs if pairing == "half" and 2 * slots.pairs == D else D
-    quarter = jnp.repeat(jnp.asarray([0.25, 0.0]), pairs)
-    rows = jnp.concatenate([found[:, :pairs]] * 2, axis=1)
-    return jnp.concatenate([rows, quarter[None], jnp.zeros((3, 2 * pairs))])
 
 
 def _step(plan: Plan, refs: SimpleNamespace, used, last, bk: int, tiles: int) -> None:
@@ -205,13 +178,13 @@ def _step(plan: Plan, refs: SimpleNamespace, used, last, bk: int, tiles: int) ->
         prepare(plan.values, values)
         turning = hasattr(refs, "position")
         if turning and refs.position.shape[0] == 1:
-            _turning(refs, 0)
+            tpu_turns.turning(refs, 0)
 
         def head(h, carry):
             k_tokens, there, seen = found(h) if of_all is None else of_all
             there = there != 0
             if turning and refs.position.shape[0] > 1:
-                _turning(refs, h)
+                tpu_turns.turning(refs, h)
             raw = key_scores(plan.keys, keys, h, refs.q[h], R)
             s, _ = Scores(plan.mask, plan.scale, plan.softcap).logits(raw)
             if hasattr(refs, "slopes"):
@@ -253,28 +226,7 @@ def _side(refs: SimpleNamespace, side: str) -> SimpleNamespace:
     found = {name: getattr(refs, f"{side}_{name}", None) for name in NAMES}
     found["owned"] = [ref for name, ref in vars(refs).items() if name.startswith(f"{side}_own") and name != f"{side}_own"]
     turned = side == "k" and (hasattr(refs, "turn") or hasattr(refs, "table"))
-    return SimpleNamespace(**found, turn=functools.partial(_turn, refs) if turned else None)
-
-
-def _turning(refs: SimpleNamespace, h) -> None:
-    """Cosines and sines of a tile, made of its positions."""
-    row = refs.position[pl.ds(h, 1), :]
-    position = jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]
-    lane = lambda n: refs.lanes[n : n + 1, :]
-    turn = angles.turns(position, lane(0), lane(1), lane(2))
-    refs.table[...] = angles.sine(turn + lane(4)) * lane(3)
-
-
-def _turn(refs: SimpleNamespace, h) -> tuple[Float[Array, "bk D"], Float[Array, "bk D"]]:
-    """Cosine and sine of the slots, a channel each."""
-    D = refs.q.shape[-1]
-    given = lambda: refs.turn[0 if refs.turn.shape[0] == 1 else h].astype(jnp.float32)
-    table = refs.table[...] if hasattr(refs, "table") else given()
-    if table.shape[1] == 2 * D:
-        return table[:, :D], table[:, D:]
-    swapped = pltpu.roll(table, D // 2, 1)
-    low = jax.lax.broadcasted_iota(jnp.int32, table.shape, 1) < D // 2
-    return jnp.where(low, table, swapped), jnp.where(low, swapped, table)
+    return SimpleNamespace(**found, turn=functools.partial(tpu_turns.turn, refs) if turned else None)
 
 
 def _tiles(plan: Plan, q, slots: Slots) -> list[int]:
@@ -299,7 +251,7 @@ def _scratch(plan: Plan, slots: Slots, K: int, R: int, bk: int) -> dict[str, tup
     """Shapes of arrays in vector memory, by name."""
     needed = {"top": (K, R, LANES), "total": (K, R, LANES), "total_out": (K, R, channels(slots.v))}
     if slots.turning is not None:
-        needed["table"] = (bk, _width(plan, slots))
+        needed["table"] = (bk, tpu_turns.width(plan, slots))
     for side, form, arrays, turned in (("k", plan.keys, slots.k, slots.pairs > 0), ("v", plan.values, slots.v, False)):
         needed |= {f"{side}_{name}": shape for name, shape in scratch(form, arrays, bk, turned).items()}
     return needed
