@@ -19,6 +19,7 @@ from lcx.cache.kv_cache import KVCache
 from lcx.cache.paged import PagedCache
 from lcx.cache.policies.policy import Policy
 from lcx.cache.ring import RingCache
+from lcx.cache.selectors.selector import Selector
 from lcx.channels.glu import GLU
 from lcx.config_text import fields
 from lcx.data.packing import PackedText, Packing
@@ -97,12 +98,13 @@ def kinds() -> Mapping[str, Kind]:
 
 
 def _caches() -> Variants:
-    """Rotated and raw keys as they are, pages of them, and every codec and every policy of a KV cache."""
+    """Rotated and raw keys as they are, pages of them, and every codec, policy and selector of a KV cache."""
     dense = {f"{cache.keys} keys": cache for cache in DenseCache.examples()}
     raw = {True: "raw", False: "rotated"}
     codecs = {name: KVCache(codec=codec, keys=raw[codec.raw]) for name, codec in _examples(Codec).items() if codec != Plain()}
     policies = {name: KVCache(policy=policy, keys=raw[policy.raw]) for name, policy in _examples(Policy).items()}
-    return dense | {"pages": PagedCache()} | codecs | policies
+    selectors = {name: KVCache(selector=selector) for name, selector in _examples(Selector).items()}
+    return dense | {"pages": PagedCache()} | codecs | policies | selectors
 
 
 def _rings() -> Variants:

@@ -31,10 +31,10 @@ class Kept:
 class Policy(Reads, Spec, abc.ABC):
     """Base of every policy.
 
-    keep: tokens that a row keeps in its slots, a number, or a share of those it has read (those that a codec holds in full
-    precision come on top). scope: whether it acts in passes of several tokens (`prefill`), of one (`decode`) or both. every:
-    slots beyond `keep`: in decoding tokens are dropped when they are full; after `prefill` alone they are the room of the
-    answer. layers: how the budget is spread over them.
+    keep: tokens that a row keeps in its slots, a number, or a share of those it has read. Those that a codec holds in full
+    precision come on top, and are not among those that it chooses from or judges by. scope: whether it acts in passes of
+    several tokens (`prefill`), of one (`decode`) or both. every: slots beyond `keep`: in decoding tokens are dropped when they
+    are full; after `prefill` alone they are the room of the answer. layers: how the budget is spread over them.
     """
 
     keep: int | float
