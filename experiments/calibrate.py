@@ -4,9 +4,8 @@ python -m experiments.calibrate --run_dir=reader --to=reader.npz
 python -m experiments.calibrate --run_dir=reader --to=filters.npz --method=QFilters
 python -m experiments.calibrate --run_dir=models/llama-3.1-8b --to=llama.npz --text=books --length=2048 --windows=16
 
-with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-    model = load_model(run_folder(arguments.run_dir), model_spec, mesh=mesh)
-source code. What it wrote is read by --config=set:model.pattern[0].mixer.cache=..., with one of
+Without --text it reads the standard library's source code. What it wrote is read by
+--config=set:model.pattern[0].mixer.cache=..., with one of
 
     KVQuant         KVCache(keys='raw',codec=KVQuant(calibration='reader.npz'))
     QFilters        KVCache(policy=Evict(score=QFilters(directions='filters.npz'),keep=0.2))
@@ -55,9 +54,13 @@ def main(arguments: Arguments) -> None:
         raise SpecError(f"--to={asked.to}: expected the file to write, such as tables.npz")
     if Path(asked.to).exists():
         raise SpecError(f"--to={asked.to}: exists already: expected a new file")
+    if not Path(asked.to).absolute().parent.is_dir():
+        raise SpecError(f"--to={asked.to}: expected a file in a folder that exists")
     shares = [_share(text) for text in asked.outliers]
     source = TextFolder(path=asked.text) if asked.text else StandardLibrary(split="train")
     length = asked.length or experiment.data.length
+    if asked.sinks >= length:
+        raise SpecError(f"--sinks={asked.sinks}: expected fewer than the {length} tokens of a text")
     rows = Perplexity(source=source, windows=asked.windows, buckets=1).inputs(experiment.data.tokenizer, length)
     if asked.context > 1:
         raise SpecError(f"--context={asked.context}: expected 1, as texts are read whole; share out rows or heads")

@@ -66,6 +66,7 @@ def refusals(cache, *more):
         (KVCache(), [("model.rope", DynamicNTK(original_length=8))], "cache.keys = 'rotated': expected 'raw'"),
         (KVCache(selector=QUEST), [(f"{MIXER}.distances", SelfExtend(group=2, window=4))], "keys that are turned for good"),
         (KVCache(selector=QUEST, keys="raw"), [("model.rope", DynamicNTK(original_length=8))], "turned for good"),
+        (KVCache(policy=Evict(score=KeyNorm(), keep=0.5, recent=40)), [], "policy.recent = 40: expected at most 32 with sinks"),
         (KVCache(codec=IntGroups(group=3)), [], "groups of 3 channels in heads of 8"),
         (KVCache(keys="raw", codec=KVQuant(calibration="reader")), [], "expected tables of this model"),
         (KVCache(policy=Evict(score=KeyNorm(), keep=8, layers=Pyramid())), [("model.periods", 2)], "expected 'all'"),
@@ -162,6 +163,6 @@ def test_accepted():
         KVCache(policy=Evict(score=SnapKV(), keep=8, layers=Pyramid())),
         KVCache(policy=DUO),
         KVCache(policy=WindowKV(keep=8, layers=Pyramid(beta=4.0, group=2))),
-        KVCache(keys="raw", codec=KVQuant(codebook="uniform"), policy=Chelsea(keep=0.5, mass="one")),
+        KVCache(keys="raw", codec=KVQuant(codebook="uniform"), policy=Chelsea(keep=0.6, mass="one")),
     ):
         assert list(broken(edits(base(), [*several, (f"{MIXER}.cache", cache)]))) == []

@@ -66,17 +66,20 @@ SHARES = (0.12, 0.2, 0.5)
 SINKS = 4
 
 
-def bits(model: str = "reader_2k", length: int = 2048, calibration: str = "reader_2k", only: str | None = None) -> Ablation:
-    """Codecs, all tokens kept. calibration: of KVQuant, for this model; "" leaves it out."""
+def bits(model: str = "reader_2k", length: int = 2048, calibration: str | None = None, only: str | None = None) -> Ablation:
+    """Codecs, all tokens kept. calibration: of KVQuant, for this model, by default a shipped model's own; "" leaves it out."""
+    calibration = model if calibration is None else calibration
     arms = {name: _cache(codec) for name, codec in _codecs(calibration).items()}
     return _ablation(model, {"full precision": DenseCache()} | arms, (_variant("as read", length),), only)
 
 
 def kept(
-    model: str = "reader_2k", length: int = 2048, chunk: int = 512, measured: str = "reader_2k", only: str | None = None
+    model: str = "reader_2k", length: int = 2048, chunk: int = 512, measured: str | None = None, only: str | None = None
 ) -> Ablation:
     """Policies at shares of the tokens. chunk: of a prompt, behind each of which they choose; at `length` they choose once, the
-    question at the end of the prompt read. measured: directions of Q-Filters, for this model; "" leaves them out."""
+    question at the end of the prompt read. measured: directions of Q-Filters, for this model, by default a shipped model's own;
+    "" leaves them out."""
+    measured = model if measured is None else measured
     edits = lambda share: ((f"{CACHE}.policy.keep", share),)
     name = "{:g} kept" if chunk < length else "{:g} kept, read at once"
     variants = tuple(_variant(name.format(share), length, edits(share), chunk) for share in SHARES)
@@ -85,18 +88,20 @@ def kept(
     return _ablation(model, arms, variants, only)
 
 
-def streams(model: str = "reader_2k", length: int = 2048, measured: str = "reader_2k", only: str | None = None) -> Ablation:
-    """Policies that choose layers, heads or channels, which say themselves how many. measured: gates of this model."""
+def streams(model: str = "reader_2k", length: int = 2048, measured: str | None = None, only: str | None = None) -> Ablation:
+    """Policies that choose layers, heads or channels, which say themselves how many. measured: gates of this model, by default
+    a shipped model's own."""
+    measured = model if measured is None else measured
     duo = lambda share: DuoAttention(gates=measured, streaming=share, sinks=4, recent=256)
     lazy = lambda threshold: SimLayerKV(threshold=threshold, recent=256)
     policies: dict[str, Policy] = {
-        "DuoAttention, 25 % of heads": duo(0.25),
+        "DuoAttention, a quarter of heads": duo(0.25),
         "DuoAttention": duo(0.5),
-        "DuoAttention, 75 % of heads": duo(0.75),
+        "DuoAttention, three quarters of heads": duo(0.75),
         "SimLayerKV, 0.9": lazy(0.9),
         "SimLayerKV": lazy(0.65),
         "ThinK": ThinK(),
-        "ThinK, 60 % of channels": ThinK(channels=0.6),
+        "ThinK, 0.6 of channels": ThinK(channels=0.6),
     }
     arms = {name: KVCache(policy=policy) for name, policy in policies.items()}
     return _ablation(model, {"full precision": DenseCache()} | arms, (_variant("as read", length),), only)

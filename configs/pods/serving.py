@@ -56,10 +56,12 @@ def longest(
     tensor: devices that share out heads, context: slots."""
     if cache not in (known := _caches()):
         raise SpecError(f"longest: cache = {cache!r}: expected one of {', '.join(known)}")
+    if model not in (shapes := {"llama2_7b": llama.llama2_7b, "llama3_8b": llama.llama3_8b, "llama3_70b": llama.llama3_70b}):
+        raise SpecError(f"longest: model = {model!r}: expected one of {', '.join(shapes)}")
     changes = [("pattern[0].mixer.cache", known[cache])]
     if context > 1:
         changes += [("rules.sequence", ("context",))]
-    shape = answering(edits(getattr(llama, model)(), changes))
+    shape = answering(edits(shapes[model](), changes))
     return Serving(model=shape, rows=1, prompt=prompt, answer=answer, chunk=256, mesh=MeshSpec(tensor=tensor, context=context))
 
 

@@ -1,6 +1,7 @@
 """What is measured of a model beforehand: a file of `experiments.calibrate`, or one that comes with a shipped model."""
 
 import functools
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,9 @@ def arrays_of(part: Spec, field: str, file: str) -> dict[str, np.ndarray]:
     name = getattr(part, field)
     for path in (Path(name), SHIPPED / name / file):
         if path.is_file():
-            return _arrays(path)
+            try:
+                return _arrays(path)
+            except (OSError, EOFError, ValueError, zipfile.BadZipFile):
+                part.fail(field, name, "a file that experiments.calibrate wrote, which this one is not, or no longer")
     shipped = ", ".join(sorted(path.parent.name for path in SHIPPED.glob(f"*/{file}"))) or "none"
     part.fail(field, name, f"a file of experiments.calibrate, or a shipped model: {shipped}")

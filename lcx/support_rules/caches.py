@@ -11,6 +11,8 @@ from lcx.cache.cache import At
 from lcx.cache.dense import DenseCache
 from lcx.cache.kv_cache import KVCache
 from lcx.cache.paged import PagedCache
+from lcx.cache.policies.chelsea import Chelsea
+from lcx.cache.policies.evict import Evict
 from lcx.cache.ring import RingCache
 from lcx.mixers.attention import Attention
 from lcx.positions.frequencies import FrequencyRule
@@ -117,6 +119,11 @@ def caches_fit_their_layers(experiment: Experiment) -> Iterator[str]:
         except (SpecError, ValueError) as error:
             yield f"{path}.cache: {error}"
             continue
+        if isinstance(policy := cache.policy, Evict | Chelsea):
+            stays, most = policy.sinks + policy.recent, min(policy.most(experiment.data.length, share) for share in shares)
+            if stays > most:
+                budget = f"the budget of {experiment.data.length} tokens"
+                yield f"{path}.cache.policy.recent = {policy.recent}: expected at most {most} with sinks, {budget}"
         apart = len(shares) > 1 or leaders != {None}
         if apart and model.unroll != "all":
             yield f"model.unroll = {model.unroll!r}: expected 'all', as each layer's {path}.cache holds tokens of its own"

@@ -99,6 +99,9 @@ class Evict(Policy):
         """Scores, -inf where there is no token. What always stays is on top: sinks, then the newest of the others, if a budget
         does not hold all of them."""
         scores = self.score.score(now).astype(jnp.float32)
+        if scores.shape != now.k.shape[:3]:
+            expected = f"{now.k.shape[:3]}, rows, key heads and tokens"
+            raise ValueError(f"{type(self.score).__name__}.score gave {scores.shape}: expected {expected}")
         if self.heads == "shared":
             scores = scores.mean(axis=1, keepdims=True)
         place = jnp.arange(scores.shape[2])

@@ -73,7 +73,10 @@ class Scored:
         return jnp.arange(self.k.shape[2]) < self.count[..., None]
 
     def attention(self, queries: int) -> Float[Array, "B K g W N"]:
-        """Probabilities that the newest `queries` queries give each token, among those that are there."""
+        """Probabilities that the newest `queries` queries give each token, among those that are there. Raises ValueError if
+        fewer were asked for."""
+        if not 0 < queries <= (held := self.newest.shape[1]):
+            raise ValueError(f"attention({queries}): expected 1 to {held} queries, which the property `queries` asks for")
         q, info = self.newest[:, -queries:], jax.tree.map(lambda x: x[:, -queries:], self.newest_info)
         s = logits(q, self.k, info, self.info, self.rule)
         top = s.max(axis=-1, keepdims=True)
