@@ -61,6 +61,7 @@ def test_the_training_step_fits_the_slice(name):
     assert reduced < gathered / 10  # weights are not all-reduced
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_answers_are_planned():
     """Two layers: a token sums what two matrices a layer and the embeddings write to the stream, and little beside."""

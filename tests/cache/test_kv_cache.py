@@ -61,7 +61,11 @@ def test_a_pass_finds_what_is_held(codec, policy):
 
 @pytest.mark.parametrize(
     "heads, options",
-    [("own", {"mask": Sink(size=2) | Window(size=9)}), ("shared", {"bias": ALiBi()}), ("own", {"softcap": 3.0})],
+    [
+        ("own", {"mask": Sink(size=2) | Window(size=9)}),
+        pytest.param("shared", {"bias": ALiBi()}, marks=pytest.mark.slow),
+        pytest.param("own", {"softcap": 3.0}, marks=pytest.mark.slow),
+    ],
     ids=["mask", "bias", "soft-cap"],
 )
 def test_masks_biases_and_soft_caps_are_those_of_attention(heads, options):

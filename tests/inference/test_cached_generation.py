@@ -94,11 +94,10 @@ def test_a_row_is_alone_with_its_cache(name):
 @pytest.mark.parametrize(
     "name, axis",
     [
-        ("h2o, int4", "tensor"),
         ("quest", "context"),
         *(
             pytest.param(*pair, marks=pytest.mark.slow)
-            for pair in [("snap", "context"), ("duo", "tensor"), ("compactor, int4", "tensor")]
+            for pair in [("h2o, int4", "tensor"), ("snap", "context"), ("duo", "tensor"), ("compactor, int4", "tensor")]
         ),
     ],
 )
