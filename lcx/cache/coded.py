@@ -1,6 +1,6 @@
 """Attention to held slots as they are coded, by a kernel that decodes where it computes.
 
-For what the kernels take: a few queries, a softmax of one scale whose keys are as they are or rotated by tables. The rest is
+For what the kernels take: a few queries, a softmax of one scale whose keys are as they are or rotated by positions. The rest is
 for spans (`spans.py`), and so is a CPU; by name, the reference form decodes all slots.
 """
 

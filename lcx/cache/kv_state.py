@@ -34,9 +34,6 @@ class Held:
     counts: Float[Array, "B K S"] | None
     pages: Any = None
 
-    def with_pages(self, pages: Any) -> "Held":
-        return dataclasses.replace(self, pages=pages)
-
 
 @record
 class KVState:

@@ -1,5 +1,6 @@
 """Pages of a KV cache's slots: what a selector is told of them, and the slots of those that it chooses."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -43,9 +44,10 @@ def summarised(cache: Any, held: Held, tables: Any, frequencies: Any, place: Int
     there = jnp.broadcast_to(paged(info.segments != PADDING, n), (B, K, n, selector.page))
     new = selector.summarise(paged(keys, n), there)
     if place is None:
-        return held.with_pages(new)
+        return dataclasses.replace(held, pages=new)
     rows, heads = jnp.arange(B)[:, None, None], jnp.arange(K)[:, None]
-    return held.with_pages(jax.tree.map(lambda old, some: old.at[rows, heads, place].set(some), held.pages, new))
+    put = lambda old, some: old.at[rows, heads, place].set(some)
+    return dataclasses.replace(held, pages=jax.tree.map(put, held.pages, new))
 
 
 def selected(

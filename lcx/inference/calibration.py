@@ -45,12 +45,8 @@ class Tapped:
     v: Float[Array, "B S K E"]
 
 
-class _Tap(DenseCache):
-    """A dense cache of raw keys with something added to what it holds."""
-
-    def init(self, *sizes, **options):
-        held = super().init(*sizes, **options)
-        return Tapped(held=held, k=held.k, v=held.v)
+class Around:
+    """Before a cache whose state is the field `held` of a state that has more."""
 
     def length(self, state):
         return super().length(getattr(state, "held", state))
@@ -60,6 +56,14 @@ class _Tap(DenseCache):
 
     def placed(self, state, rules):
         return state
+
+
+class _Tap(Around, DenseCache):
+    """A dense cache of raw keys with something added to what it holds."""
+
+    def init(self, *sizes, **options):
+        held = super().init(*sizes, **options)
+        return Tapped(held=held, k=held.k, v=held.v)
 
     def attend(self, state, *query, **options):
         held = dataclasses.replace(state.held, k=state.held.k + state.k, v=state.held.v + state.v)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from lcx.cache.cache import At
 from lcx.cache.dense import DenseCache, DenseState
 from lcx.cache.scorers.q_filters import direction
-from lcx.inference.calibration import frequencies_of, in_parts, whole_texts
+from lcx.inference.calibration import Around, frequencies_of, in_parts, whole_texts
 from lcx.mixers.attention import Attention
 from lcx.models.decoder import Decoder, DecoderModel, rebuild
 from lcx.positions.frequencies import Frequencies
@@ -40,22 +40,13 @@ class Watched:
     raw: Float[Array, "B H D"]
 
 
-class _Watch(DenseCache):
+class _Watch(Around, DenseCache):
     """A dense cache of raw keys that sums up its queries."""
 
     def init(self, batch_size, length, kv_heads, head_dim, value_dim, dtype, axes=1, at=At()):
         held = super().init(batch_size, length, kv_heads, head_dim, value_dim, dtype, axes, at)
         zeros = lambda *shape: jnp.zeros((batch_size, at.heads, *shape))
         return Watched(held=held, square=zeros(head_dim, head_dim), total=zeros(head_dim), raw=zeros(head_dim))
-
-    def length(self, state):
-        return super().length(getattr(state, "held", state))
-
-    def append(self, state, *new):
-        return dataclasses.replace(state, held=super().append(state.held, *new))
-
-    def placed(self, state, rules):
-        return state
 
     def attend(self, state, *query, **options):
         return super().attend(state.held, *query, **options)

@@ -28,4 +28,4 @@ def light(model: DecoderModel) -> DecoderModel:
 def _cast(x: jax.Array | jax.ShapeDtypeStruct, dtype: jnp.dtype) -> jax.Array | jax.ShapeDtypeStruct:
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
-    return jax.jit(lambda x: x.astype(dtype))(x)
+    return x.astype(dtype)

@@ -12,25 +12,17 @@ from lcx.cache.kv_cache import KVCache
 from lcx.cache.policies.duo_attention import DuoAttention
 from lcx.cache.policies.evict import Evict
 from lcx.cache.scorers.q_filters import QFilters
-from lcx.channels.glu import GLU
 from lcx.inference.generate import generate
 from lcx.inference.head_statistics import gates, statistics
-from lcx.mixers.attention import Attention
 from lcx.mixers.delta_net import GatedDeltaNet
-from lcx.models.decoder import Decoder, rebuild
-from lcx.models.layer import Layer
+from lcx.models.decoder import rebuild
 from lcx.parallel.mesh import MeshSpec
 from lcx.positions.rope import Rope
 from lcx.positions.rotate import rotate
 from lcx.spec import SpecError, edit
+from tests.inference.test_calibration import MODEL
 from tests.inference.test_sharded_generation import shared_out
 
-MODEL = Decoder(
-    vocab=64,
-    width=32,
-    pattern=(Layer(mixer=Attention(heads=4, kv_heads=2, head_dim=8), channel=GLU(hidden=32)),),
-    periods=2,
-)
 ROWS = np.random.default_rng(0).integers(0, 64, (3, 24)).tolist()
 
 
