@@ -11,6 +11,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from lcx.attention.attend import local_fold
@@ -24,6 +25,7 @@ from lcx.cache.codecs.codec import Codec, Quantizer
 from lcx.cache.codecs.plain import Plain
 from lcx.cache.coded import attend_codes
 from lcx.cache.kv_state import Held, KVState, Pass, Waiting, grown, joined, no_tokens, rounded_up
+from lcx.cache.layered import Layered, rows_from, rows_of
 from lcx.cache.policies.policy import Policy
 from lcx.cache.pruning import Pruning
 from lcx.cache.selected import selected, summarised
@@ -182,14 +184,20 @@ class KVCache(KeysCache):
         def local(q, q_info, held, exact, tables, selects):
             own = functools.partial(own_heads, group=heads // kv_heads, queries=q.shape[2], kv_heads=kv_heads, rules=rules)
             by_axis = lambda tree, axis: jax.tree.map(lambda x: own(x, axis=axis), tree)
-            coded, pages = by_axis((held.k, held.v, held.counts), 1), by_axis(held.pages, 1)
+            rows, first = len(q), 0
+            if isinstance(held, Layered):
+                if exact.k.shape[2] < kv_heads or q.shape[2] == heads:  # all heads that there are
+                    held, first = rows_of(held.every), held.layer * rows
+                else:
+                    held = held.own()
+            coded, pages = by_axis((held.k, held.v, held.counts), 1), by_axis(rows_from(held.pages, first, rows), 1)
             info = by_axis(held.info, 1) if self.by_head else held.info
             known, k, v = by_axis(tables, 1), own(exact.k, axis=2), own(exact.v, axis=2)
             k = self.turned(k, exact.info, frequencies).astype(q.dtype)
             fold = local_fold(q, k, **mesh, **options)
-            find = lambda coded, info: self._found(fold, q, q_info, coded, info, known, frequencies)
-            whole = lambda: find(coded, info)
-            some = lambda: find(*selected(self.selector, q, q_info, fold.mask, pages, coded, info, axes))
+            find = lambda coded, info, first: self._found(fold, q, q_info, coded, info, known, frequencies, first)
+            whole = lambda: find(coded, info, first)
+            some = lambda: find(*selected(self.selector, q, q_info, fold.mask, pages, coded, info, axes, first), 0)
             choose = self.selector is not None and q.shape[1] == 1
             found = jax.lax.cond(selects.any(), some, whole) if choose else whole()
             found = summed_up(*found, axes) if axes else found
@@ -199,12 +207,14 @@ class KVCache(KeysCache):
         if ambient_mesh() is None:
             return local(*given)
         by = lambda *names: lambda tree: jax.tree.map(lambda x: rules.partition(names[: x.ndim]), tree)
-        slots, waits = by("batch", "kv_heads", "slots"), by("batch", None, "kv_heads")
-        by_head = "kv_heads" if self.by_head else None
+        every, layers = (held.every, (None,)) if isinstance(held, Layered) else (held, ())
+        slots, waits = by(*layers, "batch", "kv_heads", "slots"), by("batch", None, "kv_heads")
+        info = by(*layers, "batch", "kv_heads" if self.by_head else None, "slots")(every.info)
+        every = replaced(every, info=info, **{n: slots(getattr(every, n)) for n in OF_TOKENS})
         specs = (
             by("batch", None, "heads")(q),
             by("batch")(q_info),
-            replaced(held, info=by("batch", by_head, "slots")(held.info), **{n: slots(getattr(held, n)) for n in OF_TOKENS}),
+            replaced(held, every=every, layer=PartitionSpec()) if layers else every,
             replaced(exact, info=by("batch")(exact.info), **{n: waits(getattr(exact, n)) for n in ("k", "v", "marks")}),
             by("batch", "kv_heads")(was.tables),
             by("batch")(was.selects),
@@ -212,15 +222,18 @@ class KVCache(KeysCache):
         out = rules.partition(("batch", None, "heads"))
         return jax.shard_map(local, in_specs=specs, out_specs=(out, out), check_vma=False)(*given)
 
-    def _found(self, fold: Fold, q, q_info: TokenInfo, coded, info: TokenInfo, tables, frequencies) -> Part:
-        """What queries find in the slots of a device: (codes of keys, of values, counts)."""
+    def _found(self, fold: Fold, q, q_info: TokenInfo, coded, info: TokenInfo, tables, frequencies, first=0) -> Part:
+        """What queries find in the slots of a device: (codes of keys, of values, counts). first: the row of them that is row 0
+        of the queries."""
         codes_k, codes_v, counts = coded
-        places = jnp.where(info.segments != PADDING, jnp.arange(info.segments.shape[2]) + 1, 0)
+        segments, counts = rows_from((info.segments, counts), first, len(q))
+        places = jnp.where(segments != PADDING, jnp.arange(segments.shape[2]) + 1, 0)
         used = places.max(axis=(1, 2), initial=0)
         weight = lambda counts: jnp.log(counts) if self.policy is not None and self.policy.weighs else None
         sides = (coder.format(*x) for coder, *x in zip(self.coders, (codes_k, codes_v), tables, strict=True))
         turned = frequencies if self.keys == "raw" else None
-        found = attend_codes(fold, q, q_info, *sides, info, used=used, extra=weight(counts), frequencies=turned)
+        how = {"used": used, "extra": weight(counts), "frequencies": turned, "first": first}
+        found = attend_codes(fold, q, q_info, *sides, info, **how)
         if found is not None:
             return found
 
@@ -229,9 +242,9 @@ class KVCache(KeysCache):
             k, v = (coder.decode(*x) for coder, *x in zip(self.coders, (codes_k, codes_v), tables, strict=True))
             return Slots(self.turned_slots(k, info, frequencies), v, info, weight(counts))
 
-        _, K, _, E = jax.eval_shape(lambda: self.coders[1].decode(codes_v, tables[1])).shape
+        _, K, _, E = jax.eval_shape(lambda: self.coders[1].decode(rows_from(codes_v, 0, len(q)), tables[1])).shape
         whole = self.codec == Plain() and self.keys == "rotated"  # nothing to decode
-        sizes = {"size": info.segments.shape[2], "used": used.max(), "block": None if whole else self.codec.block}
+        sizes = {"size": segments.shape[2], "used": used.max(), "block": None if whole else self.codec.block, "first": first}
         return attend_slots(fold, q, q_info, (coded, info), read, **sizes, kv_heads=K, value_dim=E)
 
     def prune(self, state, asked, *, frequencies, rule, leader=None):
@@ -262,15 +275,15 @@ class KVCache(KeysCache):
 
     def decoded(self, state: KVState, frequencies) -> tuple[Float[Array, "B K S D"], Float[Array, "B K S E"], TokenInfo]:
         """All slots, keys rotated."""
-        held = state.held
+        held = state.slots
         k, v = (coder.decode(x, known) for coder, x, known in zip(self.coders, (held.k, held.v), state.tables, strict=True))
         return self.turned_slots(k, held.info, frequencies), v, held.info
 
-    def standing(self, state: KVState, exact: Waiting) -> Held:
+    def standing(self, state: KVState, exact: Waiting) -> Held | Layered:
         """Slots with the positions at which they are read."""
-        held = state.held
         if self.positions == "own":
-            return held
+            return state.held
+        held = state.slots
         there = held.info.segments != PADDING
         segments, slot, most = held.info.segments, jnp.arange(there.shape[2]), jnp.iinfo(jnp.int32).max
         ends = segments != jnp.pad(segments[:, :, 1:], ((0, 0), (0, 0), (0, 1)))  # documents stand one behind the other

@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lcx.batch import PADDING, TokenInfo
+from lcx.cache.layered import Layered
 from lcx.record import record, replaced, static
 
 
@@ -37,14 +38,16 @@ class Held:
 
 @record
 class KVState:
-    """length: that it was made for. share: of the mean budget, the layer's. used: slots taken, with those that a block leaves
-    empty. seen: tokens read. newest: the last queries, if a policy reads them; watched: what it made of all; known: what it
-    knew beforehand. tables: what the codec did. overflow: tokens that found no slot. selects: whether the layer's selector
-    chooses."""
+    """length: that it was made for. share: of the mean budget, the layer's. held: slots, within a scan over layers those of
+    all. used: slots taken, with those that a block leaves empty. seen: tokens read. newest: the last queries, if a policy reads
+    them; watched: what it made of all; known: what it knew beforehand. tables: what the codec did. overflow: tokens that found
+    no slot. selects: whether the layer's selector chooses."""
+
+    in_place: ClassVar[tuple[str, ...]] = ("held",)
 
     length: int = static()
     share: float = static()
-    held: Held
+    held: Held | Layered
     waiting: Waiting
     used: Int[Array, "B G"]
     seen: Int[Array, "B"]
@@ -55,6 +58,17 @@ class KVState:
     tables: Any
     overflow: Int[Array, "B"]
     selects: Bool[Array, "B"] | None = None
+
+    @property
+    def slots(self) -> Held:
+        """The layer's own."""
+        return self.held.own() if isinstance(self.held, Layered) else self.held
+
+    def with_slots(self, **fields: Any) -> "KVState":
+        """With other fields of the layer's slots."""
+        held = self.held
+        held = held.put(**fields) if isinstance(held, Layered) else dataclasses.replace(held, **fields)
+        return dataclasses.replace(self, held=held)
 
 
 @record
@@ -91,17 +105,20 @@ def taken_first(tree: Any, there: Bool[Array, "B T"]) -> Any:
     return taken(tree, jnp.argsort(~there, axis=1, stable=True))
 
 
-def with_blocks(held: Any, new: Any, slot: Int[Array, "B K n"]) -> Any:
+def with_blocks(held: Any, new: Any, slot: Int[Array, "B K n"], layer: Int[Array, ""] | None = None) -> Any:
     """Arrays [B, K, in proportion to S, ...] with n new blocks of tokens at some slots, counted in blocks; one beyond drops
-    its."""
+    its. layer: of arrays [L, B, K, ...], the one that is written."""
     (B, K, n), row, head = slot.shape, jnp.arange(len(slot))[:, None, None], jnp.arange(slot.shape[1])[:, None]
 
     def put(old: Array, new: Array) -> Array:
         each = new.shape[2] // n
-        place = jnp.stack(jnp.broadcast_arrays(row, head, slot * each), axis=-1)
+        at = *(() if layer is None else (layer,)), row, head, slot * each
+        place = jnp.stack(jnp.broadcast_arrays(*at), axis=-1)
         blocks = new.reshape(B, K, n, each, *new.shape[3:]).astype(old.dtype)
         windows = jax.lax.ScatterDimensionNumbers(
-            update_window_dims=tuple(range(3, blocks.ndim)), inserted_window_dims=(0, 1), scatter_dims_to_operand_dims=(0, 1, 2)
+            update_window_dims=tuple(range(3, blocks.ndim)),
+            inserted_window_dims=tuple(range(len(at) - 1)),
+            scatter_dims_to_operand_dims=tuple(range(len(at))),
         )
         return jax.lax.scatter(old, place, blocks, windows, unique_indices=True, mode="drop")
 
@@ -127,7 +144,7 @@ def grown(state: KVState, new: TokenInfo) -> KVState:
         )
         return replaced(info, lengths=jnp.maximum(info.lengths, newest))
 
-    held = dataclasses.replace(state.held, info=longer(state.held.info))
+    held = state.with_slots(info=longer(state.slots.info)).held
     return dataclasses.replace(state, held=held, waiting=dataclasses.replace(state.waiting, info=longer(state.waiting.info)))
 
 

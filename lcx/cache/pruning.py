@@ -10,9 +10,11 @@ from jaxtyping import Array, Bool, Int
 
 from lcx.batch import PADDING, TokenInfo
 from lcx.cache.kv_state import Held, KVState, Pass, Waiting, hidden, in_place, joined, taken, taken_first, with_blocks
+from lcx.cache.layered import Layered
 from lcx.cache.scorers.scorer import Asked, Rule, Scored
 from lcx.cache.selected import summarised
 from lcx.positions.frequencies import Frequencies
+from lcx.record import replaced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,15 @@ class Pruning:
 
     def __call__(self, state: Pass) -> KVState:
         """The state after the pass."""
+        was, policy = state.state, self.cache.policy
+        chooses = policy is not None and (policy.marks or policy.scope != ("decode" if state.k.shape[1] > 1 else "prefill"))
+        if not (chooses and isinstance(was.held, Layered)):
+            return self._pruned(state)
+        new = self._pruned(dataclasses.replace(state, state=dataclasses.replace(was, held=was.slots)))
+        slots = {field.name: getattr(new.held, field.name) for field in dataclasses.fields(Held)}
+        return dataclasses.replace(new, held=was.held.put(**slots))
+
+    def _pruned(self, state: Pass) -> KVState:
         was, policy, codec = state.state, self.cache.policy, self.cache.codec
         exact, held = joined(state), was.held
         if policy is not None and policy.marks:
@@ -86,8 +97,10 @@ class Pruning:
 
     def _written(self, state: KVState, leaving: Waiting, moved: Int[Array, "B"]) -> KVState:
         """With `moved` tokens, whole blocks, behind those that the slots hold."""
-        held, (B, L), block = state.held, leaving.info.segments.shape, self.cache.codec.block
-        K, (G, S) = leaving.k.shape[2], held.info.segments.shape[1:]
+        (B, L), block, layer = leaving.info.segments.shape, self.cache.codec.block, None
+        if isinstance(held := state.held, Layered):
+            held, layer = held.every, held.layer
+        K, (G, S) = leaving.k.shape[2], held.info.segments.shape[-2:]
         blocks = L // block
         slot = (state.used // block)[:, :, None] + jnp.arange(blocks)
         slot = jnp.where(jnp.arange(blocks) < (moved // block)[:, None, None], slot, S // block)
@@ -101,25 +114,26 @@ class Pruning:
                 for coder, x, known in zip(self.cache.coders, (leaving.k, leaving.v), state.tables, strict=True)
             ]
             info = jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], (B, G, *x.shape[1:])), leaving.info)
-            new = Held(
-                k=with_blocks(held.k, coded[0], heads),
-                v=with_blocks(held.v, coded[1], heads),
-                info=with_blocks(held.info, info, slot),
-                marks=None if held.marks is None else with_blocks(held.marks, by_head(leaving.marks), heads),
-                counts=None if held.counts is None else with_blocks(held.counts, jnp.ones((B, K, L)), heads),
-                pages=held.pages,
+            put = functools.partial(with_blocks, layer=layer)
+            new = replaced(
+                held,
+                k=put(held.k, coded[0], heads),
+                v=put(held.v, coded[1], heads),
+                info=put(held.info, info, slot),
+                marks=None if held.marks is None else put(held.marks, by_head(leaving.marks), heads),
+                counts=None if held.counts is None else put(held.counts, jnp.ones((B, K, L)), heads),
             )
             if self.cache.selector is None:
                 return new
             page = self.cache.selector.page
             touched = (state.used // page)[:, :, None] + jnp.arange(-(-L // page) + 1)
             touched = jnp.broadcast_to(touched, (B, K, touched.shape[2]))
-            return summarised(self.cache, new, state.tables, self.frequencies, touched)
+            return summarised(self.cache, new, state.tables, self.frequencies, touched, layer)
 
         new = in_place(write, held, (moved > 0).any(), self.asked.out)
         return dataclasses.replace(
             state,
-            held=new,
+            held=new if layer is None else replaced(state.held, every=new),
             used=jnp.minimum(used, S),
             overflow=state.overflow + jnp.maximum(used - S, 0).max(axis=1),
         )

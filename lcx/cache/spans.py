@@ -41,11 +41,12 @@ def attend_slots(
     block: int | None,
     kv_heads: int,
     value_dim: int,
+    first: Int[Array, ""] | int = 0,
 ) -> Part:
     """(out [B, T, H, E], lse [B, T, H]) of queries and `size` slots, of which those from `used` on are empty.
 
     fold: the attention of which this is a part. held: arrays [B, K, n, ...] with n in proportion to the slots, cut only between
-    blocks, or not at all if block is None. read: of a span of them.
+    blocks, or not at all if block is None; of more rows, those from `first` on. read: of a span of them.
     """
     B, T, H, _ = q.shape
     group = H // kv_heads
@@ -58,7 +59,10 @@ def attend_slots(
         plan = (None, Bias(by_head(bias.slopes), bias.along))
 
     def part(start, count: int) -> Part:
-        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start * x.shape[2] // size, count * x.shape[2] // size, axis=2)
+        def cut(x):
+            begin, n = start * x.shape[2] // size, count * x.shape[2] // size
+            return jax.lax.dynamic_slice(x, (first, 0, begin, *(0,) * (x.ndim - 3)), (B, x.shape[1], n, *x.shape[3:]))
+
         found = read(jax.tree.map(cut, held))
         asked, keys = queries, _as_rows(found.k)
         if found.extra is not None:  # one channel more, where every query has what takes the scale back

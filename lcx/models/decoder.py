@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from lcx.attention.all_gather import AllGather
 from lcx.attention.communication import Communication
 from lcx.batch import Batch, lengths_of
+from lcx.cache.layered import in_layers, of_layer
 from lcx.linear import GradientSum, wide_product
 from lcx.lora import OF_ATTENTION, LoRA
 from lcx.memory.activation_beacon import ActivationBeacon
@@ -218,10 +219,9 @@ class DecoderModel(nnx.Module):
         def step(carry, stacked):
             """States are carried, and each is put back where it was: as outputs of the scan all would be held twice."""
             (x, held), (blocks, n) = carry, stacked
-            given = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, n, keepdims=False), held)
+            given = None if held is None else of_layer(held, n)
             x, (new, aux) = body(x, (blocks, given, n * len(self.spec.pattern)))
-            put = lambda leaf, one: jax.lax.dynamic_update_index_in_dim(leaf, one, n, 0)
-            return (x, jax.tree.map(put, held, new)), aux
+            return (x, None if held is None else in_layers(held, new, n)), aux
 
         held, numbers = None if state is None else state["layers"], jnp.arange(periods, dtype=jnp.int32)
         (x, layers), aux = jax.lax.scan(step, (x, held), (slots, numbers), unroll=self._unroll(periods))

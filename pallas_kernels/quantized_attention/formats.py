@@ -123,7 +123,8 @@ def widened(table: Float[Array, "*n C"], channels: int, pairing: Pairing, rest: 
 class Slots(NamedTuple):
     """tokens: of a key head or of all; segment 0 is empty, and what an empty slot holds is never looked at. used: slots of a
     row behind which all are empty. extra: added to the scores of each slot. cosine, sine: rotate the first 2C channels of raw
-    keys; or turning, by which they are made."""
+    keys; or turning, by which they are made. first: codes, tokens and positions of turning may have more rows than the queries,
+    whose row 0 is this one of them (slots of all layers, one of which is meant)."""
 
     k: Arrays
     v: Arrays
@@ -133,6 +134,21 @@ class Slots(NamedTuple):
     cosine: Float[Array, "rows S C"] | None = None  # rows: B, or B K
     sine: Float[Array, "rows S C"] | None = None
     turning: Turning | None = None
+    first: Int[Array, ""] | int = 0
+
+    @property
+    def own(self) -> "Slots":
+        """With the rows of the queries alone."""
+        B, rows = len(self.used), len(self.tokens.index)
+        if rows == B:
+            return self
+        cut = lambda x: x if len(x) < rows else jax.lax.dynamic_slice_in_dim(x, self.first, B)
+        found = {name: jax.tree.map(cut, getattr(self, name)) for name in ("k", "v", "tokens")}
+        if self.turning is not None:
+            positions = self.turning.positions
+            positions = cut(positions.reshape(rows, -1, positions.shape[1])).reshape(-1, positions.shape[1])
+            found["turning"] = self.turning._replace(positions=positions)
+        return self._replace(**found, first=0)
 
     @property
     def pairs(self) -> int:
@@ -190,8 +206,11 @@ def invalid(plan: Plan, q: Shaped[Array, "B T H D"], slots: Slots) -> str | None
     K, S = jax.tree.leaves(slots.k.codes)[0].shape[1], slots.tokens.index.shape[2]
     if H % K or channels(slots.k) != D:
         return f"queries {q.shape}, {K} key heads of {channels(slots.k)}: expected a multiple of the heads, as wide"
-    if slots.tokens.index.shape[:2] not in ((B, 1), (B, K)):
-        return f"tokens {slots.tokens.index.shape}: expected [{B}, {K} or 1, slots]"
+    rows = slots.tokens.index.shape[0]
+    if slots.tokens.index.shape[1] not in (1, K) or rows % B or slots.used.shape != (B,):
+        return f"tokens {slots.tokens.index.shape}, used {slots.used.shape}: expected rows of {B} each, [{B}, {K} or 1, slots]"
+    if any(len(x) not in (B, rows) for x in jax.tree.leaves((slots.k, slots.v))):
+        return f"codes of {len(jax.tree.leaves(slots.k)[0])} rows: expected {rows}, or {B} of what all layers share"
     if isinstance(plan.values, TokenGroups):
         return f"values = {plan.values}: expected groups of channels"
     for side, form, arrays in (("keys", plan.keys, slots.k), ("values", plan.values, slots.v)):

@@ -65,6 +65,7 @@ def forward(
     """Returns (out, lse) in float32."""
     if (reason := refused(plan, q, slots)) is not None:
         raise ValueError(reason)
+    slots = slots.own
     (B, T, H, D), S, E = q.shape, slots.tokens.index.shape[2], channels(slots.v)
     K, bk = jax.tree.leaves(slots.k)[0].shape[1], 2 * BLOCK if S % (2 * BLOCK) == 0 else BLOCK
     tiles = -(-S // bk)

@@ -34,6 +34,7 @@ def forward(
     slopes: Float[Array, "B T H"] | None = None,
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
     """Returns (out, lse) in float32."""
+    slots = slots.own
     k, v = decoded(plan.keys, slots.k), decoded(plan.values, slots.v)
     B, K, S, D = k.shape
     T, H = q.shape[1:3]

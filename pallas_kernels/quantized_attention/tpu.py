@@ -89,8 +89,8 @@ def forward(
 
     def spec(x: Operand) -> pl.BlockSpec:
         shape = _block(x, max(S, bk), bk)
-        place = lambda b, i, used, last: (
-            b,
+        place = lambda b, i, used, last, first: (
+            b if len(x.array) == B else first[0] + b,
             *(jnp.minimum(i, last[b]) if axis == x.axis else 0 for axis in range(1, len(shape))),
         )
         return pl.BlockSpec((None, *shape[1:]), place)
@@ -98,15 +98,16 @@ def forward(
     outputs = {"out": (B, K, R, E), "lse": (B, K, R, LANES)}
     names = *held, *outputs, *needed
 
-    def body(used, last, *refs):
+    def body(used, last, first, *refs):
         named = SimpleNamespace(**dict(zip(names, refs, strict=True)))
         _step(plan, named, used, last, bk, tiles)
 
-    moved = sum(x.array.size * x.array.dtype.itemsize for x in given.values()) + 4 * sum(map(math.prod, outputs.values()))
+    rows = lambda x: x.array.size // len(x.array) * B * x.array.dtype.itemsize
+    moved = sum(map(rows, given.values())) + 4 * sum(map(math.prod, outputs.values()))
     out, lse = pl.pallas_call(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=(B, tiles),
             in_specs=[spec(x) for x in held.values()],
             out_specs=[pl.BlockSpec((None, *shape[1:]), lambda b, i, *_: (b, 0, 0, 0)) for shape in outputs.values()],
@@ -118,7 +119,7 @@ def forward(
         ),
         cost_estimate=pl.CostEstimate(flops=4 * B * H * T * S * E, transcendentals=B * H * T * S, bytes_accessed=moved),
         interpret=interpret,
-    )(used, last, *(x.array for x in held.values()))
+    )(used, last, jnp.asarray(slots.first, jnp.int32)[None], *(x.array for x in held.values()))
     back = lambda x: x[:, :, : H // K * T].reshape(B, K, H // K, T, -1).transpose(0, 3, 1, 2, 4).reshape(B, T, H, -1)
     return back(out), back(lse)[..., 0]
 

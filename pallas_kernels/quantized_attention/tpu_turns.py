@@ -17,7 +17,8 @@ def operands(plan: Plan, slots: Slots) -> dict[str, Operand]:
     """What a kernel is given of the turns of keys."""
     B, D = slots.used.shape[0], channels(slots.k)
     if slots.turning is not None:
-        positions = slots.turning.positions.astype(jnp.float32).reshape(B, -1, slots.tokens.index.shape[2])
+        rows, _, S = slots.tokens.index.shape
+        positions = slots.turning.positions.astype(jnp.float32).reshape(rows, -1, S)
         wide = jnp.broadcast_to(lanes(slots, D, plan.pairing), (B, 8, width(plan, slots)))
         return {"position": Operand(positions, 2), "lanes": Operand(wide)}
     return {"turn": Operand(tables(slots, B, D, plan.pairing), 2)} if slots.pairs else {}

@@ -15,6 +15,7 @@ from lcx.cache.codecs.groups import KIVI, IntGroups
 from lcx.cache.codecs.kvquant import KVQuant
 from lcx.cache.codecs.scaled import Int8
 from lcx.cache.kv_cache import KVCache
+from lcx.cache.layered import in_layers, of_layer
 from lcx.cache.policies.chelsea import Chelsea
 from lcx.cache.policies.evict import Evict
 from lcx.cache.scorers.key_norm import KeyNorm
@@ -50,6 +51,35 @@ def both(cache, frequencies, monkeypatch, **options):
     )
     found = [attend(state, q, backend) for backend in ("xla", "reference")]
     return *found, read
+
+
+@pytest.mark.parametrize(
+    "cache", [pytest.param(cache, id=name, marks=pytest.mark.slow if "int4" in name else ()) for name, cache in CACHES.items()]
+)
+@pytest.mark.parametrize("backend", ["xla", "reference"], ids=["in spans", "as codes"])
+def test_slots_of_all_layers(cache, backend):
+    """A pass reads and writes the layer that is meant, in spans and as codes, and no other."""
+    frequencies, (first, (q, k, v, info)) = Rope().frequencies(8, 128), passes([70, 40], padding=9)
+    state = run(cache, [first], mask=Causal())
+    others = jax.tree.map(lambda x: jnp.stack([x[::-1], x, x]), state)
+    q, rule = rotate(q, info.positions, frequencies), Rule(mask=Causal(), scale=0.4, softcap=None, bias=None)
+    options = {"frequencies": frequencies, "scale": 0.4, "mask": Causal(), "backend": backend}
+
+    @jax.jit
+    def step(state):
+        state = cache.append(state, k, v, info, frequencies)
+        out, lse = cache.attend(state, q, info, **options)
+        asked = Asked(q=q, raw=q, out=out, lse=lse, info=info.filled(), output=jnp.ones((HEADS, out.shape[3], 8)))
+        return (out, lse), cache.prune(state, asked, frequencies=frequencies, rule=rule)
+
+    alone, wanted = step(state)
+    found, written = jax.jit(lambda states, n: step(of_layer(states, n)))(others, jnp.int32(1))
+    for a, b in zip(found, alone, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    every = in_layers(others, written, jnp.int32(1))
+    for a, b, c in zip(*map(jax.tree.leaves, (every, wanted, others)), strict=True):
+        np.testing.assert_allclose(a[1], b, atol=1e-6)
+        np.testing.assert_array_equal(a[::2], c[::2])
 
 
 @pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)

@@ -32,7 +32,7 @@ from lcx.models.decoder import Decoder, rebuild
 from lcx.models.layer import Layer
 from lcx.parallel.mesh import MeshSpec
 from lcx.parallel.rules import Rules
-from lcx.spec import edit
+from lcx.spec import edit, edits
 from lcx.training.placement import parameter_shardings
 
 LAYER = Layer(mixer=Attention(heads=4, kv_heads=2, head_dim=8), channel=GLU(hidden=32))
@@ -102,8 +102,9 @@ def test_a_row_is_alone_with_its_cache(name):
     ],
 )
 def test_on_a_mesh_as_on_one_device(name, axis):
+    """Layers scanned there, and apart on one."""
     rules = Rules(sequence=(), slots=("context",)) if axis == "context" else Rules()
-    spec = edit(model(name).spec, "rules", rules)
+    spec = edits(model(name).spec, [("rules", rules), ("unroll", 1)])
     mesh = MeshSpec(**{"data": 2, axis: 2}).build(jax.devices()[:4])
     wanted = generate(model(name), PROMPTS, max_new=6, chunk=16)
     with jax.set_mesh(mesh):
@@ -114,6 +115,15 @@ def test_on_a_mesh_as_on_one_device(name, axis):
     assert [row.ids for row in found] == [row.ids for row in wanted]
     for a, b in zip(found, wanted, strict=True):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["quest", *(pytest.param(name, marks=pytest.mark.slow) for name in ("kivi", "h2o, int4", "cam"))]
+)
+def test_layers_of_a_scan_as_layers_apart(name):
+    scanned = rebuild(model(name), edit(model(name).spec, "unroll", 1))
+    found = generate(scanned, PROMPTS, max_new=10, chunk=16)
+    assert [row.ids for row in found] == ids(name, PROMPTS)
 
 
 def test_an_answer_without_room_is_refused():

@@ -8,7 +8,7 @@ from quantized_cases import CODECS, Case, close, made
 
 from lcx.attention.mask import Sink, Window
 from lcx.cache.codecs.kvquant import KVQuant
-from pallas_kernels.quantized_attention import reference, tpu
+from pallas_kernels.quantized_attention import gpu, reference, tpu
 
 MASK = Window(size=400) | Sink(size=4)
 
@@ -52,6 +52,32 @@ def test_every_format(name):
 )
 def test_heads_and_what_is_added(case):
     both(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(CODECS["kivi 2"], S=512, by_head=True),
+        pytest.param(Case(CODECS["kvquant 3"], S=512, rotary=128), marks=pytest.mark.slow),
+    ],
+    ids=repr,
+)
+def test_rows_of_all_layers(case):
+    """Slots of three layers, of which the second is meant: as it alone, tables and what is added its own."""
+    (plan, q, slots, *rest), _ = made(case)
+    every = lambda tree, own=lambda x: False: jax.tree.map(lambda x: x if own(x) else jnp.concatenate([x[::-1], x, x]), tree)
+    shared = lambda x: x.dtype == jnp.float32  # codebooks and ranges of channels
+    turning = slots.turning and slots.turning._replace(positions=every(slots.turning.positions))
+    some = {"k": every(slots.k, shared), "v": every(slots.v, shared), "tokens": every(slots.tokens), "turning": turning}
+    layers = slots._replace(**some, first=jnp.int32(2))
+    kernel = jax.jit(lambda slots: tpu.forward(plan, q, slots, *rest, tile=256, interpret=True))
+    wanted = kernel(slots)
+    for found in (
+        kernel(layers),
+        reference.forward(plan, q, layers, *rest),
+        gpu.forward(plan, q, layers, *rest, interpret=True),
+    ):
+        close(found, wanted, 1e-5)
 
 
 @pytest.mark.slow
