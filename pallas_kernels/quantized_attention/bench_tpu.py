@@ -25,6 +25,8 @@ from pallas_kernels.quantized_attention.formats import (
     CodebookArrays,
     Format,
     GroupArrays,
+    NumberArrays,
+    Numbers,
     Plan,
     Scaled,
     ScaledArrays,
@@ -39,6 +41,7 @@ B, S, K, GROUP, D = 1, 32768, 8, 4, 128
 CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1"}
 WITHOUT_TPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost"}
 FORMS = {
+    "bfloat16": (Numbers(), Numbers()),
     **{kind: (Scaled(kind), Scaled(kind)) for kind in ("int8", "fp8")},
     **{f"groups of 32 channels, {bits} bits": (ChannelGroups(bits, 32),) * 2 for bits in (2, 3, 4, 8)},
     **{f"groups of 32 tokens, {bits} bits": (TokenGroups(bits, 32), ChannelGroups(bits, 32)) for bits in (2, 3, 4, 8)},
@@ -56,6 +59,8 @@ class Everything:
 
 def arrays(form: Format, keys: bool, array) -> Arrays:
     """Shapes of what a format holds."""
+    if isinstance(form, Numbers):
+        return NumberArrays(array(jnp.bfloat16, S, D))
     if isinstance(form, Scaled):
         return ScaledArrays(array(jnp.int8 if form.kind == "int8" else jnp.float8_e4m3fn, S, D), array(jnp.float32, S))
     planes = tuple(array(jnp.uint32, S // BLOCK * width, D) for width in PLANES[form.bits])

@@ -22,6 +22,15 @@ Pairing = Literal["half", "interleaved"]
 
 
 @dataclasses.dataclass(frozen=True)
+class Numbers:
+    """x as it is, in bfloat16 or float32. Arrays: `NumberArrays`."""
+
+
+class NumberArrays(NamedTuple):
+    codes: Float[Array, "B K S D"]
+
+
+@dataclasses.dataclass(frozen=True)
 class Scaled:
     """x = code scale. kind: int8, or float8 of 4 exponent and 3 mantissa bits. Arrays: `ScaledArrays`."""
 
@@ -77,8 +86,8 @@ class CodebookArrays(NamedTuple):
     by_token: tuple[UInt16[Array, "B K S"], UInt16[Array, "B K S"]] | None = None
 
 
-Format = Scaled | ChannelGroups | TokenGroups | Codebook
-Arrays = ScaledArrays | GroupArrays | CodebookArrays
+Format = Numbers | Scaled | ChannelGroups | TokenGroups | Codebook
+Arrays = NumberArrays | ScaledArrays | GroupArrays | CodebookArrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +223,7 @@ def invalid(plan: Plan, q: Shaped[Array, "B T H D"], slots: Slots) -> str | None
     if isinstance(plan.values, TokenGroups):
         return f"values = {plan.values}: expected groups of channels"
     for side, form, arrays in (("keys", plan.keys, slots.k), ("values", plan.values, slots.v)):
-        if isinstance(form, Scaled):
+        if isinstance(form, Numbers | Scaled):
             continue
         if form.bits not in PLANES or (isinstance(form, Codebook) and form.bits == 8) or S % BLOCK:
             return f"{side} = {form}, {S} slots: expected 2, 3, 4 or 8 bits and a multiple of {BLOCK} slots"

@@ -17,6 +17,7 @@ from pallas_kernels.quantized_attention.formats import (
     ChannelGroups,
     Codebook,
     Format,
+    Numbers,
     Pairing,
     Scaled,
     TokenGroups,
@@ -28,6 +29,8 @@ from pallas_kernels.quantized_attention.packing import BLOCK, PLANES
 
 def operands(form: Format, arrays: Arrays) -> dict[str, tuple[Shaped[Array, "B K n ..."], bool]]:
     """Arrays by name, and whether slots lie along n. own: what a token has of its own, in the order of the fields."""
+    if isinstance(form, Numbers):
+        return {"codes": (arrays.codes, True)}
     if isinstance(form, Scaled):
         codes = arrays.codes if form.kind == "int8" else jax.lax.bitcast_convert_type(arrays.codes, jnp.uint8)
         return {"codes": (codes, True), "own0": (arrays.scale, True)}
@@ -47,6 +50,8 @@ def operands(form: Format, arrays: Arrays) -> dict[str, tuple[Shaped[Array, "B K
 def numbers(form: Format, refs: SimpleNamespace, start: Any, bk: int, D: int) -> Float[Array, "bk D"]:
     """Of bk slots from `start` on, in float32."""
     slots = pl.ds(start, bk)
+    if isinstance(form, Numbers):
+        return refs.codes[slots, :].astype(jnp.float32)
     if isinstance(form, Scaled):
         codes = refs.codes[slots, :]
         x = codes.astype(jnp.float32) if form.kind == "int8" else _e4m3(codes)

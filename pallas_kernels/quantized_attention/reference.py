@@ -14,6 +14,7 @@ from pallas_kernels.quantized_attention.formats import (
     Codebook,
     CodebookArrays,
     Format,
+    Numbers,
     Pairing,
     Plan,
     Scaled,
@@ -66,6 +67,8 @@ def forward(
 
 def decoded(form: Format, arrays: Arrays) -> Float[Array, "B K S D"]:
     """What the codes of all slots stand for."""
+    if isinstance(form, Numbers):
+        return arrays.codes.astype(jnp.float32)
     if isinstance(form, Scaled):
         return arrays.codes.astype(jnp.float32) * arrays.scale[..., None]
     codes = unpack(arrays.codes, form.bits)

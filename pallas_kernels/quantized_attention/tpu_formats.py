@@ -23,6 +23,7 @@ from pallas_kernels.quantized_attention.formats import (
     ChannelGroups,
     Codebook,
     Format,
+    Numbers,
     Scaled,
     TokenGroups,
     channels,
@@ -52,7 +53,7 @@ def groups(form: Format, width: int) -> int:
 def operands(form: Format, arrays: Arrays) -> dict[str, Operand]:
     """What a kernel is given of one side."""
     given = {f"own{n}": Operand(x, 2) for n, x in enumerate(_own(form, arrays))}
-    if isinstance(form, Scaled):
+    if isinstance(form, Numbers | Scaled):
         return given | {"codes": Operand(arrays.codes, 2)}
     given |= {f"plane{n}": Operand(words, 2) for n, words in enumerate(arrays.codes)}
     if isinstance(form, Codebook):
@@ -77,14 +78,14 @@ def scratch(form: Format, arrays: Arrays, bk: int, turned: bool) -> dict[str, tu
     """Shapes of arrays that a side needs beside its operands, of float32, and of words of int32; turned: of rotated keys."""
     D, own = channels(arrays), _own(form, arrays)
     several = len(own) + (len(arrays.number) - len(arrays.place) if isinstance(form, Codebook) else 0)
-    needed = {} if isinstance(form, Scaled) else {"wide": (D // LANES * bk, LANES)}
+    needed = {} if isinstance(form, Numbers | Scaled) else {"wide": (D // LANES * bk, LANES)}
     if needed and D > LANES:
         needed |= {f"words{n}": (bk // BLOCK * width, LANES) for n, width in enumerate(PLANES[form.bits])}
     if isinstance(form, TokenGroups) and form.size > BLOCK:
         needed |= dict.fromkeys(("scales", "zeros"), (D // LANES * bk // BLOCK, LANES))
     if own:
         needed["own"] = (several * own[0].shape[1], bk)
-    rows = several if turned or isinstance(form, Codebook) else 0
+    rows = 1 if isinstance(form, Numbers) else several if turned or isinstance(form, Codebook) else 0
     return needed | ({"rows": (-(-rows // 8) * 8, bk)} if rows else {})
 
 
@@ -159,6 +160,9 @@ def value_sums(
 
 def _numbers(form: Format, refs, h, there: Bool[Array, "1 _"]) -> Float[Array, "bk D"]:
     """What codes stand for, in float32."""
+    if isinstance(form, Numbers):
+        some = there if there.shape == (1, 1) else _columns(refs, [there.astype(jnp.float32)])[:, :1] != 0
+        return jnp.where(some, refs.codes[h].astype(jnp.float32), 0)
     if isinstance(form, TokenGroups):
         scale, zero = (_every_block(getattr(refs, name), h, kept) for name, kept in _kept(form, refs))
         return _unpacked(form, refs, h, lambda code, lanes: code.astype(jnp.float32) * scale[:, lanes] + zero[:, lanes])

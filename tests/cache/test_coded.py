@@ -29,6 +29,7 @@ from tests.cache.driven import HEADS, KV_HEADS, passes, run
 
 EVICT = Evict(score=KeyNorm(), keep=40, every=24)
 CACHES = {
+    "as they are": KVCache(),
     "int8, heads of their own tokens": KVCache(codec=Int8(), policy=EVICT),
     "int4, merged and counted": KVCache(codec=IntGroups(group=2), policy=Chelsea(keep=40, every=24, sinks=1, recent=4)),
     "KIVI, raw": KVCache(codec=KIVI(bits=4, group=2, residual=2), keys="raw"),

@@ -10,6 +10,7 @@ from lcx.attention.mask import Causal, Mask
 from lcx.cache.codecs.codec import Codec
 from lcx.cache.codecs.groups import KIVI, IntGroups
 from lcx.cache.codecs.kvquant import KVQuant
+from lcx.cache.codecs.plain import Plain
 from lcx.cache.codecs.scaled import Fp8, Int8
 from pallas_kernels import angles
 from pallas_kernels.quantized_attention import formats
@@ -17,6 +18,7 @@ from pallas_kernels.quantized_attention.formats import Plan, Slots
 from pallas_kernels.tile_attention.tokens import Tokens
 
 CODECS = {
+    "plain": Plain(),
     "int8": Int8(),
     "fp8": Fp8(),
     **{f"groups {bits}": IntGroups(bits=bits, group=32) for bits in (2, 3, 4, 8)},

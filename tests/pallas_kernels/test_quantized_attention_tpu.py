@@ -20,7 +20,7 @@ def both(case, tile=512, tolerance=1e-5):
     return got
 
 
-OFTEN = ("int8", "groups 3", "kivi 2", "kvquant 3")
+OFTEN = ("plain", "int8", "groups 3", "kivi 2", "kvquant 3")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow) for name in CODECS])

@@ -3,6 +3,7 @@
 import dataclasses
 
 from lcx.cache.codecs.codec import Codec, Quantizer
+from pallas_kernels.quantized_attention import formats
 
 
 class Whole(Quantizer):
@@ -11,6 +12,9 @@ class Whole(Quantizer):
 
     def value(self, loose, tables=None):
         return loose
+
+    def format(self, codes, tables):
+        return formats.Numbers(), formats.NumberArrays(codes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
