@@ -34,6 +34,7 @@ def _caches() -> dict[str, Cache]:
     kvquant = lambda **options: KVCache(codec=KVQuant(codebook="uniform", **options), keys="raw")
     return {
         "bfloat16": DenseCache(),
+        "bfloat16 slots": KVCache(),
         "int8": KVCache(codec=Int8()),
         "int4 groups": KVCache(codec=IntGroups()),
         "kivi 2": KVCache(codec=KIVI()),

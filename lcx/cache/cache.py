@@ -134,10 +134,19 @@ class Cache(Spec, abc.ABC):
 
         rules: how rows and heads lie on the ambient mesh; a device has whole rows."""
 
-    def prune(self, state: Any, asked: Asked, *, frequencies: Frequencies | None, rule: Rule, leader: Any = None) -> Any:
+    def prune(
+        self,
+        state: Any,
+        asked: Asked,
+        *,
+        frequencies: Frequencies | None,
+        rule: Rule,
+        leader: Any = None,
+        rules: Rules = Rules(),
+    ) -> Any:
         """The state after a pass, its queries answered: coded, and rid of what does not stay. After every `append`.
 
-        leader: the state of the layer that `leads` this one, after its own pass."""
+        leader: the state of the layer that `leads` this one, after its own pass. rules: how a state lies on a mesh."""
         return state
 
     def leads(self, layer: int) -> int | None:

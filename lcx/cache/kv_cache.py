@@ -247,8 +247,8 @@ class KVCache(KeysCache):
         sizes = {"size": segments.shape[2], "used": used.max(), "block": None if whole else self.codec.block, "first": first}
         return attend_slots(fold, q, q_info, (coded, info), read, **sizes, kv_heads=K, value_dim=E)
 
-    def prune(self, state, asked, *, frequencies, rule, leader=None):
-        return Pruning(self, asked, frequencies, rule, leader)(state)
+    def prune(self, state, asked, *, frequencies, rule, leader=None, rules=Rules()):
+        return Pruning(self, asked, frequencies, rule, leader, rules)(state)
 
     def read(self, state, frequencies):
         """Every slot and the tokens that wait; where key heads hold their own, each is a row with one head."""

@@ -1,7 +1,6 @@
 """What a KV cache holds, and how tokens and blocks of tokens move in it."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -103,33 +102,6 @@ def taken(tree: Any, place: Int[Array, "*n C"], axis: int = 1) -> Any:
 def taken_first(tree: Any, there: Bool[Array, "B T"]) -> Any:
     """The tokens that are there in front, in their order."""
     return taken(tree, jnp.argsort(~there, axis=1, stable=True))
-
-
-def with_blocks(held: Any, new: Any, slot: Int[Array, "B K n"], layer: Int[Array, ""] | None = None) -> Any:
-    """Arrays [B, K, in proportion to S, ...] with n new blocks of tokens at some slots, counted in blocks; one beyond drops
-    its. layer: of arrays [L, B, K, ...], the one that is written."""
-    (B, K, n), row, head = slot.shape, jnp.arange(len(slot))[:, None, None], jnp.arange(slot.shape[1])[:, None]
-
-    def put(old: Array, new: Array) -> Array:
-        each = new.shape[2] // n
-        at = *(() if layer is None else (layer,)), row, head, slot * each
-        place = jnp.stack(jnp.broadcast_arrays(*at), axis=-1)
-        blocks = new.reshape(B, K, n, each, *new.shape[3:]).astype(old.dtype)
-        windows = jax.lax.ScatterDimensionNumbers(
-            update_window_dims=tuple(range(3, blocks.ndim)),
-            inserted_window_dims=tuple(range(len(at) - 1)),
-            scatter_dims_to_operand_dims=tuple(range(len(at))),
-        )
-        return jax.lax.scatter(old, place, blocks, windows, unique_indices=True, mode="drop")
-
-    return jax.tree.map(put, held, new)
-
-
-def in_place(write: Callable[[Any], Any], held: Any, wanted: Bool[Array, ""], after: Array) -> Any:
-    """write(held) where it is wanted, without a copy of what is held: behind a loop of a turn at most, across which XLA fuses
-    nothing and which it sees to come after what was made of it before, `after`. No gradient."""
-    turns = jnp.minimum(wanted.astype(jnp.int32), 1 + jnp.isnan(after.sum()).astype(jnp.int32))
-    return jax.lax.fori_loop(0, turns, lambda _, held: write(held), held)
 
 
 def grown(state: KVState, new: TokenInfo) -> KVState:

@@ -9,23 +9,27 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from lcx.batch import PADDING, TokenInfo
-from lcx.cache.kv_state import Held, KVState, Pass, Waiting, hidden, in_place, joined, taken, taken_first, with_blocks
+from lcx.cache.kv_state import Held, KVState, Pass, Waiting, hidden, joined, taken, taken_first
 from lcx.cache.layered import Layered
 from lcx.cache.scorers.scorer import Asked, Rule, Scored
 from lcx.cache.selected import summarised
+from lcx.cache.writing import in_place, with_blocks
+from lcx.parallel.rules import Rules
 from lcx.positions.frequencies import Frequencies
 from lcx.record import replaced
 
 
 @dataclasses.dataclass(frozen=True)
 class Pruning:
-    """After a pass of a cache's queries. leader: the state of the layer whose choice is this one's too."""
+    """After a pass of a cache's queries. leader: the state of the layer whose choice is this one's too. rules: how the cache
+    lies on a mesh."""
 
     cache: Any
     asked: Asked
     frequencies: Frequencies | None
     rule: Rule
     leader: KVState | None
+    rules: Rules
 
     def __call__(self, state: Pass) -> KVState:
         """The state after the pass."""
@@ -101,10 +105,6 @@ class Pruning:
         if isinstance(held := state.held, Layered):
             held, layer = held.every, held.layer
         K, (G, S) = leaving.k.shape[2], held.info.segments.shape[-2:]
-        blocks = L // block
-        slot = (state.used // block)[:, :, None] + jnp.arange(blocks)
-        slot = jnp.where(jnp.arange(blocks) < (moved // block)[:, None, None], slot, S // block)
-        heads = jnp.broadcast_to(slot, (B, K, blocks))
         used = state.used + moved[:, None]
 
         def write(held: Held) -> Held:
@@ -114,15 +114,12 @@ class Pruning:
                 for coder, x, known in zip(self.cache.coders, (leaving.k, leaving.v), state.tables, strict=True)
             ]
             info = jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], (B, G, *x.shape[1:])), leaving.info)
-            put = functools.partial(with_blocks, layer=layer)
-            new = replaced(
-                held,
-                k=put(held.k, coded[0], heads),
-                v=put(held.v, coded[1], heads),
-                info=put(held.info, info, slot),
-                marks=None if held.marks is None else put(held.marks, by_head(leaving.marks), heads),
-                counts=None if held.counts is None else put(held.counts, jnp.ones((B, K, L)), heads),
-            )
+            marks = None if held.marks is None else by_head(leaving.marks)
+            counts = None if held.counts is None else jnp.ones((B, K, L))
+            old, new = (held.k, held.v, held.info, held.marks, held.counts), (*coded, info, marks, counts)
+            options = {"blocks": L // block, "rules": self.rules, "layer": layer}
+            k, v, info, marks, counts = with_blocks(old, new, state.used // block, moved // block, **options)
+            new = replaced(held, k=k, v=v, info=info, marks=marks, counts=counts)
             if self.cache.selector is None:
                 return new
             page = self.cache.selector.page

@@ -92,7 +92,7 @@ class RingCache(KeysCache):
             state, new = dataclasses.replace(state, slots=held), dataclasses.replace(new, info=grown(info, info))
         return _written(state, new) if k.shape[1] == 1 else RingPass(state=state, new=new)
 
-    def prune(self, state, asked, *, frequencies, rule, leader=None):
+    def prune(self, state, asked, *, frequencies, rule, leader=None, rules=Rules()):
         return state if isinstance(state, RingState) else _written(state.state, state.new)
 
     def read(self, state, frequencies):

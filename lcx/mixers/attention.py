@@ -235,7 +235,8 @@ class AttentionModule(MixerModule):
         rule = Rule(mask=self.mask, scale=spec.softmax_scale, softcap=spec.softcap, bias=spec.distance_bias)
         leads = None if place.number is None else spec.cache.leads(place.number)
         leader = None if leads is None else place.above[leads]
-        return spec.cache.prune(state, asked, frequencies=frequencies, rule=rule, leader=leader)
+        placed = {"leader": leader, "rules": self.inherited.rules}
+        return spec.cache.prune(state, asked, frequencies=frequencies, rule=rule, **placed)
 
     def _frequencies_at(self, length: int, place: Place) -> Frequencies | None:
         """Those in force, the model's where its rope is learned."""
