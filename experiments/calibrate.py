@@ -11,7 +11,8 @@ Without --text it reads the standard library's source code. What it wrote is rea
     QFilters        KVCache(policy=Evict(score=QFilters(directions='filters.npz'),keep=0.2))
     DuoAttention    KVCache(policy=DuoAttention(gates='gates.npz'))
 
---outliers and --sinks are of KVQuant. Exit status: 0 written, 2 refused.
+A file says of which parameters it is, and other ones refuse it. --outliers and --sinks are of KVQuant.
+Exit status: 0 written, 2 refused.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from absl import flags
 
 from experiments.generate import define_mesh, on_mesh
 from experiments.program import Arguments, launch
+from lcx.cache.known import MODEL
 from lcx.data.sources import StandardLibrary, TextFolder
 from lcx.evaluation.tasks.perplexity import Perplexity
 from lcx.inference.calibration import tables
@@ -73,8 +75,8 @@ def main(arguments: Arguments) -> None:
         if asked.method == "KVQuant":
             made = tables(model, rows, outliers=shares, sinks=asked.sinks)
         else:
-            name = STATISTICS[asked.method]
-            made = {name: statistics(model, rows)[name]}
+            found = statistics(model, rows)
+            made = {name: found[name] for name in (STATISTICS[asked.method], MODEL)}
     np.savez_compressed(asked.to, **made)
     print(f"{asked.to}: {Path(asked.to).stat().st_size:,} bytes, {experiment.model.depth} layers")
 

@@ -1,31 +1,67 @@
-"""What is measured of a model beforehand: a file of `experiments.calibrate`, or one that comes with a shipped model."""
+"""What is measured of a model beforehand: a file of `experiments.calibrate`, or one that comes with a shipped model.
+
+A file says which parameters it was measured on (`model`, their words: `lcx.models.words`), as tables of another model of the
+same shape would be read without a fault.
+"""
 
 import functools
 import zipfile
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
-from lcx.spec import Spec
+from lcx.spec import Spec, SpecError, below
 
 SHIPPED = Path(__file__).parents[1] / "assets"
+MODEL = "model"  # beside the arrays of a file
+
+
+class Measured:
+    """A part that has such a file. MEASURED: the field that names it, and what it is called in a shipped model's folder."""
+
+    MEASURED: ClassVar[tuple[str, str]]
 
 
 @functools.lru_cache(maxsize=16)
-def _arrays(path: Path) -> dict[str, np.ndarray]:
+def _read(path: Path) -> tuple[dict[str, np.ndarray], int | None]:
+    """(arrays, the words of the model)."""
     with np.load(path) as held:
-        return {key: held[key].astype(np.float32) for key in held.files}
+        arrays = {key: held[key].astype(np.float32) for key in held.files if key != MODEL}
+        return arrays, int(held[MODEL]) if MODEL in held.files else None
 
 
-def arrays_of(part: Spec, field: str, file: str) -> dict[str, np.ndarray]:
-    """The arrays of the path or the shipped model that `part.field` names, whose file is called `file`. Raises SpecError that
-    says what there is."""
+def _held(part: Measured) -> tuple[dict[str, np.ndarray], int | None]:
+    field, file = part.MEASURED
     name = getattr(part, field)
     for path in (Path(name), SHIPPED / name / file):
         if path.is_file():
             try:
-                return _arrays(path)
-            except (OSError, EOFError, ValueError, zipfile.BadZipFile):
+                return _read(path)
+            except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile):
                 part.fail(field, name, "a file that experiments.calibrate wrote, which this one is not, or no longer")
     shipped = ", ".join(sorted(path.parent.name for path in SHIPPED.glob(f"*/{file}"))) or "none"
     part.fail(field, name, f"a file of experiments.calibrate, or a shipped model: {shipped}")
+
+
+def arrays_of(part: Measured) -> dict[str, np.ndarray]:
+    """The arrays of the path or the shipped model that a part names. Raises SpecError that says what there is."""
+    return _held(part)[0]
+
+
+def measured_parts(spec: Spec) -> list[tuple[str, Measured]]:
+    """(path, part) of those parts of a model that have a file of this kind, not numbers or a file of the authors."""
+    ours = lambda name: isinstance(name, str) and name != "" and Path(name).suffix not in (".json", ".tsv")
+    found = [(path, part) for path, part in below(spec, "model") if isinstance(part, Measured)]
+    return [(path, part) for path, part in found if ours(getattr(part, part.MEASURED[0]))]
+
+
+def check_measured(path: str, part: Measured, words: int) -> None:
+    """Raises SpecError, with the path of the part, unless its file was measured on the parameters of these words."""
+    (field, file), held = part.MEASURED, _held(part)[1]
+    if held == words:
+        return
+    fitting = [repr(shipped.parent.name) for shipped in sorted(SHIPPED.glob(f"*/{file}")) if _read(shipped)[1] == words]
+    wanted = " or ".join([*fitting, "a file of experiments.calibrate --run_dir= of these parameters"])
+    found = "does not say of which model it is" if held is None else "was measured on another model, or other weights of it"
+    raise SpecError(f"{path}.{field} = {getattr(part, field)!r}: {found}: expected {wanted}")

@@ -23,10 +23,12 @@ from jaxtyping import Array, Float, Int
 from lcx.batch import Batch, causal_info
 from lcx.cache.codecs.kvquant import Values
 from lcx.cache.dense import DenseCache, DenseState
+from lcx.cache.known import MODEL
 from lcx.inference.forward import logprobs_of
 from lcx.inference.reading import padded_rows
 from lcx.mixers.attention import Attention
 from lcx.models.decoder import DecoderModel, rebuild
+from lcx.models.words import words
 from lcx.positions.frequencies import Frequencies
 from lcx.positions.rotate import rotate
 from lcx.record import record, replaced
@@ -80,7 +82,7 @@ def tables(
     at_once: int = 2,
 ) -> dict[str, np.ndarray]:
     """By name `<raw, rotated or values>/<outliers>/...`: upper, lower [L, K, D], <bits>/codebook [L, 2^bits] and
-    <bits>/norm [L, 2].
+    <bits>/norm [L, 2]; and `model`, what tells whose they are.
 
     rows: texts of one length, in ids, read `at_once`, or as many as the ambient mesh shares out. Raises SpecError for a model
     that has another mixer than plain attention in some layer.
@@ -100,7 +102,7 @@ def tables(
         for side, x, slope in (("raw", k, dk), ("rotated", turn(k), turn(dk)), ("values", v, dv)):
             for share in outliers:
                 _of_layer(made, f"{side}/{share:g}", x, np.square(slope, dtype=np.float64), share, bits, side == "values")
-    return {name: np.stack(layers).astype(np.float32) for name, layers in made.items()}
+    return {name: np.stack(layers).astype(np.float32) for name, layers in made.items()} | {MODEL: np.uint32(words(model))}
 
 
 @jax.jit

@@ -20,10 +20,12 @@ from jaxtyping import Array, Float, Int
 
 from lcx.cache.cache import At
 from lcx.cache.dense import DenseCache, DenseState
+from lcx.cache.known import MODEL
 from lcx.cache.scorers.q_filters import direction
 from lcx.inference.calibration import Around, frequencies_of, in_parts, whole_texts
 from lcx.mixers.attention import Attention
 from lcx.models.decoder import Decoder, DecoderModel, rebuild
+from lcx.models.words import words
 from lcx.positions.frequencies import Frequencies
 from lcx.positions.rotate import rotate
 from lcx.record import record
@@ -76,8 +78,8 @@ def watched_spec(spec: Decoder) -> Decoder:
 def statistics(
     model: DecoderModel, rows: Sequence[Sequence[int]], *, span: int = 500, at_once: int = 2
 ) -> dict[str, np.ndarray]:
-    """directions [L, K, D] and gates [L, K]. rows: texts of one length, in ids, read `at_once` or as many as the
-    ambient mesh shares out. span: places that a gate looks back over."""
+    """directions [L, K, D], gates [L, K], and `model`, what tells whose they are. rows: texts of one length, in ids, read
+    `at_once` or as many as the ambient mesh shares out. span: places that a gate looks back over."""
     watching = rebuild(model, watched_spec(model.spec))
     seen = in_parts(_read, watching, rows, at_once)
     made: dict[str, list[np.ndarray]] = {"directions": [], "gates": []}
@@ -87,7 +89,7 @@ def statistics(
         made["directions"].append(direction(square.sum(axis=0), total.sum(axis=0), k.shape[1]))
         mixer, means = model.spec.pattern[slot].mixer, (q / len(rows[0]), k / len(rows[0]))
         made["gates"].append(gates(*means, frequencies_of(model, mixer, span), scale=mixer.softmax_scale, span=span))
-    return {name: np.stack(layers).astype(np.float32) for name, layers in made.items()}
+    return {name: np.stack(layers).astype(np.float32) for name, layers in made.items()} | {MODEL: np.uint32(words(model))}
 
 
 @jax.jit

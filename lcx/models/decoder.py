@@ -28,6 +28,7 @@ from lcx.mixers.mixer import Aux, Compute, Inherited, Mixer, Place, weight
 from lcx.models.embedding import lookup
 from lcx.models.layer import Layer, join_aux
 from lcx.models.position_table import PositionTable
+from lcx.models.words import check_known
 from lcx.norms import Norm, RMSNorm
 from lcx.parallel.rules import Rules, shard, shared_rows
 from lcx.positions.frequencies import FrequencyRule
@@ -336,7 +337,7 @@ def settled(model: DecoderModel) -> DecoderModel:
 def rebuild(model: DecoderModel, spec: Decoder) -> DecoderModel:
     """The parameters of `model` under an edited spec: another rope, mask, cache, compute.
 
-    Raises SpecError if the edited model has other parameters.
+    Raises SpecError if the edited model has other parameters, or a cache with tables of others.
     """
     graph, wanted = nnx.split(nnx.eval_shape(lambda: spec.build(rngs=nnx.Rngs(0))))
     held = nnx.state(model)
@@ -344,7 +345,9 @@ def rebuild(model: DecoderModel, spec: Decoder) -> DecoderModel:
     if shapes(wanted) != shapes(held):
         differing = sorted(map(str, set(shapes(wanted).items()) ^ set(shapes(held).items())))
         raise SpecError(f"rebuild: the edited spec has other parameters, first {differing[0]}")
-    return nnx.merge(graph, held)
+    model = nnx.merge(graph, held)
+    check_known(spec, model)
+    return model
 
 
 def merged(model: DecoderModel) -> DecoderModel:

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from lcx.interop import hf
 from lcx.interop.folder import Folder, is_folder
 from lcx.models.decoder import Decoder
+from lcx.models.words import check_known
 from lcx.parallel.mesh import MeshSpec
 from lcx.spec import Spec, SpecError
 from lcx.training import shipped
@@ -146,7 +147,8 @@ def load_model(run_dir: Path | str, spec: Decoder, *, step: int | None = None, m
     """The trained model of a run for evaluation, on `mesh` (default: one device), under `spec`.
 
     The spec may be an edit of the one that was trained (another rope, mask, cache) as long as its parameters are the same.
-    Those that a folder of `transformers` holds in bfloat16 stay so in a model that computes in it.
+    Those that a folder of `transformers` holds in bfloat16 stay so in a model that computes in it. Raises SpecError as
+    `restore_params` does, and for a cache with tables of other parameters.
     """
     mesh = MeshSpec().build(jax.local_devices()) if mesh is None else mesh
     graph, state = abstract_model(spec)
@@ -157,7 +159,9 @@ def load_model(run_dir: Path | str, spec: Decoder, *, step: int | None = None, m
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
 
     target = jax.tree_util.tree_map_with_path(place, nnx.to_pure_dict(state), parameter_shardings(state, spec.rules, mesh))
-    return bind(graph, state, restore_params(run_dir, target, step=step))
+    model = bind(graph, state, restore_params(run_dir, target, step=step))
+    check_known(spec, model)
+    return model
 
 
 def _manager(run_dir: Path | str, **options: Any) -> ocp.CheckpointManager:

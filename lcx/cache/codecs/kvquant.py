@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from lcx.cache.codecs.codec import Codec, Quantizer
-from lcx.cache.known import arrays_of
+from lcx.cache.known import Measured, arrays_of
 from pallas_kernels.quantized_attention import formats
 from pallas_kernels.quantized_attention.formats import each, half_bits, halves, paired, places, together
 from pallas_kernels.quantized_attention.packing import BLOCK, pack, unpack
@@ -154,11 +154,13 @@ class Values(_Coder):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KVQuant(Codec):
+class KVQuant(Measured, Codec):
     """calibration: the tables of a model, a file of `experiments.calibrate` or a shipped model's name; "" are none: every
     channel of a key ranges from -8 to 8. bits: 2, 3 or 4. outliers: the share of numbers held apart. codebook: of calibration,
     with Q-Norm (`normed`) or without, or equally spaced. rotated: codes keys after their rotation, as a comparison.
     sinks: first tokens of a row in full precision."""
+
+    MEASURED = ("calibration", "kvquant.npz")
 
     calibration: str = ""
     bits: Literal[2, 3, 4] = 3
@@ -203,7 +205,7 @@ class KVQuant(Codec):
         plain = {"codebook": even, "scale": np.ones(kv_heads, np.float32), "shift": np.zeros(kv_heads, np.float32)}
         if not self.calibration:
             return plain | {"upper": wide(np.float32(8)), "lower": wide(np.float32(-8))}, dict(plain)
-        held, kind = arrays_of(self, "calibration", "kvquant.npz"), "rotated" if self.rotated else "raw"
+        held, kind = arrays_of(self), "rotated" if self.rotated else "raw"
         sides = []
         for side, ranges in ((kind, ("upper", "lower")), ("values", ())):
             at = f"{side}/{self.outliers:g}"

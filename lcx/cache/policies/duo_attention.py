@@ -14,17 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
-from lcx.cache.known import arrays_of
+from lcx.cache.known import Measured, arrays_of
 from lcx.cache.policies.budgets import Even, LayerBudgets
 from lcx.cache.policies.evict import top
 from lcx.cache.policies.policy import Kept, Policy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DuoAttention(Policy):
+class DuoAttention(Measured, Policy):
     """gates: of each layer and key head: numbers, a shipped model's name, or a file: .npz with `gates` [L, K], .json rows of
     numbers, or .tsv as the authors'. streaming: the share of heads that stream. sinks: first tokens of a document.
     keep: all, of a head that retrieves. every: slots of a streaming head beyond its tokens before it drops some in decoding."""
+
+    MEASURED = ("gates", "duo_attention.npz")
 
     gates: tuple[tuple[float, ...], ...] | str
     streaming: float = 0.5
@@ -62,7 +64,7 @@ class DuoAttention(Policy):
             elif path.suffix == ".tsv" and path.is_file():
                 gates = np.loadtxt(path, delimiter="\t", ndmin=2)
             else:
-                gates = arrays_of(self, "gates", "duo_attention.npz").get("gates", ())
+                gates = arrays_of(self).get("gates", ())
         gates = np.asarray(gates, np.float64)
         if gates.ndim != 2:
             self.fail("gates", self.gates, f"numbers of layers and key heads, not of shape {gates.shape}")

@@ -13,14 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from lcx.cache.known import arrays_of
+from lcx.cache.known import Measured, arrays_of
 from lcx.cache.scorers.scorer import Scorer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QFilters(Scorer):
+class QFilters(Measured, Scorer):
     """directions: of each layer, key head and channel, means over the group: numbers, a file that has them as `directions`
     [L, K, D], or a shipped model's name."""
+
+    MEASURED = ("directions", "qfilters.npz")
 
     directions: tuple[tuple[tuple[float, ...], ...], ...] | str
 
@@ -35,7 +37,7 @@ class QFilters(Scorer):
     def tables(self, layer, kv_heads, head_dim):
         held = self.directions
         if isinstance(held, str):
-            held = arrays_of(self, "directions", "qfilters.npz").get("directions", ())
+            held = arrays_of(self).get("directions", ())
         if layer >= len(held) or np.shape(held[layer]) != (kv_heads, head_dim):
             found = f"{len(held)} layers of {np.shape(held[0]) if len(held) else ()}"
             self.fail(
