@@ -21,7 +21,9 @@ from lcx.config_text import fields
 from lcx.inference.reading import Consumed, nothing_read
 from lcx.models.decoder import Decoder, DecoderModel, settled
 from lcx.spec import SpecError
+from lcx.training.checkpoint import readable
 
+ADVICE = "expected a whole folder as `save` wrote it: copy it again, or read the prompts again"
 LAYOUT = 1  # of the folder; another one is refused
 ELSEWHERE = ("rules", "communication", "remat", "channel_chunk", "gradient_sum")  # fields that leave a state as it is
 
@@ -45,18 +47,23 @@ def restore(folder: Path | str, model: DecoderModel) -> Consumed:
     if not (path / "read").is_dir() or not (path / "meta").is_dir():
         raise SpecError(f"{path}: expected a folder that lcx.inference.saved wrote")
     with _checkpointer() as checkpointer:
-        meta = checkpointer.restore(path, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        meta = _item(checkpointer, path, "meta", ocp.args.JsonRestore())
         _check(path, meta, model)
         zeros = jnp.zeros(meta["rows"], jnp.int32)
         empty = nothing_read(settled(model), meta["rows"], meta["room"], zeros, zeros.astype(jnp.float32), zeros)
         wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _arrays(empty))
         _compare(path, {name: tuple(held["shape"]) for name, held in meta["arrays"].items()}, wanted)
-        arrays = checkpointer.restore(path, args=ocp.args.Composite(read=ocp.args.StandardRestore(wanted)))["read"]
+        arrays = _item(checkpointer, path, "read", ocp.args.StandardRestore(wanted))
     for name, array in arrays.items():
         if _summed(array) != meta["arrays"][name]["words"]:
-            raise SpecError(f"{path}: {name} is not what was saved: its checksum differs")
+            raise SpecError(f"{path}: {name} is not what was saved: its checksum differs; {ADVICE}")
     leaves, structure = jax.tree_util.tree_flatten_with_path(empty)
     return jax.tree.unflatten(structure, [arrays.get(jax.tree_util.keystr(at), leaf) for at, leaf in leaves])
+
+
+def _item(checkpointer: ocp.Checkpointer, path: Path, name: str, args: ocp.args.CheckpointArgs) -> Any:
+    with readable(path / name, lambda: ADVICE):
+        return checkpointer.restore(path, args=ocp.args.Composite(**{name: args}))[name]
 
 
 def _checkpointer() -> ocp.Checkpointer:

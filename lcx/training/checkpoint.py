@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -184,14 +184,25 @@ def _item(manager: ocp.CheckpointManager, step: int, name: str, args: ocp.args.C
         return manager.restore(step, args=ocp.args.Composite(**{name: args}))[name]
 
 
+def _readable(manager: ocp.CheckpointManager, step: int, name: str) -> contextlib.AbstractContextManager[None]:
+    """`readable`, with which other step there is."""
+    path = Path(manager.directory) / str(step)
+
+    def advice():
+        others = [other for other in manager.all_steps() if other != step]
+        return f"delete {path} to go on from step {max(others)}, or ask for that step" if others else "there is no other step"
+
+    return readable(path / name, advice)
+
+
 @contextlib.contextmanager
-def _readable(manager: ocp.CheckpointManager, step: int, name: str) -> Iterator[None]:
-    """Turns whatever goes wrong while an item is read into one SpecError that says which other step there is."""
-    path, before = Path(manager.directory) / str(step), sys.unraisablehook
-    late = lambda found: None if "Event loop is closed" in str(found.exc_value) else before(found)
+def readable(item: Path, advice: Callable[[], str]) -> Iterator[None]:
+    """Turns whatever goes wrong while an item, a folder, is read into one SpecError, with advice."""
+    before = sys.unraisablehook
+    late = lambda found: None if "Event loop is closed" in f"{found.exc_value} {found.exc_value.__context__}" else before(found)
     sys.unraisablehook = late  # after the first failure TensorStore's other reads report to a loop that has ended
     try:
-        if not (path / name).is_dir():
+        if not item.is_dir():
             raise FileNotFoundError("it is not there")
         yield
         sys.unraisablehook = before
@@ -199,9 +210,7 @@ def _readable(manager: ocp.CheckpointManager, step: int, name: str) -> Iterator[
         raise
     except Exception as error:  # Orbax and TensorStore raise nothing narrower
         reason = (str(error).splitlines() or [""])[0][:200]
-        others = [other for other in manager.all_steps() if other != step]
-        advice = f"delete {path} to go on from step {max(others)}, or ask for that step" if others else "there is no other step"
-        raise SpecError(f"{path}: {name} cannot be read ({type(error).__name__}: {reason}); {advice}") from error
+        raise SpecError(f"{item}: cannot be read ({type(error).__name__}: {reason}); {advice()}") from error
 
 
 def _checksums(state: TrainState) -> dict[str, dict[str, int]]:

@@ -136,3 +136,12 @@ def test_a_damaged_array_is_found(tmp_path, monkeypatch):
     save(path, cached, read)
     with pytest.raises(SpecError, match=r"\.seen is not what was saved"):
         restore(path, cached)
+
+
+def test_a_file_that_is_cut_is_named(tmp_path):
+    cached, path = model(CACHES["kivi"]), tmp_path / "read"
+    save(path, cached, nothing_read(cached, 2, 64, *(jnp.zeros(2, kind) for kind in ("int32", "float32", "int32"))))
+    for item, file in (("read", next((path / "read/d").iterdir())), ("meta", path / "meta/metadata")):
+        file.write_bytes(file.read_bytes()[:100])
+        with pytest.raises(SpecError, match=rf"read/{item}: cannot be read \(.*\); expected a whole folder as `save` wrote it"):
+            restore(path, cached)
