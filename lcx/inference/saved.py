@@ -20,6 +20,7 @@ from jaxtyping import Array, UInt32
 from lcx.config_text import fields
 from lcx.inference.reading import Consumed, nothing_read
 from lcx.models.decoder import Decoder, DecoderModel, settled
+from lcx.models.light import light
 from lcx.spec import SpecError
 from lcx.training.checkpoint import readable
 
@@ -42,7 +43,7 @@ def save(folder: Path | str, model: DecoderModel, read: Consumed) -> None:
 
 def restore(folder: Path | str, model: DecoderModel) -> Consumed:
     """What `save` wrote, on the ambient mesh as the model's rules say. Raises SpecError if there is none, or it is damaged, or
-    of another model: of other parameters, or of another spec, but for how a model lies on devices."""
+    of another model: of other parameters, or of another spec, but for how a model lies on devices and whether it is light."""
     path = Path(folder).absolute()
     if not (path / "read").is_dir() or not (path / "meta").is_dir():
         raise SpecError(f"{path}: expected a folder that lcx.inference.saved wrote")
@@ -92,7 +93,13 @@ def _summed(tree: Any) -> int:
 
 
 def _words(model: DecoderModel) -> int:
-    return _summed(nnx.to_pure_dict(nnx.state(settled(model))))
+    """Of the parameters as they are used, whether matrices are held so or not."""
+    return int(_used(settled(model)))
+
+
+@jax.jit
+def _used(model: DecoderModel) -> UInt32[Array, ""]:
+    return _sum(nnx.to_pure_dict(nnx.state(light(model))))
 
 
 def _check(path: Path, meta: dict[str, Any], model: DecoderModel) -> None:

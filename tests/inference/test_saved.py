@@ -26,6 +26,7 @@ from lcx.inference.reading import nothing_read, prefill
 from lcx.inference.sampling import Sampling
 from lcx.inference.saved import restore, save
 from lcx.models.decoder import rebuild
+from lcx.models.light import light
 from lcx.parallel.mesh import MeshSpec
 from lcx.parallel.rules import Rules
 from lcx.spec import SpecError, edit, edits
@@ -125,6 +126,20 @@ def test_what_is_of_another_model_is_refused(tmp_path):
         there = rebuild(cached, edit(cached.spec, "rules", Rules(sequence=(), slots=("context",))))
         with pytest.raises(SpecError, match=r"expected \(.*\), as slots lie on this mesh"):
             restore(path, there)
+
+
+def test_a_light_model_reads_on_where_another_left(tmp_path):
+    """And the other way round: they read alike. Not where they compute in another type."""
+    whole = rebuild(model(CACHES["kivi"]), edit(model(CACHES["kivi"]).spec, "compute", "bfloat16"))
+    read = nothing_read(whole, 2, 64, *(jnp.zeros(2, kind) for kind in ("int32", "float32", "int32")))
+    for name, one, other in (("whole", whole, light(whole)), ("light", light(whole), whole)):
+        save(tmp_path / name, one, read)
+        restore(tmp_path / name, other)
+    with pytest.raises(SpecError, match=r"read with model\.compute = 'bfloat16': expected that, not 'float32'"):
+        restore(tmp_path / "whole", model(CACHES["kivi"]))
+    other = edit(model(CACHES["kivi"]).spec, "compute", "bfloat16")
+    with pytest.raises(SpecError, match="read with other parameters"):
+        restore(tmp_path / "whole", light(rebuild(model(CACHES["kivi"], seed=1), other)))
 
 
 def test_a_damaged_array_is_found(tmp_path, monkeypatch):
