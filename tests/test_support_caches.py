@@ -66,7 +66,11 @@ def refusals(cache, *more):
         (KVCache(), [("model.rope", DynamicNTK(original_length=8))], "cache.keys = 'rotated': expected 'raw'"),
         (KVCache(selector=QUEST), [(f"{MIXER}.distances", SelfExtend(group=2, window=4))], "keys that are turned for good"),
         (KVCache(selector=QUEST, keys="raw"), [("model.rope", DynamicNTK(original_length=8))], "turned for good"),
-        (KVCache(policy=Evict(score=KeyNorm(), keep=0.5, recent=40)), [], "policy.recent = 40: expected at most 32 with sinks"),
+        (
+            KVCache(policy=Evict(score=KeyNorm(), keep=0.5, recent=40)),
+            [],
+            "policy.recent = 40: expected at most 32 with sinks = 0, what keep = 0.5 is of 64 tokens, or keep of at least 0.6",
+        ),
         (KVCache(codec=IntGroups(group=3)), [], "groups of 3 channels in heads of 8"),
         (KVCache(keys="raw", codec=KVQuant(calibration="reader")), [], "expected tables of this model"),
         (KVCache(policy=Evict(score=KeyNorm(), keep=8, layers=Pyramid())), [("model.periods", 2)], "expected 'all'"),
@@ -81,7 +85,11 @@ def refusals(cache, *more):
         (KVCache(policy=DUO), [], "one row for each of the model's 1 layers"),
         (KVCache(policy=DUO), [("model.periods", 2)], "expected 'all', as each layer's"),
         (KVCache(policy=ThinK()), [("model.rope", DynamicNTK(original_length=8))], "cache.keys = 'rotated': expected 'raw'"),
-        (KVCache(policy=WindowKV(keep=8)), [], "expected a divisor of the model's 1 layers"),
+        (
+            KVCache(policy=WindowKV(keep=8)),
+            [("model.periods", 6)],
+            f"{MIXER}.cache.policy.layers.group = 8: expected a divisor of the model's 6 layers: one of 1, 2, 3, 6",
+        ),
         (KVCache(policy=Evict(score=KeyNorm(), keep=8, layers=Shares(values=(1.0, 2.0)))), [], "one for each of the model's 1"),
     ],
 )

@@ -1,6 +1,7 @@
 """Rules of whole configs: a cache stands where tokens are attention's alone, and finds what it counts on."""
 
 import functools
+import math
 import re
 from collections.abc import Iterator
 
@@ -17,7 +18,7 @@ from lcx.cache.ring import RingCache
 from lcx.mixers.attention import Attention
 from lcx.positions.frequencies import FrequencyRule
 from lcx.positions.length_rule import LengthRule
-from lcx.spec import SpecError
+from lcx.spec import SpecError, below
 from lcx.support_rules.walk import attentions, sizes
 from lcx.training.experiment import Experiment
 
@@ -99,6 +100,14 @@ def caches_turn_keys(experiment: Experiment) -> Iterator[str]:
                 yield f"{path}.cache.policy: expected another beside this rope, whose mean turn it does not know"
 
 
+def _at_its_part(sentence: str, cache: KVCache, path: str) -> str:
+    """With the path of the part that it names by its class."""
+    for at, part in below(cache, path):
+        if sentence.startswith(kind := f"{type(part).__name__}."):
+            return f"{at}.{sentence.removeprefix(kind)}"
+    return f"{path}: {sentence}"
+
+
 def caches_fit_their_layers(experiment: Experiment) -> Iterator[str]:
     model = experiment.model
     for n, layer in enumerate(model.pattern):
@@ -117,13 +126,17 @@ def caches_fit_their_layers(experiment: Experiment) -> Iterator[str]:
             shares = {1.0 if cache.policy is None else cache.policy.share(number, model.depth) for number in layers}
             leaders = {cache.leads(number) for number in layers}
         except (SpecError, ValueError) as error:
-            yield f"{path}.cache: {error}"
+            yield _at_its_part(str(error), cache, f"{path}.cache")
             continue
         if isinstance(policy := cache.policy, Evict | Chelsea):
             stays, most = policy.sinks + policy.recent, min(policy.most(experiment.data.length, share) for share in shares)
             if stays > most:
-                budget = f"the budget of {experiment.data.length} tokens"
-                yield f"{path}.cache.policy.recent = {policy.recent}: expected at most {most} with sinks, {budget}"
+                share = stays / (experiment.data.length * min(shares))  # of all tokens, that would hold them
+                wider = "" if share > 1 else f", or keep of at least {math.ceil(share * 1e4) / 1e4:g}"
+                if isinstance(policy.keep, int):
+                    wider = f", or keep of at least {math.ceil(stays / min(shares))}"
+                expected = f"expected at most {most} with sinks = {policy.sinks}, what keep = {policy.keep} is"
+                yield f"{path}.cache.policy.recent = {policy.recent}: {expected} of {experiment.data.length} tokens{wider}"
         apart = len(shares) > 1 or leaders != {None}
         if apart and model.unroll != "all":
             yield f"model.unroll = {model.unroll!r}: expected 'all', as each layer's {path}.cache holds tokens of its own"

@@ -14,6 +14,7 @@ from lcx.cache.codecs.plain import Plain
 from lcx.cache.codecs.scaled import Fp8, Int8
 from lcx.cache.kv_cache import KVCache
 from lcx.cache.policies.cam import CaM
+from lcx.cache.policies.chelsea import Chelsea
 from lcx.cache.policies.duo_attention import DuoAttention
 from lcx.cache.policies.evict import Evict
 from lcx.cache.policies.policy import Policy
@@ -168,6 +169,13 @@ def test_attention_received_is_what_queries_gave_slots_side_by_side():
 
     run(cache, passes([60, 1, 1, 1, 1]), each=each)
     np.testing.assert_allclose(np.diff(total, axis=0), 2, atol=1e-4)
+
+
+def test_what_always_stays_counts_to_the_budget():
+    with pytest.raises(SpecError, match=r"recent = 12: expected 0 or more tokens, at most 8, or keep of at least 14"):
+        Evict(score=KeyNorm(), keep=10, sinks=2, recent=12)
+    with pytest.raises(SpecError, match=r"recent = 32: expected 0 or more tokens, at most 25, or keep of at least 37"):
+        Chelsea(keep=30)
 
 
 def test_what_needs_raw_keys_says_so():

@@ -44,7 +44,8 @@ class Pyramid(LayerBudgets):
 
     def share(self, layer, depth):
         if depth % self.group:
-            self.fail("group", self.group, f"a divisor of the model's {depth} layers")
+            divisors = ", ".join(str(n) for n in range(1, depth + 1) if depth % n == 0)
+            self.fail("group", self.group, f"a divisor of the model's {depth} layers: one of {divisors}")
         groups, place = depth // self.group, layer // self.group
         last = self.group / self.beta
         return 1.0 if groups == 1 else (2 - last) + (2 * last - 2) * place / (groups - 1)

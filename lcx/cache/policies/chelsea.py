@@ -11,6 +11,7 @@ are short. What is still beyond the budget is dropped, the oldest behind the sin
 
 import dataclasses
 import functools
+import math
 from typing import Literal
 
 import jax
@@ -49,9 +50,10 @@ class Chelsea(Policy):
     def validate(self):
         super().validate()
         self.check(self.chunk >= 2 and self.chunk % 2 == 0, "chunk", "an even number of tokens")
-        self.check(self.sinks >= 0, "sinks", "0 or more tokens")
-        room = not isinstance(self.keep, int) or self.keep > self.sinks + self.recent
-        self.check(self.recent >= 0 and room, "recent", f"0 or more tokens, with sinks below keep = {self.keep}")
+        most = self.keep - 1 if isinstance(self.keep, int) else math.inf
+        self.check(0 <= self.sinks <= most, "sinks", f"0 or more tokens, below keep = {self.keep}, which they count to")
+        expected = f"0 or more tokens, at most {most - self.sinks}, or keep of at least {self.sinks + self.recent + 1}"
+        self.check(0 <= self.recent <= most - self.sinks, "recent", expected)
         self.check(self.rounds >= 1, "rounds", "at least 1")
 
     @property

@@ -44,11 +44,12 @@ class Evict(Policy):
 
     def validate(self):
         super().validate()
-        self.check(self.sinks >= 0, "sinks", "0 or more tokens")
-        room = not isinstance(self.keep, int) or self.sinks + self.recent <= self.keep
+        most = self.keep if isinstance(self.keep, int) else math.inf
+        self.check(0 <= self.sinks <= most, "sinks", f"0 or more tokens, at most keep = {self.keep}, which they count to")
         self.check(0 <= self.safe <= 1, "safe", "a share from 0 to 1")
         self.check(self.spread >= 1, "spread", "at least 1, all heads alike")
-        self.check(self.recent >= 0 and room, "recent", f"0 or more tokens, with sinks at most keep = {self.keep}")
+        expected = f"0 or more tokens, at most {most - self.sinks}, or keep of at least {self.sinks + self.recent}"
+        self.check(0 <= self.recent <= most - self.sinks, "recent", expected)
 
     @property
     def by_head(self):
