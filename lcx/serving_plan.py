@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from lcx.config_text import render
 from lcx.inference.decoding import Asked, decode, nothing_decoded
@@ -22,8 +22,10 @@ from lcx.inference.shapes import bucket
 from lcx.models.decoder import DecoderModel
 from lcx.models.light import light
 from lcx.parallel.hlo import collectives
+from lcx.parallel.mesh import AXES
 from lcx.plan import abstract_tree, device_bytes, fitted, listed, memory_figures, model_figures, temporary_figures
 from lcx.spec import fingerprint
+from lcx.support_rules.walk import sizes
 from lcx.training.flops import bandwidth, counter
 from lcx.training.placement import parameter_shardings
 from lcx.training.step import abstract_model, bind
@@ -39,10 +41,28 @@ def serving_figures(serving: Serving) -> dict[str, Any]:
     model, length = serving.model, serving.length
     count = counter(model, abstract_model(model)[1])
     last = count.forward(count.documents(1, length)) - count.forward(count.documents(1, length - 1))
-    return model_figures(model, (length,)) | {
-        f"FLOPs of token {length} of a row, visible pairs only": last,
-        "FLOPs of that token of all rows, visible pairs only": serving.rows * last,
+    return (
+        model_figures(model, (length,))
+        | _bytes_of(serving)
+        | {
+            f"FLOPs of token {length} of a row, visible pairs only": last,
+            "FLOPs of that token of all rows, visible pairs only": serving.rows * last,
+        }
+    )
+
+
+def _bytes_of(serving: Serving) -> dict[str, Any]:
+    """Of parameters as they are used, by their shardings, and of the state, which only the compiler lays out on a mesh."""
+    rows, length, size = serving.rows, serving.length, serving.mesh.size
+    used = _abstract_model(serving, AbstractMesh(tuple(sizes(serving.mesh).values()), AXES))
+    state = jax.eval_shape(lambda model: model.init_state(rows, length), used)
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    found = {
+        "parameter bytes a device, as used": device_bytes(nnx.to_pure_dict(nnx.state(used))),
+        f"state bytes of {rows} rows": held,
     }
+    least = f"at least {-(-held // size):,}; --topology, which compiles for a slice, says it"
+    return found | {"state bytes a device": held if size == 1 else least}
 
 
 def serving_compiled(serving: Serving, devices: Sequence[jax.Device]) -> dict[str, Any]:
@@ -83,7 +103,7 @@ def _programs(serving: Serving, model: DecoderModel, read: Consumed) -> Iterator
     yield "answers, a token", decode.lower(model, decoding, asked, end)
 
 
-def _abstract_model(serving: Serving, mesh: Mesh) -> DecoderModel:
+def _abstract_model(serving: Serving, mesh: Mesh | AbstractMesh) -> DecoderModel:
     """As it is used: a learned rope is solved, matrices are held in `compute`."""
     graph, state = abstract_model(serving.model)
     model = bind(graph, state, abstract_tree(nnx.to_pure_dict(state), parameter_shardings(state, serving.model.rules, mesh)))

@@ -18,8 +18,10 @@ from lcx.attention.mask import Beyond
 from lcx.attention.planner import estimates
 from lcx.data.recall import Needles
 from lcx.data.skipped import Skipped
+from lcx.inference.serving import Serving
 from lcx.models.position_figures import position_figures
 from lcx.parallel.mesh import MeshSpec
+from lcx.parallel.rules import Rules
 from lcx.parallel.topology import topology_devices
 from lcx.plan import (
     activation_bytes,
@@ -38,8 +40,10 @@ from lcx.positions.rerope import ReRoPE
 from lcx.positions.rope import Rope
 from lcx.positions.self_extend import SelfExtend
 from lcx.positions.yarn import YaRN
+from lcx.serving_plan import serving_figures
 from lcx.spec import SpecError, edit, edits
 from lcx.support_table import base, kinds
+from tests.inference.test_calibration import MODEL
 
 ROOT = Path(__file__).parents[1]
 
@@ -274,3 +278,19 @@ def test_the_tpu_compiler_compiles_the_step(extra, status, messages, tmp_path):
 def test_a_slice_that_does_not_exist_is_refused(name, expected):
     with pytest.raises(SpecError, match=f"--topology={name}: expected {expected}"):
         topology_devices(name)
+
+
+def test_a_model_in_use_without_a_compiler():
+    """Two rows of 64 + 16 tokens, keys and values of 2 layers, 2 heads of 8, in bfloat16; matrices too."""
+    model = edit(MODEL, "compute", "bfloat16")
+    alone = Serving(model=model, rows=2, prompt=64, answer=16)
+    layer = 2 * 32 * 4 * 8 + 2 * 32 * 2 * 8 + 3 * 32 * 32
+    norms, matrices = 5 * 32, 64 * 32 + 2 * layer
+    slots = 2 * 2 * 80
+    for serving, shares in ((alone, 1), (edits(alone, [("mesh", MeshSpec(tensor=2)), ("model.rules", Rules(sequence=()))]), 2)):
+        found = serving_figures(serving)
+        assert found["parameter bytes a device, as used"] == 4 * norms + 2 * matrices // shares
+        held = found["state bytes of 2 rows"]
+        assert held == 2 * found["state bytes a row of 80"] > slots * 2 * 2 * 8 * 2
+        wanted = held if shares == 1 else f"at least {held // 2:,}; --topology, which compiles for a slice, says it"
+        assert found["state bytes a device"] == wanted
