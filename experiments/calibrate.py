@@ -24,12 +24,15 @@ from absl import flags
 
 from experiments.generate import define_mesh, on_mesh
 from experiments.program import Arguments, launch
+from lcx.cache.cache import Cache
+from lcx.cache.dense import DenseCache
 from lcx.cache.known import MODEL
 from lcx.data.sources import StandardLibrary, TextFolder
 from lcx.evaluation.tasks.perplexity import Perplexity
 from lcx.inference.calibration import tables
 from lcx.inference.head_statistics import statistics
-from lcx.spec import SpecError
+from lcx.spec import SpecError, below, edits
+from lcx.support import validate
 from lcx.training.checkpoint import load_model
 from lcx.training.experiment import Experiment
 from lcx.training.run_folder import read_trained
@@ -51,19 +54,29 @@ def define(values: flags.FlagValues) -> None:
 
 def main(arguments: Arguments) -> None:
     asked = arguments.flags
-    experiment = arguments.spec(Experiment, read=read_trained)
+    experiment = _without_caches(arguments.spec(Experiment, read=read_trained))
+    validate(experiment)
     if asked.to is None or not asked.to.endswith(".npz"):
         raise SpecError(f"--to={asked.to}: expected the file to write, such as tables.npz")
     if Path(asked.to).exists():
         raise SpecError(f"--to={asked.to}: exists already: expected a new file")
     if not Path(asked.to).absolute().parent.is_dir():
         raise SpecError(f"--to={asked.to}: expected a file in a folder that exists")
-    shares = [_share(text) for text in asked.outliers]
+    for name in ("outliers", "sinks"):
+        if asked.method != "KVQuant" and asked[name].present:
+            raise SpecError(f"--{name}: expected none beside --method={asked.method}, which has none")
+    shares = [_share(text) for text in asked.outliers or [""]]
     source = TextFolder(path=asked.text) if asked.text else StandardLibrary(split="train")
     length = asked.length or experiment.data.length
+    if length > experiment.data.length:
+        most = f"at most data.length = {experiment.data.length}, the model's window"
+        raise SpecError(f"--length={length}: expected {most}; with a rope for more, --config=set:data.length={length}")
     if asked.sinks >= length:
         raise SpecError(f"--sinks={asked.sinks}: expected fewer than the {length} tokens of a text")
-    rows = Perplexity(source=source, windows=asked.windows, buckets=1).inputs(experiment.data.tokenizer, length)
+    reads = Perplexity(source=source, windows=asked.windows, buckets=1, fewer="take")
+    rows = reads.inputs(experiment.data.tokenizer, length)
+    if len(rows) < asked.windows:
+        raise SpecError(f"--windows={asked.windows}: expected at most {len(rows)}, the texts of {length} tokens that there are")
     if asked.context > 1:
         raise SpecError(f"--context={asked.context}: expected 1, as texts are read whole; share out rows or heads")
     model_spec, mesh = on_mesh(asked, experiment.model, length)
@@ -79,6 +92,12 @@ def main(arguments: Arguments) -> None:
             made = {name: found[name] for name in (STATISTICS[asked.method], MODEL)}
     np.savez_compressed(asked.to, **made)
     print(f"{asked.to}: {Path(asked.to).stat().st_size:,} bytes, {experiment.model.depth} layers")
+
+
+def _without_caches(experiment: Experiment) -> Experiment:
+    """With dense caches, as those of the config may be what is to be measured for."""
+    caches = [path for path, part in below(experiment, "") if isinstance(part, Cache)]
+    return edits(experiment, [(path, DenseCache()) for path in caches])
 
 
 def _share(text: str) -> float:
