@@ -55,7 +55,7 @@ def home(cls: type[Spec], tree: Any) -> str:
     anywhere = [(f"{owner.__name__}.{name}", hint) for owner in parts() for name, hint in typing.get_type_hints(owner).items()]
     for places in (list(_places(tree)), anywhere):
         for elements in (False, True):
-            found = [(path, kind) for path, hint in places for kind in _kinds(hint, elements) if issubclass(cls, kind)]
+            found = [(path, kind) for path, hint in places for kind in kinds(hint, elements) if issubclass(cls, kind)]
             if found:
                 fields, kind = " or ".join(path for path, _ in found[:MOST]), found[0][1]
                 return f"{cls.__name__} is {'' if kind is cls else f'a {kind.__name__}, '}for {fields}"
@@ -74,7 +74,7 @@ def _of_name(value: str, hint: Any, tree: Any) -> str:
 
 
 def _fits(cls: type[Spec], hint: Any) -> bool:
-    return any(issubclass(cls, kind) for kind in _kinds(hint, elements=False))
+    return any(issubclass(cls, kind) for kind in kinds(hint))
 
 
 def _places(node: Any, path: str = "") -> Places:
@@ -90,7 +90,7 @@ def _places(node: Any, path: str = "") -> Places:
             yield from _places(given.get(name), here)
 
 
-def _kinds(hint: Any, elements: bool) -> list[type[Spec]]:
+def kinds(hint: Any, elements: bool = False) -> list[type[Spec]]:
     """The kinds of parts that a field takes; with `elements`, that its tuple does."""
     choices = _choices(hint)
     if elements:

@@ -19,7 +19,7 @@ from typing import Any
 import fiddle
 from fiddle.experimental import serialization
 
-from lcx.advice import advice, required, shown
+from lcx.advice import advice, home, kinds, required, shown, written
 from lcx.parts import parts
 from lcx.spec import Spec, SpecError, describe, matches
 
@@ -76,6 +76,11 @@ def build(tree: Tree, path: str = "", whole: Tree = None) -> Any:
     if not isinstance(tree, fiddle.Buildable):
         return tree
     cls, given = fiddle.get_callable(tree), fiddle.ordered_arguments(tree)
+    for name, value in given.items():
+        if isinstance(value, fiddle.Buildable) and _misplaced(cls, name, value):
+            part = fiddle.get_callable(value)
+            where = f"; {home(part, whole)}" if home(part, whole) else ""
+            raise SpecError(f"{path or cls.__name__}.{name} = {written(part)}: expected {accepted(cls, name)}{where}")
     values = {name: build(value, f"{path}.{name}" if path else name, whole) for name, value in given.items()}
     try:
         known = [field.name for field in dataclasses.fields(cls)]
@@ -91,6 +96,13 @@ def build(tree: Tree, path: str = "", whole: Tree = None) -> Any:
         return cls(**values)
     except SpecError as error:
         raise SpecError(f"{path}: {error}" if path else str(error)) from None
+
+
+def _misplaced(cls: type[Spec], field: str, tree: Tree) -> bool:
+    """Whether a part that its field does not take lacks fields too, so that the first is what is to be told."""
+    part, taken = fiddle.get_callable(tree), kinds(typing.get_type_hints(cls).get(field, Any))
+    lacks = set(required(part)) - fiddle.ordered_arguments(tree).keys()
+    return bool(lacks and taken) and not issubclass(part, tuple(taken))
 
 
 def dumps(spec: Spec) -> str:
@@ -170,6 +182,13 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
+def _others(cls: type[Spec], field: str) -> str:
+    """'; of KVCache it is one', of the parts that may stand where this one does."""
+    kind = next((base for base in cls.__mro__ if is_spec_class(base) and inspect.isabstract(base)), None)
+    held = [] if kind is None else [part.__name__ for part in parts(kind) if field in part.__dataclass_fields__]
+    return f"; {' and '.join(held)} {'has' if len(held) == 1 else 'have'} it" if held else ""
+
+
 def _assign(node: Tree, keys: tuple[str, ...], value: Any, above: str) -> Tree:
     if not keys:
         return value
@@ -185,7 +204,7 @@ def _assign(node: Tree, keys: tuple[str, ...], value: Any, above: str) -> Tree:
     names = [field.name for field in dataclasses.fields(cls)]
     where = f"{above}: {cls.__name__}" if above else cls.__name__
     if key not in names:
-        raise SpecError(f"{where} has no field {key!r}.{suggestion(key, names)} It has {', '.join(names)}")
+        raise SpecError(f"{where} has no field {key!r}.{suggestion(key, names)} It has {', '.join(names)}{_others(cls, key)}")
     given = fiddle.ordered_arguments(node)
     if rest and key not in given:
         raise SpecError(f"{where}.{key} is not set yet: expected {accepted(cls, key)}")

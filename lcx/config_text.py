@@ -13,7 +13,7 @@ from typing import Any
 import fiddle
 
 from lcx.advice import required, written
-from lcx.config import Tree, expand, suggestion
+from lcx.config import Tree, accepted, expand, suggestion
 from lcx.parts import parts
 from lcx.spec import Spec, SpecError
 
@@ -96,6 +96,9 @@ def _value(node: ast.expr) -> Tree:
         return ast.literal_eval(node)
     except ValueError:
         text = ast.unparse(node)
+        for cls in parts():
+            if text == cls.__name__:
+                raise SpecError(f"{text!r}: the part is written {written(cls)}") from None
         raise SpecError(f"{text!r} is neither a literal nor a part; a string needs quotes here: {text!r}") from None
 
 
@@ -109,7 +112,15 @@ def _part(node: ast.Call) -> Tree:
         if keyword.arg not in known:
             wanted = suggestion(keyword.arg, known)
             raise SpecError(f"{name} has no field {keyword.arg!r}.{wanted} It has {', '.join(known) or 'none'}")
-    return fiddle.Config(cls, **{keyword.arg: _value(keyword.value) for keyword in node.keywords})
+    return fiddle.Config(cls, **{keyword.arg: _of_field(cls, keyword) for keyword in node.keywords})
+
+
+def _of_field(cls: type[Spec], keyword: ast.keyword) -> Tree:
+    """The value of a field of a part. Raises SpecError, with what the field takes, where it names a part that there is not."""
+    try:
+        return _value(keyword.value)
+    except NoSuchPart as error:
+        raise SpecError(f"{error} {cls.__name__}.{keyword.arg} takes {accepted(cls, keyword.arg)}") from None
 
 
 def _example(cls: type[Spec]) -> str:

@@ -1,6 +1,7 @@
 """What is refused before anything is trained, measured or written: one set of checks for evaluations and ablations."""
 
 import dataclasses
+import functools
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from lcx.config import assign, build, of_spec
 from lcx.config_text import first_difference
 from lcx.data.tokenizers import Tokenizer
 from lcx.evaluation.tasks.task import Task
@@ -52,7 +54,12 @@ def trained_experiment(model: str) -> Experiment:
 
 def edited(experiment: Experiment, changes: Edits) -> Experiment:
     """`lcx.spec.edits`. Raises SpecError if an edit is impossible, or is of a `model.rope` that no layer reads."""
-    changed = edits(experiment, changes)
+    try:
+        changed = edits(experiment, changes)
+    except SpecError:
+        tree = functools.reduce(lambda tree, one: assign(tree, one[0], of_spec(one[1])), changes, of_spec(experiment))
+        build(tree)  # which says more: the path, and what else would be taken
+        raise
     if any(re.match(r"model\.rope\b", path) for path, _ in changes) and not reads_rope(changed.model):
         raise SpecError('an edit of model.rope changes nothing: expected a layer with rope = "model"; edit the layers\' own')
     return changed

@@ -262,7 +262,7 @@ def test_an_ablation_names_the_edit_that_is_wrong(capsys):
     argv = ["--config=config:ablations.rope_extension.quickstart", "--config=set:variants[0].edits=(('model.rop', None),)"]
     assert run(ablate.main, argv) == 2
     err = capsys.readouterr().err
-    assert "model.rop: Decoder has no field 'rop'" in err and err.count("\n") == 1
+    assert "model: Decoder has no field 'rop'. Did you mean rope?" in err and err.count("\n") == 1
 
 
 def test_help_lists_flags_and_configs(capsys):
