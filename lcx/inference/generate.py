@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcx.inference.decoding import Asked, Decoding, decode, keys_of, nothing_decoded, stop_rows
-from lcx.inference.reading import Consumed, check_room, padded_rows, prefill
+from lcx.inference.reading import Consumed, check_not_consumed, check_room, padded_rows, prefill
 from lcx.inference.sampling import Sampling, sampling_rows
 from lcx.inference.shapes import bucket
 from lcx.models.decoder import DecoderModel, settled
@@ -69,8 +69,10 @@ def answer(
     """(up to `max_new` tokens of each row that has read something, the rows after them). The old `read` is consumed.
 
     made: tokens that these rows were given before behind their prompts, so that an answer in parts draws as a whole one does;
-    the other options are those of `generate`. Raises ValueError as it does, and where a row has no room.
+    the other options are those of `generate`. Raises ValueError as it does, where a row has no room, and where
+    `read` was consumed before.
     """
+    check_not_consumed(read)
     model, rows = settled(model), len(read.seen)
     some = np.flatnonzero(np.asarray(read.seen))
     options = _for_rows(len(some), sampling, seeds, until)

@@ -96,6 +96,13 @@ def check_room(spec: Decoder, prompts: Sequence[int], new: int) -> None:
             raise ValueError(f"{path} = {part}: expected a cache with room for {total}")
 
 
+def check_not_consumed(read: Consumed) -> None:
+    """Raises ValueError if a pass took the arrays of these rows: what comes after them is elsewhere."""
+    if any(leaf.is_deleted() for leaf in jax.tree.leaves(read) if isinstance(leaf, jax.Array)):
+        wanted = "the rows that came back, or those of another `prefill` or `restore`"
+        raise ValueError(f"read: these rows were answered, or fed, before, which consumed them: expected {wanted}")
+
+
 @functools.partial(jax.jit, static_argnames=("rows", "length"))
 def nothing_read(
     model: DecoderModel, rows: int, length: int, most: Int[Array, "B"], following: Float[Array, "B"], since: Int[Array, "B"]

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, UInt32
 
 from lcx.config_text import fields
-from lcx.inference.reading import Consumed, nothing_read
+from lcx.inference.reading import Consumed, check_not_consumed, nothing_read
 from lcx.models.decoder import Decoder, DecoderModel, settled
 from lcx.models.light import light
 from lcx.spec import SpecError
@@ -30,10 +30,12 @@ ELSEWHERE = ("rules", "communication", "remat", "channel_chunk", "gradient_sum")
 
 
 def save(folder: Path | str, model: DecoderModel, read: Consumed) -> None:
-    """Writes to a new folder what rows have read with a model. Raises SpecError if there is one."""
+    """Writes to a new folder what rows have read with a model. Raises SpecError if there is one, and
+    ValueError if they were consumed by an answer."""
     path = Path(folder).absolute()
     if path.exists():
         raise SpecError(f"{path}: exists already: expected a new folder")
+    check_not_consumed(read)
     arrays = _arrays(read)
     meta = {"layout": LAYOUT, "rows": len(read.seen), "room": read.room, "model": _said(model.spec), "words": _words(model)}
     meta["arrays"] = {name: {"shape": leaf.shape, "words": _summed(leaf)} for name, leaf in arrays.items()}

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcx.inference.generate import ASK_EVERY, generate
-from lcx.inference.reading import Consumed, feed
+from lcx.inference.generate import ASK_EVERY, answer, generate
+from lcx.inference.reading import Consumed, feed, prefill
 from lcx.inference.sampling import Sampling
+from lcx.inference.saved import save
 from lcx.inference.shapes import bucket
 from lcx.models.decoder import rebuild
 from lcx.spec import SpecError, edit
@@ -130,6 +131,14 @@ def test_ties_go_to_the_lowest_ids():
 def test_what_cannot_be_generated_is_refused(model, prompts, options, message):
     with pytest.raises(ValueError, match=message):
         generate(model, prompts, **({"max_new": 3} | options))
+
+
+def test_rows_that_were_answered_are_not_answered_again(model, tmp_path):
+    read = prefill(model, PROMPTS[:2], 2, 8, 16)
+    answer(model, read, max_new=4)
+    for again in (lambda: answer(model, read, max_new=4), lambda: save(tmp_path / "read", model, read)):
+        with pytest.raises(ValueError, match="answered, or fed, before, which consumed them: expected the rows that came back"):
+            again()
 
 
 def test_buckets():
