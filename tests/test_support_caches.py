@@ -71,7 +71,7 @@ def refusals(cache, *more):
             [],
             "policy.recent = 40: expected at most 32 with sinks = 0, what keep = 0.5 is of 64 tokens, or keep of at least 0.6",
         ),
-        (KVCache(codec=IntGroups(group=3)), [], "groups of 3 channels in heads of 8"),
+        (KVCache(codec=IntGroups(group=3)), [], f"{MIXER}.cache.codec.group = 3: expected a divisor of a head's 8"),
         (KVCache(keys="raw", codec=KVQuant(calibration="reader")), [], "expected tables of this model"),
         (KVCache(policy=Evict(score=KeyNorm(), keep=8, layers=Pyramid())), [("model.periods", 2)], "expected 'all'"),
         (

@@ -18,9 +18,11 @@ MODEL = "model"  # beside the arrays of a file
 
 
 class Measured:
-    """A part that has such a file. MEASURED: the field that names it, and what it is called in a shipped model's folder."""
+    """A part that has such a file. MEASURED: the field that names it, and what it is called in a shipped model's folder.
+    ARRAYS: what names of its arrays begin with."""
 
     MEASURED: ClassVar[tuple[str, str]]
+    ARRAYS: ClassVar[str]
 
 
 @functools.lru_cache(maxsize=16)
@@ -45,8 +47,14 @@ def _held(part: Measured) -> tuple[dict[str, np.ndarray], int | None]:
 
 
 def arrays_of(part: Measured) -> dict[str, np.ndarray]:
-    """The arrays of the path or the shipped model that a part names. Raises SpecError that says what there is."""
-    return _held(part)[0]
+    """The arrays of the path or the shipped model that a part names. Raises SpecError that says what there is, and for a file
+    that has no array of this part."""
+    held = _held(part)[0]
+    field, prefix = part.MEASURED[0], part.ARRAYS
+    if not any(name.startswith(prefix) for name in held):
+        expected = f"a file of experiments.calibrate --method={type(part).__name__}, which has arrays {prefix}..."
+        part.fail(field, getattr(part, field), f"{expected}, not {', '.join(sorted(held)[:3]) or 'none'}")
+    return held
 
 
 def measured_parts(spec: Spec) -> list[tuple[str, Measured]]:

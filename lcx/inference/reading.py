@@ -26,7 +26,7 @@ from lcx.parallel.rules import Rules, ambient_mesh
 from lcx.positions.length_rule import length_policy
 from lcx.positions.visual import Placed
 from lcx.record import record, static
-from lcx.spec import below
+from lcx.spec import SpecError, below
 
 
 @record
@@ -85,15 +85,15 @@ def padded_rows(prompts: int, rules: Rules) -> int:
 
 
 def check_room(spec: Decoder, prompts: Sequence[int], new: int) -> None:
-    """Raises ValueError if a cache has no room for rows of prompts of so many tokens, and as many new ones behind each."""
+    """Raises SpecError if a cache has no room for rows of prompts of so many tokens, and as many new ones behind each."""
     for path, part in below(spec, "model"):
         if isinstance(part, Cache) and part.room is not None and new > part.room:
-            raise ValueError(
+            raise SpecError(
                 f"{path}.policy.every = {part.room}: expected at least {new}, an answer's tokens, as it drops in prefill alone"
             )
         if isinstance(part, Cache) and not part.fits([length + new for length in prompts]):
             total = f"{sum(prompts) + len(prompts) * new} tokens in {len(prompts)} rows"
-            raise ValueError(f"{path} = {part}: expected a cache with room for {total}")
+            raise SpecError(f"{path} = {part}: expected a cache with room for {total}")
 
 
 def check_not_consumed(read: Consumed) -> None:

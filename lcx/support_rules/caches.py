@@ -101,7 +101,9 @@ def caches_turn_keys(experiment: Experiment) -> Iterator[str]:
 
 
 def _at_its_part(sentence: str, cache: KVCache, path: str) -> str:
-    """With the path of the part that it names by its class."""
+    """With the path of the part that it names by its class, or of the field of the cache."""
+    if sentence.startswith("codec."):
+        return f"{path}.{sentence}"
     for at, part in below(cache, path):
         if sentence.startswith(kind := f"{type(part).__name__}."):
             return f"{at}.{sentence.removeprefix(kind)}"

@@ -12,6 +12,7 @@ from lcx.cache.codecs.groups import KIVI, IntGroups
 from lcx.cache.codecs.kvquant import Keys, KVQuant, Values, outliers_of
 from lcx.cache.codecs.plain import Plain
 from lcx.cache.codecs.scaled import Fp8, Int8, widened
+from lcx.cache.policies.duo_attention import DuoAttention
 from lcx.parts import parts
 from lcx.spec import SpecError
 from pallas_kernels.quantized_attention.packing import PLANES, pack, unpack
@@ -170,3 +171,14 @@ def test_tables_of_another_model_are_refused(tmp_path):
         KVQuant(calibration="nowhere").tables(0, 3, 8, 8)
     with pytest.raises(SpecError, match="beside a learned codebook"):
         KVQuant()
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    np.savez(tmp_path / "d.npz", directions=np.ones((1, 3, 8)))
+    (tmp_path / "g.json").write_text('{"gates": 1}')
+    with pytest.raises(
+        SpecError, match=r"calibration = .*expected a file of experiments\.calibrate --method=KVQuant.* not direct"
+    ):
+        KVQuant(calibration=str(tmp_path / "d.npz")).tables(0, 3, 8, 8)
+    with pytest.raises(SpecError, match=r"gates = .*g\.json': expected rows of numbers, layers by key heads"):
+        DuoAttention(gates=str(tmp_path / "g.json")).tables(0, 3, 8)

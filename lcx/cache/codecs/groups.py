@@ -52,7 +52,7 @@ class ChannelGroups(Quantizer):
     def loose(self, x, tables=None):
         size = min(self.size, x.shape[-1])
         if x.shape[-1] % size:
-            raise ValueError(f"codec: groups of {size} channels in heads of {x.shape[-1]}: expected a divisor")
+            raise ValueError(f"codec.group = {size}: expected a divisor of a head's {x.shape[-1]} channels")
         codes, scale, zero = uniform(x.reshape(*x.shape[:-1], -1, size), self.bits)
         return Grouped(codes.reshape(x.shape), scale[..., 0], zero[..., 0])
 
@@ -106,7 +106,8 @@ class TokenGroups(Quantizer):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IntGroups(Codec):
-    """bits: of a number, 2, 3, 4 or 8. group: channels that share a scale and a zero point."""
+    """bits: of a number, 2, 3, 4 or 8. group: channels that share a scale and a zero point, at most all
+    of a head."""
 
     bits: int = 4
     group: int = 32

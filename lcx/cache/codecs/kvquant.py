@@ -161,6 +161,7 @@ class KVQuant(Measured, Codec):
     sinks: first tokens of a row in full precision."""
 
     MEASURED = ("calibration", "kvquant.npz")
+    ARRAYS = "raw/"
 
     calibration: str = ""
     bits: Literal[2, 3, 4] = 3

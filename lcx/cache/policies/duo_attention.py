@@ -18,6 +18,7 @@ from lcx.cache.known import Measured, arrays_of
 from lcx.cache.policies.budgets import Even, LayerBudgets
 from lcx.cache.policies.evict import top
 from lcx.cache.policies.policy import Kept, Policy
+from lcx.spec import SpecError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,7 @@ class DuoAttention(Measured, Policy):
     keep: all, of a head that retrieves. every: slots of a streaming head beyond its tokens before it drops some in decoding."""
 
     MEASURED = ("gates", "duo_attention.npz")
+    ARRAYS = "gates"
 
     gates: tuple[tuple[float, ...], ...] | str
     streaming: float = 0.5
@@ -58,16 +60,20 @@ class DuoAttention(Measured, Policy):
     def streams(self) -> Bool[np.ndarray, "L K"]:
         """Whether each key head of each layer streams."""
         gates, path = self.gates, Path(str(self.gates))
-        if isinstance(gates, str):
+        try:
             if path.suffix == ".json" and path.is_file():
                 gates = json.loads(path.read_text())
             elif path.suffix == ".tsv" and path.is_file():
                 gates = np.loadtxt(path, delimiter="\t", ndmin=2)
-            else:
-                gates = arrays_of(self).get("gates", ())
-        gates = np.asarray(gates, np.float64)
-        if gates.ndim != 2:
-            self.fail("gates", self.gates, f"numbers of layers and key heads, not of shape {gates.shape}")
+            elif isinstance(gates, str):
+                gates = arrays_of(self)["gates"]
+            gates = np.asarray(gates, np.float64)
+        except SpecError:
+            raise
+        except (OSError, TypeError, ValueError) as error:
+            self.fail("gates", self.gates, f"rows of numbers, layers by key heads: {error}")
+        if gates.ndim != 2 or not np.isfinite(gates).all():
+            self.fail("gates", self.gates, f"numbers of layers and key heads, finite ones, not of shape {gates.shape}")
         lowest = np.argsort(np.clip(gates, 0, 1), axis=None, kind="stable")[: round(gates.size * self.streaming)]
         return np.isin(np.arange(gates.size), lowest).reshape(gates.shape)
 

@@ -23,6 +23,7 @@ class QFilters(Measured, Scorer):
     [L, K, D], or a shipped model's name."""
 
     MEASURED = ("directions", "qfilters.npz")
+    ARRAYS = "directions"
 
     directions: tuple[tuple[tuple[float, ...], ...], ...] | str
 
@@ -37,7 +38,7 @@ class QFilters(Measured, Scorer):
     def tables(self, layer, kv_heads, head_dim):
         held = self.directions
         if isinstance(held, str):
-            held = arrays_of(self).get("directions", ())
+            held = arrays_of(self)["directions"]
         if layer >= len(held) or np.shape(held[layer]) != (kv_heads, head_dim):
             found = f"{len(held)} layers of {np.shape(held[0]) if len(held) else ()}"
             self.fail(
