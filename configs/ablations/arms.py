@@ -6,5 +6,5 @@ from lcx.spec import SpecError
 def chosen(arms: dict, only: str | None) -> dict:
     """The arms, or `only` one of them. Raises SpecError for a name that is none."""
     if only is not None and only not in arms:
-        raise SpecError(f"only = {only!r}: expected one of {', '.join(arms)}")
+        raise SpecError(f"only = {only!r}: expected one of {', '.join(map(repr, arms))}")
     return arms if only is None else {only: arms[only]}

@@ -176,9 +176,7 @@ def test_tables_of_another_model_are_refused(tmp_path):
 def test_a_file_of_something_else_is_refused(tmp_path):
     np.savez(tmp_path / "d.npz", directions=np.ones((1, 3, 8)))
     (tmp_path / "g.json").write_text('{"gates": 1}')
-    with pytest.raises(
-        SpecError, match=r"calibration = .*expected a file of experiments\.calibrate --method=KVQuant.* not direct"
-    ):
+    with pytest.raises(SpecError, match=r"calibration = .*experiments\.calibrate --method=KVQuant.* not direct"):
         KVQuant(calibration=str(tmp_path / "d.npz")).tables(0, 3, 8, 8)
     with pytest.raises(SpecError, match=r"gates = .*g\.json': expected rows of numbers, layers by key heads"):
         DuoAttention(gates=str(tmp_path / "g.json")).tables(0, 3, 8)
