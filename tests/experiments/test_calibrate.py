@@ -5,6 +5,7 @@ import pytest
 
 from experiments.calibrate import main
 from experiments.program import run
+from lcx.training.shipped import run_folder
 
 QFILTERS = "--config=set:model.pattern[0].mixer.cache=KVCache(policy=Evict(score=QFilters(directions='reader_2k'), keep=0.2))"
 
@@ -30,5 +31,5 @@ def test_a_model_is_measured_whatever_tables_its_cache_has(tmp_path, capsys):
     few = ["--length=64", "--windows=2", "--method=DuoAttention", f"--text={tmp_path}"]
     (tmp_path / "a.txt").write_text("def f(x):\n    return x + 1\n" * 20)
     assert run(main, ["--run_dir=reader", f"--to={file}", *few, QFILTERS]) == 0, capsys.readouterr().err
-    with np.load(file) as made, np.load("lcx/assets/reader/duo_attention.npz") as shipped:
+    with np.load(file) as made, np.load(run_folder("reader") / "duo_attention.npz") as shipped:
         assert made["model"] == shipped["model"] and made["gates"].shape == shipped["gates"].shape
