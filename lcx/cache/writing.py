@@ -90,7 +90,7 @@ def _with_row(
         wanted = (token >= 0) & (token < jnp.minimum(n, count * each - begin))
         some = jnp.take(new[:, :, begin : begin + n], jnp.clip(token, 0, n - 1), axis=2)
         window = *layer, row, share * size, place, *zeros
-        was = jax.lax.dynamic_slice(old, window, (*(1,) * len(layer), 1, size, n, *rest))
+        was = _laid(jax.lax.dynamic_slice(old, window, (*(1,) * len(layer), 1, size, n, *rest)))
         now = jnp.where(wanted.reshape(n, *(1,) * len(rest)), some.reshape(was.shape), was)
         old = _laid(jax.lax.dynamic_update_slice(old, _laid(now), window))
     return old
