@@ -23,7 +23,7 @@ from lcx.cache.policies.fold import Fold
 from lcx.cache.policies.simlayerkv import SimLayerKV
 from lcx.cache.policies.think import ThinK
 from lcx.cache.policies.windowkv import WindowKV
-from lcx.cache.scorers.chunks import WholeChunks
+from lcx.cache.scorers.chunks import EachChunk, WholeChunks
 from lcx.cache.scorers.compactor import Compactor
 from lcx.cache.scorers.critical import Critical
 from lcx.cache.scorers.curdkv import CurDKV
@@ -42,6 +42,7 @@ from lcx.cache.scorers.tova import TOVA
 from lcx.parts import parts
 from lcx.positions.rope import Rope
 from lcx.positions.rotate import rotate
+from tests.cache.driven import KV_HEADS, held_indices, passes, run
 
 N, H, K, D, KEPT, WINDOW = 60, 4, 2, 8, 24, 6
 RULE = Rule(mask=Causal(), scale=D**-0.5, softcap=None, bias=None)
@@ -107,6 +108,14 @@ def test_values_that_change_the_output_stay_with_critical(golden):
 def test_whole_chunks(golden):
     _, found = kept(Evict(score=WholeChunks(of=KeyNorm(), size=20), keep=KEPT), golden)
     assert found == golden["kept/chunks"].tolist()
+
+
+@pytest.mark.parametrize("wrapper", [WholeChunks, EachChunk, Critical], ids=lambda part: part.__name__)
+def test_where_all_tokens_have_to_stay_the_newest_do(wrapper):
+    """A window that is longer than what was read."""
+    score = wrapper(of=SnapKV(window=64), **({} if wrapper is Critical else {"size": 4}))
+    state = run(KVCache(policy=Evict(score=score, keep=8)), passes([12]))
+    assert held_indices(KVCache(), state) == [[list(range(4, 12))] * KV_HEADS] * 2
 
 
 def test_heads_share_one_budget_as_with_adakv(golden):

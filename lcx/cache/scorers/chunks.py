@@ -31,14 +31,15 @@ class WholeChunks(_Chunks):
     def score(self, now):
         scores = self.of.score(now)
         top = jnp.where(now.there & jnp.isfinite(scores), scores, -jnp.inf).max(axis=2, keepdims=True)
-        finite = jnp.where(jnp.isposinf(scores), top + 1, scores)  # what has to stay weighs as a little more than the best
+        best = jnp.where(jnp.isfinite(top), top, 0) + 1 + jnp.arange(scores.shape[2]) / (1000 * scores.shape[2])
+        finite = jnp.where(jnp.isposinf(scores), best, scores)  # what has to stay is a little more than the best, the newest most
         total = self._apart(jnp.where(now.there, finite, 0).sum(axis=1, keepdims=True), 0.0).sum(axis=3)
         count = self._apart(jnp.broadcast_to(now.there, scores.shape)[:, :1].astype(jnp.float32), 0.0).sum(axis=3)
         worth = jnp.where(count > 0, total / jnp.maximum(count, 1), -jnp.inf)
-        best = jnp.argsort(-worth, axis=2, stable=True)
-        taken = jnp.cumsum(jnp.take_along_axis(count, best, axis=2), axis=2)
+        order = jnp.argsort(-worth, axis=2, stable=True)
+        taken = jnp.cumsum(jnp.take_along_axis(count, order, axis=2), axis=2)
         fits = (taken <= now.budget[:, None, None]) | (jnp.arange(worth.shape[2]) == 0)
-        stays = jnp.take_along_axis(fits, jnp.argsort(best, axis=2), axis=2)
+        stays = jnp.take_along_axis(fits, jnp.argsort(order, axis=2), axis=2)
         worth = jnp.repeat(jnp.where(stays, worth, -jnp.inf), self.size, axis=2)[:, :, : scores.shape[2]]
         return jnp.broadcast_to(worth, scores.shape)
 
