@@ -2,9 +2,9 @@
 
     python -m lcx.bench_serving v5e v5p v6e
 
-A model of Llama-3-8B's layers, two of them scanned, answers one row. The compiler counts a turn of the scan once, so what a
-program behind more slots moves beyond one behind fewer is what a layer reads and writes of them. Codes: keys and values as they
-are held, a slot; with what is known of its token, all that is held.
+A model of sixteen layers with the heads of Llama-3-8B, scanned, answers one row. The compiler counts a turn of the scan once, so
+what a program behind more slots moves beyond one behind fewer is what a layer reads and writes of them. Codes: keys and values
+as they are held, a slot; with what is known of its token, all that is held.
 """
 
 import sys
@@ -27,7 +27,7 @@ from lcx.parallel.topology import topology_devices
 from lcx.serving_plan import answers_program
 
 CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1"}
-SLOTS = 65536, 131072
+SLOTS = 32768, 65536
 CACHES: dict[str, Cache] = {
     "dense cache, bfloat16": DenseCache(),
     "plain slots, bfloat16": KVCache(),
@@ -42,9 +42,9 @@ CACHES: dict[str, Cache] = {
 
 def moved(cache: Cache, slots: int, devices: list[jax.Device]) -> tuple[float, float, float]:
     """Bytes that a token moves, and of a layer: its codes, its state."""
-    layer = Layer(mixer=Attention(heads=32, kv_heads=8, head_dim=128, cache=cache), channel=GLU(hidden=14336))
-    model = Decoder(vocab=1024, width=4096, pattern=(layer,), periods=2, compute="bfloat16")
-    serving = Serving(model=model, rows=1, prompt=slots - 1024, answer=1024, chunk=256)
+    layer = Layer(mixer=Attention(heads=32, kv_heads=8, head_dim=128, cache=cache), channel=GLU(hidden=4096))
+    model = Decoder(vocab=1024, width=4096, pattern=(layer,), periods=16, compute="bfloat16")
+    serving = Serving(model=model, rows=1, prompt=slots - 4096, answer=4096, chunk=256)
     program, states = answers_program(serving, devices)
     size = lambda tree: sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree)) / model.periods
     (state,) = states["layers"]

@@ -5,8 +5,12 @@ a block of 32 tokens fills w words a channel; bit field j of word r is token j w
 mask of whole words, channels stay where they lie, and 3 bits take 3 bits.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, UInt8, UInt32
+
+from pallas_kernels.quantized_attention import packing_tpu
+from pallas_kernels.target import platform
 
 BLOCK = 32  # tokens
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
@@ -19,6 +23,8 @@ def pack(codes: UInt8[Array, "*n T D"], bits: int) -> tuple[UInt32[Array, "*n _ 
         raise ValueError(
             f"pack: {tokens} tokens of {bits} bits: expected a multiple of {BLOCK}, of {', '.join(map(str, PLANES))}"
         )
+    if _on_tpu(tokens, channels):
+        return packing_tpu.pack(codes, PLANES[bits])
     packed, below = [], 0
     for width in PLANES[bits]:
         fields = (codes >> below) & ((1 << width) - 1)
@@ -32,6 +38,9 @@ def pack(codes: UInt8[Array, "*n T D"], bits: int) -> tuple[UInt32[Array, "*n _ 
 
 def unpack(planes: tuple[UInt32[Array, "*n _ D"], ...], bits: int) -> UInt8[Array, "*n T D"]:
     """Inverse of `pack`."""
+    *_, rows, channels = planes[0].shape
+    if _on_tpu(rows // PLANES[bits][0] * BLOCK, channels):
+        return packing_tpu.unpack(tuple(planes), PLANES[bits])
     codes, below = None, 0
     for width, words in zip(PLANES[bits], planes, strict=True):
         *lead, rows, channels = words.shape
@@ -41,3 +50,10 @@ def unpack(planes: tuple[UInt32[Array, "*n _ D"], ...], bits: int) -> UInt8[Arra
         fields = fields.reshape(*lead, rows // width * BLOCK, channels) << below
         codes, below = fields if codes is None else codes | fields, below + width
     return codes
+
+
+def _on_tpu(tokens: int, channels: int) -> bool:
+    """Whether a kernel does it: of what one device holds, as XLA shares no kernel out."""
+    mesh = jax.sharding.get_abstract_mesh()
+    whole = mesh.empty or mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names)
+    return platform() == "tpu" and whole and packing_tpu.taken(tokens, channels)

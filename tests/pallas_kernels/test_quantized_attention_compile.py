@@ -51,6 +51,19 @@ def compiled(device, plan, *given):
     return jax.jit(run).lower(*jax.tree.map(place, given)).compile()
 
 
+def packed(device, bits):
+    """Tokens packed and unpacked."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import SingleDeviceSharding
+
+    from pallas_kernels.quantized_attention.packing import pack, unpack
+
+    codes = jax.ShapeDtypeStruct((1, 8, 1280, 256), jnp.uint8, sharding=SingleDeviceSharding(device))
+    text = jax.jit(lambda codes: unpack(pack(codes, bits), bits)).lower(codes).compile().as_text()
+    assert text.count("tpu_custom_call") >= 2
+
+
 def main(chip, what="decoding"):
     calls = list(others()) if what == "others" else []
     with one_device(chip) as device:
@@ -59,6 +72,9 @@ def main(chip, what="decoding"):
                 continue
             compiled(device, *given)
             print(json.dumps({"name": name}), flush=True)
+        for bits in (2, 3, 4, 8) if what == "others" else ():
+            packed(device, bits)
+            print(json.dumps({"name": f"{bits} bits"}), flush=True)
         for name, ratio in decoding(device) if what == "decoding" else ():
             print(json.dumps({"name": name, "ratio": ratio}), flush=True)
 
@@ -67,7 +83,7 @@ def main(chip, what="decoding"):
 @pytest.mark.parametrize("chip", CHIPS)
 def test_reads_codes(chip):
     done = lines(__file__, chip)
-    assert len(done) == 14
+    assert len(done) == 15
     for line in done:
         assert 1 <= line["ratio"] < TOKENS, line
 
@@ -76,7 +92,7 @@ def test_reads_codes(chip):
 @needs_compiler
 @pytest.mark.parametrize("chip", CHIPS)
 def test_other_calls_compile(chip):
-    assert len(lines(__file__, chip, "others")) == (5 if chip == "v4" else 6)
+    assert len(lines(__file__, chip, "others")) == (9 if chip == "v4" else 10)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from quantized_cases import CODECS, Case, close, made
 
 from lcx.attention.mask import Sink, Window
 from lcx.cache.codecs.kvquant import KVQuant
-from pallas_kernels.quantized_attention import gpu, reference, tpu
+from pallas_kernels.quantized_attention import gpu, packing_tpu, reference, tpu
+from pallas_kernels.quantized_attention.packing import PLANES, pack
 
 MASK = Window(size=400) | Sink(size=4)
 
@@ -85,6 +86,18 @@ def test_rows_of_all_layers(case):
 def test_bfloat16_queries(name):
     """Codes are whole in bfloat16; what is rounded is what attention in bfloat16 rounds."""
     both(Case(CODECS[name], S=512, T=2, dtype=jnp.bfloat16), tolerance=2e-2)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_packs_as_xla_does(bits):
+    for tokens, channels in ((96, 128), (512, 256)):
+        codes = jnp.asarray(np.random.default_rng(bits).integers(0, 2**bits, (2, tokens, channels)), jnp.uint8)
+        words = packing_tpu.pack(codes, PLANES[bits], interpret=True)
+        for found, wanted in zip(words, pack(codes, bits), strict=True):
+            np.testing.assert_array_equal(found, wanted)
+        np.testing.assert_array_equal(packing_tpu.unpack(words, PLANES[bits], interpret=True), codes)
+    assert packing_tpu.taken(96, 128) and packing_tpu.taken(1280, 256)
+    assert not packing_tpu.taken(1056, 128) and not packing_tpu.taken(96, 64)
 
 
 def test_what_is_not_taken_is_refused():

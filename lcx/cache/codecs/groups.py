@@ -8,10 +8,11 @@ the newest tokens in full precision.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8, UInt16
+from jaxtyping import Array, Float, Int, UInt8, UInt16
 
 from lcx.cache.codecs.codec import Codec, Quantizer
 from pallas_kernels.quantized_attention import formats
@@ -27,18 +28,27 @@ class Grouped(NamedTuple):
     zero: UInt16[Array, "B K N g"]
 
 
-def uniform(x: Float[Array, "*n G"], bits: int) -> tuple[UInt8[Array, "*n G"], UInt16[Array, "*n 1"], UInt16[Array, "*n 1"]]:
-    """(codes, scale, zero) of groups along the last axis, the last two as they are held."""
-    x = x.astype(jnp.float32)
-    low, high = x.min(axis=-1, keepdims=True), x.max(axis=-1, keepdims=True)
-    zero, scale = half_bits(low), half_bits((high - low) / (2**bits - 1))
+def limits(low: Float[Array, "*n"], high: Float[Array, "*n"], bits: int) -> tuple[UInt16[Array, "*n"], UInt16[Array, "*n"]]:
+    """(scale, zero) of groups with these numbers at the ends, as they are held."""
+    return half_bits((high - low) / (2**bits - 1)), half_bits(low)
+
+
+def uniform(x: Float[Array, "*n"], scale: UInt16[Array, "..."], zero: UInt16[Array, "..."], bits: int) -> UInt8[Array, "*n"]:
+    """Codes; scale and zero of each number's group."""
     step = jnp.where(scale == 0, 1, halves(scale))
-    codes = jnp.clip(jnp.round((x - halves(zero)) / step), 0, 2**bits - 1)
-    return codes.astype(jnp.uint8), scale, zero
+    return jnp.clip(jnp.round((x - halves(zero)) / step), 0, 2**bits - 1).astype(jnp.uint8)
 
 
 def stands_for(codes: UInt8[Array, "*n G"], scale: UInt16[Array, "..."], zero: UInt16[Array, "..."]) -> Float[Array, "*n G"]:
     return codes.astype(jnp.float32) * halves(scale) + halves(zero)
+
+
+def _spread(parts: Sequence[UInt16[Array, "*n"]], group: Int[Array, "D"]) -> UInt16[Array, "*n D"]:
+    """What groups have, for each of their channels."""
+    total = parts[0][..., None]
+    for n in range(1, len(parts)):
+        total = jnp.where(group == n, parts[n][..., None], total)
+    return jnp.broadcast_to(total, (*parts[0].shape, len(group)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +63,18 @@ class ChannelGroups(Quantizer):
         size = min(self.size, x.shape[-1])
         if x.shape[-1] % size:
             raise ValueError(f"codec.group = {size}: expected a divisor of a head's {x.shape[-1]} channels")
-        codes, scale, zero = uniform(x.reshape(*x.shape[:-1], -1, size), self.bits)
-        return Grouped(codes.reshape(x.shape), scale[..., 0], zero[..., 0])
+        x, group = x.astype(jnp.float32), jnp.arange(x.shape[-1]) // size
+        scale, zero = [], []
+        for n in range(x.shape[-1] // size):  # whole rows: TPUs pad the few channels of a group
+            low, high = (jnp.where(group == n, x, most) for most in (jnp.inf, -jnp.inf))
+            found = limits(low.min(axis=-1), high.max(axis=-1), self.bits)
+            scale, zero = [*scale, found[0]], [*zero, found[1]]
+        codes = uniform(x, _spread(scale, group), _spread(zero, group), self.bits)
+        return Grouped(codes, jnp.stack(scale, axis=-1), jnp.stack(zero, axis=-1))
 
     def value(self, loose, tables=None):
-        apart = loose.codes.reshape(*loose.scale.shape, -1)
-        return stands_for(apart, loose.scale[..., None], loose.zero[..., None]).reshape(loose.codes.shape)
+        group = jnp.arange(loose.codes.shape[-1]) // (loose.codes.shape[-1] // loose.scale.shape[-1])
+        return stands_for(loose.codes, *(_spread(each(x), group) for x in (loose.scale, loose.zero)))
 
     def tightened(self, loose, tables=None):
         return formats.GroupArrays(pack(loose.codes, self.bits), each(loose.scale), each(loose.zero))
@@ -90,10 +106,10 @@ class TokenGroups(Quantizer):
 
     def tightened(self, loose, tables=None):
         *lead, tokens, channels = loose.shape
-        groups = jnp.moveaxis(loose.reshape(*lead, tokens // self.size, self.size, channels), -2, -1)
-        codes, scale, zero = uniform(groups, self.bits)
-        codes = jnp.moveaxis(codes, -1, -2).reshape(loose.shape)
-        return formats.GroupArrays(pack(codes, self.bits), scale[..., 0], zero[..., 0])
+        groups = loose.reshape(*lead, tokens // self.size, self.size, channels).astype(jnp.float32)
+        scale, zero = limits(groups.min(axis=-2), groups.max(axis=-2), self.bits)
+        codes = uniform(groups, scale[..., None, :], zero[..., None, :], self.bits).reshape(loose.shape)
+        return formats.GroupArrays(pack(codes, self.bits), scale, zero)
 
     def loosened(self, codes, tables=None):
         numbers = unpack(codes.codes, self.bits)

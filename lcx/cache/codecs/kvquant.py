@@ -16,10 +16,9 @@ import functools
 import math
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from lcx.cache.codecs.codec import Codec, Quantizer
 from lcx.cache.known import Measured, arrays_of
@@ -42,6 +41,28 @@ class Coded(NamedTuple):
 def outliers_of(share: float, channels: int) -> int:
     """Outliers on either side of so many channels: those at or beyond the percentiles that cut off half of `share`."""
     return math.floor(share / 2 * (channels - 1)) + 1 if share else 0
+
+
+def largest(x: Float[Array, "*n D"], count: int, of: Bool[Array, "*n D"] | None = None):
+    """(numbers, their channels, where the others are), [*n, count], [*n, count], [*n, D]: the largest first, of those as large
+    the first channel first. One after the other: a sort of every token takes a TPU far longer than these few passes."""
+    of, channel, numbers, places = jnp.ones(x.shape, bool) if of is None else of, jnp.arange(x.shape[-1]), [], []
+    for _ in range(count):
+        left = jnp.where(of, x, -jnp.inf)
+        number = left.max(axis=-1, keepdims=True)
+        place = jnp.where(of & (left == number), channel, x.shape[-1]).min(axis=-1, keepdims=True)
+        of = of & (channel != place)
+        numbers, places = [*numbers, number], [*places, place]
+    if not count:
+        return x[..., :0], jnp.zeros((*x.shape[:-1], 0), jnp.int32), of
+    return jnp.concatenate(numbers, axis=-1), jnp.concatenate(places, axis=-1), of
+
+
+def at_places(x: Float[Array, "*n D"], place: Int[Array, "*n m"]) -> Float[Array, "*n m"]:
+    """Numbers at some channels, one after the other."""
+    channel = jnp.arange(x.shape[-1])
+    each = [jnp.where(channel == place[..., n : n + 1], x, 0).sum(axis=-1, keepdims=True) for n in range(place.shape[-1])]
+    return jnp.concatenate(each, axis=-1) if each else x[..., :0]
 
 
 def nearest(x: Float[Array, "*n D"], codebook: Float[Array, "B K c"]) -> UInt8[Array, "*n D"]:
@@ -71,8 +92,8 @@ class _Coder(Quantizer):
     def _sparse(self, x, far: Float[Array, "B K N D"], most: int):
         """(place, number) of the `most` channels that are farthest out, of those with far > 0."""
         D = x.shape[-1]
-        value, place = jax.lax.top_k(far, most)
-        number = half_bits(jnp.take_along_axis(x, place, axis=-1))
+        value, place, _ = largest(far, most)
+        number = half_bits(at_places(x, place))
         return jnp.where(value > 0, place, D).astype(_kind(D)), jnp.where(value > 0, number, 0)
 
     def _value(self, loose: Coded, z, r, tables):
@@ -136,16 +157,20 @@ class Values(_Coder):
 
     def loose(self, x, tables):
         x = x.astype(jnp.float32)
-        D, side = x.shape[-1], outliers_of(self.outliers, x.shape[-1])
-        order = jnp.argsort(x, axis=-1, stable=True)
-        ranked = jnp.take_along_axis(x, order, axis=-1)
-        inner = ranked[..., side : D - side] if 2 * side < D else ranked[..., D // 2 : D // 2 + 1]
-        low, high = inner[..., :1], inner[..., -1:]
+        D = x.shape[-1]
+        side = min(outliers_of(self.outliers, D), D // 2)
+        least, low_place, inner = largest(-x, side)
+        most, high_place, inner = largest(jnp.where(inner, x, -jnp.inf)[..., ::-1], side, inner[..., ::-1])
+        high_place, inner = D - 1 - high_place[..., ::-1], inner[..., ::-1]
+        low = jnp.where(inner, x, jnp.inf).min(axis=-1, keepdims=True)
+        high = jnp.where(inner, x, -jnp.inf).max(axis=-1, keepdims=True)
+        if 2 * side >= D:  # nothing is left: what is next to the middle
+            low = high = most[..., -1:]
         limits = half_bits(jnp.concatenate([(high + low) / 2, (high - low) / 2], axis=-1))
         z, r = (halves(limits[..., n : n + 1]) for n in (0, 1))
         scaled = (x - z) / jnp.where(r > 0, r, 1)
-        place = jnp.concatenate([order[..., :side], order[..., D - side :]], axis=-1)
-        number = half_bits(jnp.take_along_axis(x, place, axis=-1))
+        place = jnp.concatenate([low_place, high_place], axis=-1)
+        number = half_bits(jnp.concatenate([-least, most[..., ::-1]], axis=-1))
         return Coded(nearest(scaled, tables["codebook"]), place.astype(_kind(D)), number, limits)
 
     def value(self, loose, tables):
