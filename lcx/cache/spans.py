@@ -58,10 +58,12 @@ def attend_slots(
         bias = decay.bias(q)
         plan = (None, Bias(by_head(bias.slopes), bias.along))
 
-    def part(start, count: int) -> Part:
+    def part(number, count: int) -> Part:
+        of = lambda x, slots: slots * x.shape[2] // size
+
         def cut(x):
-            begin, n = start * x.shape[2] // size, count * x.shape[2] // size
-            return jax.lax.dynamic_slice(x, (first, 0, begin, *(0,) * (x.ndim - 3)), (B, x.shape[1], n, *x.shape[3:]))
+            begin = first, 0, number * of(x, span), *(0,) * (x.ndim - 3)
+            return jax.lax.dynamic_slice(x, begin, (B, x.shape[1], of(x, count), *x.shape[3:]))
 
         found = read(jax.tree.map(cut, held))
         asked, keys = queries, _as_rows(found.k)
@@ -79,9 +81,9 @@ def attend_slots(
     else:
         nothing = jnp.zeros((B * kv_heads, T, group, value_dim)), jnp.full((B * kv_heads, T, group), -jnp.inf)
         turns = jnp.minimum(-(-used // span), whole)
-        out, lse = jax.lax.fori_loop(0, turns, lambda n, found: merge(found, part(n * span, span)), nothing)
+        out, lse = jax.lax.fori_loop(0, turns, lambda n, found: merge(found, part(n, span)), nothing)
         if rest:
-            out, lse = merge((out, lse), part(whole * span, rest))
+            out, lse = merge((out, lse), part(whole, rest))
     back = lambda x: jnp.moveaxis(x.reshape(B, kv_heads, T, group, *x.shape[3:]), 1, 2).reshape(B, T, H, *x.shape[3:])
     return back(out), back(lse)
 
