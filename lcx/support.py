@@ -25,6 +25,7 @@ from lcx.support_rules.caches import (
     caches_meet_their_queries,
     caches_turn_keys,
     pages_are_of_one_device,
+    prompts_are_read_twice,
     rings_hold_what_is_seen,
 )
 from lcx.support_rules.memories import (
@@ -110,6 +111,9 @@ def validate_serving(serving: Serving) -> None:
             raise SpecError(
                 f"{path}.distances = {mixer.distances}: expected one that chooses no channels beside mesh.{split[0]}"
             )
+        policy = getattr(mixer.cache, "policy", None)
+        if policy is not None and policy.rereads:
+            raise SpecError(f"{path}.cache.policy: expected one that reads prompts once, which is what a plan counts")
         if mixer.distances is not None and mixer.distances.reads_queries and serving.mesh.size > 1:
             raise SpecError(f"{path}.distances = {mixer.distances}: expected one that chooses by distance on several devices")
     mesh = AbstractMesh(tuple(sizes(serving.mesh).values()), AXES)
@@ -205,6 +209,7 @@ RULES: Mapping[str, Rule] = {
     "what a cache's policy reads of queries and logits is defined": caches_meet_their_queries,
     "a ring holds all that its layer sees": rings_hold_what_is_seen,
     "rows that draw on a pool of pages are those of one device": pages_are_of_one_device,
+    "prompts that are read twice are seen whole from behind": prompts_are_read_twice,
     "a cache turns keys by a rope that it knows": caches_turn_keys,
     "a cache has the tables and the layers that it counts on": caches_fit_their_layers,
     "a query scale acts in some layer": query_scales_act,

@@ -19,6 +19,7 @@ from lcx.cache.codecs.groups import IntGroups
 from lcx.cache.dense import DenseCache
 from lcx.cache.kv_cache import KVCache
 from lcx.cache.paged import PagedCache
+from lcx.cache.policies.kvzip import KVzip
 from lcx.cache.ring import RingCache
 from lcx.data.continuous import Continuous
 from lcx.data.frames import Frames
@@ -431,6 +432,7 @@ def test_each_rule_is_broken_by_something_and_the_base_breaks_none():
             (KVCache(codec=IntGroups(group=3)), []),
             (RingCache(), []),
             (PagedCache(page=16, pages=1), []),
+            (KVCache(policy=KVzip(keep=0.5)), [(f"{LAYER}.mixer.sinks", "learned")]),
         )
     ]
     configs = (

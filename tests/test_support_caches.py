@@ -14,6 +14,7 @@ from lcx.cache.policies.budgets import Pyramid, Shares
 from lcx.cache.policies.chelsea import Chelsea
 from lcx.cache.policies.duo_attention import DuoAttention
 from lcx.cache.policies.evict import Evict
+from lcx.cache.policies.kvzip import KVzip
 from lcx.cache.policies.think import ThinK
 from lcx.cache.policies.windowkv import WindowKV
 from lcx.cache.ring import RingCache
@@ -28,6 +29,7 @@ from lcx.mixers.attention import Attention
 from lcx.mixers.mixer import Mixer
 from lcx.mixers.titans import TitansMAG
 from lcx.mixers.transformer_xl import TransformerXL
+from lcx.models.position_table import PositionTable
 from lcx.parallel.mesh import MeshSpec
 from lcx.parallel.rules import Rules
 from lcx.parts import parts
@@ -45,6 +47,7 @@ QUEST = Quest(budget=64)
 FILTERS = next(iter(QFilters.examples()))
 DUO = DuoAttention(gates=((0.1, 0.2), (0.3, 0.9)), streaming=0.5)
 SNAP = Evict(score=SnapKV(), keep=0.5)
+ZIP = KVCache(policy=KVzip(keep=0.5))
 
 
 def refusals(cache, *more):
@@ -90,6 +93,11 @@ def refusals(cache, *more):
             [("model.periods", 6)],
             f"{MIXER}.cache.policy.layers.group = 8: expected a divisor of the model's 6 layers: one of 1, 2, 3, 6",
         ),
+        (ZIP, [(f"{MIXER}.mask", Window(size=8))], "expected Causal() beside model.pattern[0].mixer.cache.policy"),
+        (edit(ZIP, "keys", "raw"), [("model.rope", DynamicNTK(original_length=8))], "that no length changes beside"),
+        (ZIP, [("model.position_table", PositionTable(rows=64))], "expected None beside model.pattern[0].mixer.cache.policy"),
+        (ZIP, [(f"{MIXER}.sinks", "learned")], "no method says what they take of a second reading"),
+        (ZIP, [(f"{MIXER}.distances", SelfExtend(group=2, window=4))], "has no single logit"),
         (KVCache(policy=Evict(score=KeyNorm(), keep=8, layers=Shares(values=(1.0, 2.0)))), [], "one for each of the model's 1"),
     ],
 )

@@ -35,6 +35,7 @@ from lcx.cache.policies.chelsea import Chelsea
 from lcx.cache.policies.duo_attention import DuoAttention
 from lcx.cache.policies.evict import Evict
 from lcx.cache.policies.fold import Fold
+from lcx.cache.policies.kvzip import KVzip
 from lcx.cache.policies.policy import Policy
 from lcx.cache.policies.simlayerkv import SimLayerKV
 from lcx.cache.policies.think import ThinK
@@ -163,6 +164,9 @@ def _policies(measured: str) -> dict[str, Policy]:
         "Compactor": evict(Compactor(sketch=16)),
         "SnapKV, ThinK": ThinK(score=snap, keep=1.0),
         "SnapKV, CaM": CaM(score=snap, keep=1.0),
+        "KVzip": KVzip(keep=1.0, every=2048, spread=8.0),  # all that answers and held-out text take
+        "KVzip, at most twice the mean": KVzip(keep=1.0, every=2048),
+        "KVzip, each layer": KVzip(keep=1.0, every=2048, over="layer", spread=4.0),
         "WindowKV": WindowKV(keep=1.0, layers=Pyramid(beta=6.0, group=3)),
         "Chelsea": Chelsea(keep=1.0),
         "Chelsea, each counts one": Chelsea(keep=1.0, mass="one"),

@@ -72,6 +72,10 @@ class KVCache(KeysCache):
             counts = self.policy is not None and self.policy.marks == "received"
             wanted = f"None beside policy = {self.policy}, which counts what a query finds of all tokens"
             self.check(not counts, "selector", wanted)
+        if self.policy is not None and self.policy.rereads:
+            wanted = f"beside policy = {self.policy}, which judges by what queries find of all tokens where they are"
+            self.check(self.selector is None, "selector", f"None {wanted}")
+            self.check(self.positions == "own", "positions", f"'own' {wanted}")
 
     @property
     def exact(self):

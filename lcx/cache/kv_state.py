@@ -40,7 +40,8 @@ class KVState:
     """length: that it was made for. share: of the mean budget, the layer's. held: slots, within a scan over layers those of
     all. used: slots taken, with those that a block leaves empty. seen: tokens read. newest: the last queries, if a policy reads
     them; watched: what it made of all; known: what it knew beforehand. tables: what the codec did. overflow: tokens that found
-    no slot. selects: whether the layer's selector chooses."""
+    no slot. selects: whether the layer's selector chooses. repeats: in a second reading, the index from which on the
+    pass repeats tokens, of which it is none."""
 
     in_place: ClassVar[tuple[str, ...]] = ("held",)
 
@@ -57,6 +58,7 @@ class KVState:
     tables: Any
     overflow: Int[Array, "B"]
     selects: Bool[Array, "B"] | None = None
+    repeats: Int[Array, ""] | None = None
 
     @property
     def slots(self) -> Held:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Int
 from lcx.batch import PADDING, TokenInfo
 from lcx.cache.kv_state import Held, KVState, Pass, Waiting, hidden, joined, taken, taken_first
 from lcx.cache.layered import Layered
+from lcx.cache.repeated import repeated
 from lcx.cache.scorers.scorer import Asked, Rule, Scored
 from lcx.cache.selected import summarised
 from lcx.cache.writing import in_place, with_blocks
@@ -25,17 +26,20 @@ class Pruning:
     lies on a mesh."""
 
     cache: Any
-    asked: Asked
-    frequencies: Frequencies | None
-    rule: Rule
-    leader: KVState | None
-    rules: Rules
+    asked: Asked | None = None
+    frequencies: Frequencies | None = None
+    rule: Rule | None = None
+    leader: KVState | None = None
+    rules: Rules = Rules()
 
     def __call__(self, state: Pass) -> KVState:
         """The state after the pass."""
         was, policy = state.state, self.cache.policy
-        chooses = policy is not None and (policy.marks or policy.scope != ("decode" if state.k.shape[1] > 1 else "prefill"))
-        if not (chooses and isinstance(was.held, Layered)):
+        if policy is None or policy.rereads:
+            adds = was.repeats is None
+        else:
+            adds = not policy.marks and policy.scope == ("decode" if state.k.shape[1] > 1 else "prefill")
+        if adds or not isinstance(was.held, Layered):
             return self._pruned(state)
         new = self._pruned(dataclasses.replace(state, state=dataclasses.replace(was, held=was.slots)))
         slots = {field.name: getattr(new.held, field.name) for field in dataclasses.fields(Held)}
@@ -43,8 +47,10 @@ class Pruning:
 
     def _pruned(self, state: Pass) -> KVState:
         was, policy, codec = state.state, self.cache.policy, self.cache.codec
+        if was.repeats is not None:
+            return repeated(self.cache, state, self.asked, self.frequencies, self.rule)
         exact, held = joined(state), was.held
-        if policy is not None and policy.marks:
+        if policy is not None and policy.marks and not policy.rereads:
             exact, held = self._marked(was, exact)
         real = state.info.segments != PADDING
         exact = taken_first(exact, exact.info.segments != PADDING)
@@ -66,7 +72,7 @@ class Pruning:
             watched=was.watched if policy is None else policy.watch(was.watched, self.asked),
         )
         several = state.k.shape[1] > 1
-        if policy is None or policy.scope == ("decode" if several else "prefill"):
+        if policy is None or policy.rereads or policy.scope == ("decode" if several else "prefill"):
             return self._written(was, leaving, moved)
         if several:
             return _where(real.any(axis=1), self._compressed(was, leaving, moved), was)  # the others have nothing to move
@@ -77,6 +83,13 @@ class Pruning:
             self._written(was, leaving, moved),
         )
         return jax.lax.cond(full.any(), compress, lambda: self._written(was, leaving, moved))
+
+    def once(self, state: KVState, budget: Int[Array, "B K"], slots: int) -> KVState:
+        """A state of so many slots, with the policy's choice of as many tokens a key head among all that its slots held."""
+        block = self.cache.codec.block
+        nothing = jax.tree.map(lambda x: jnp.zeros((len(x), block, *x.shape[2:]), x.dtype), state.waiting)
+        empty = jnp.zeros(len(state.seen), jnp.int32)
+        return self._compressed(state, nothing, empty, budget=budget, slots=-(-slots // block) * block)
 
     def _marked(self, state: KVState, exact: Waiting) -> tuple[Waiting, Held]:
         """Tokens with what the queries of a pass looked at added."""
@@ -135,8 +148,16 @@ class Pruning:
             overflow=state.overflow + jnp.maximum(used - S, 0).max(axis=1),
         )
 
-    def _compressed(self, state: KVState, leaving: Waiting, moved: Int[Array, "B"]) -> KVState:
-        """With the policy's choice among what the slots hold and `moved` tokens more."""
+    def _compressed(
+        self,
+        state: KVState,
+        leaving: Waiting,
+        moved: Int[Array, "B"],
+        budget: Int[Array, "B *K"] | None = None,
+        slots: int | None = None,
+    ) -> KVState:
+        """With the policy's choice among what the slots hold and `moved` tokens more. budget, slots: None is the policy's, and
+        as many as there are."""
         held, (B, L) = state.held, leaving.info.segments.shape
         K, (G, S) = leaving.k.shape[2], held.info.segments.shape[1:]
         by_head = lambda x: jnp.moveaxis(x, 1, 2)
@@ -159,8 +180,8 @@ class Pruning:
         pick = lambda tree, index: jax.tree.map(functools.partial(taken, place=index, axis=2), tree)
         (k, v), ordered = pick(floats, by_all(order)), pick(info, order)
         policy = self.cache.policy
-        budget = policy.budget(state.seen, state.share)
-        lost = jnp.minimum(budget, state.seen) - policy.most(state.length, state.share)
+        whole = policy.budget(state.seen, state.share)
+        lost = jnp.minimum(whole, state.seen) - policy.most(state.length, state.share)
         scored = Scored(
             k=self.cache.turned_slots(k, ordered, self.frequencies),
             raw=k,
@@ -174,13 +195,13 @@ class Pruning:
             watched=state.watched,
             known=state.known,
             seen=state.seen,
-            budget=budget,
-            output=self.asked.output,
+            budget=whole if budget is None else budget,
+            output=None if self.asked is None else self.asked.output,
             frequencies=self.frequencies,
             rule=self.rule,
             leader=None if self.leader is None else self.leader.held.info,
         )
-        kept = policy.compress(scored, S)
+        kept = policy.compress(scored, S if slots is None else slots)
         last = jnp.where(kept.there, kept.index, 0).max(axis=2, keepdims=True)  # fills up a block that it is in
         index = jnp.where(kept.there, kept.index, last)
         origin = jnp.take_along_axis(order, index, axis=2)

@@ -21,6 +21,7 @@ from lcx.cache.cache import Cache
 from lcx.inference.decoding import Asked, checked_seed, decode, keys_of, nothing_decoded, stop_rows
 from lcx.inference.reading import Consumed, check_room, feed, nothing_read, padded_rows
 from lcx.inference.requests import WindowOverflow
+from lcx.inference.rereading import read_again, settled_slots
 from lcx.inference.sampling import Sampling, sampling_rows
 from lcx.inference.seating import released, rows_axes, seated
 from lcx.inference.shapes import bucket, right_padded
@@ -79,7 +80,7 @@ class Engine:
         self._held: list[_Row | None] = [None] * self.rows
         self._reading: _Reading | None = None
         with self._on_mesh():
-            self._read = self._empty(self.rows, [0] * self.rows)
+            self._read = settled_slots(self.model, self._empty(self.rows, [0] * self.rows))
             self._axes = rows_axes(lambda rows: self._empty(rows, [0] * rows), self.read_rows)
         self._caches = [part for _, part in below(model.spec) if isinstance(part, Cache)]
 
@@ -146,7 +147,8 @@ class Engine:
         now.read, now.done = feed(self.model, tokens, segments, now.read), now.done + len(part)
         if now.done == len(now.ask.prompt):
             free = self._held.index(None)
-            self._read = seated(self._axes, self._read, now.read, jnp.int32(free))
+            alone = read_again(self.model, now.read, [now.ask.prompt])
+            self._read = seated(self._axes, self._read, alone, jnp.int32(free))
             self._held[free], self._reading = _Row(now.number, now.ask), None
 
     def _decode_on(self) -> list[Piece]:

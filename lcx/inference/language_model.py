@@ -28,6 +28,7 @@ from lcx.inference.requests import (
     Unsupported,
     WindowOverflow,
 )
+from lcx.inference.rereading import rereading
 from lcx.inference.sampling import Sampling
 from lcx.inference.shapes import bucket, right_padded
 from lcx.inference.streamed import by_token, exact, streamed_logprobs
@@ -92,6 +93,9 @@ class LocalModel:
         vocab, size = self.model.spec.vocab, self.tokenizer.size
         if vocab < size:
             raise ValueError(f"a model of vocab = {vocab}: expected at least the {size} ids of the tokenizer")
+        policy = rereading(self.model.spec)
+        if policy is not None and (said := policy.misread(self.tokenizer.encode)):
+            raise ValueError(said)
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text).tolist()

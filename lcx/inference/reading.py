@@ -52,10 +52,15 @@ def prefill(
     chunk: int,
     placed: Sequence[Placed] | None = None,
 ) -> Consumed:
-    """`rows` rows that have read the prompts, `chunk` tokens a step, with room for `max_new` tokens more.
+    """`rows` rows that have read the prompts, `chunk` tokens a step, with room for `max_new` tokens more; twice, where a policy
+    judges by that.
 
-    Raises ValueError if a cache has none."""
+    Raises ValueError if a cache has none, or `placed` tokens would be read twice."""
+    from lcx.inference.rereading import read_again, rereading
+
     check_room(model.spec, [*map(len, prompts)], max_new)
+    if placed is not None and rereading(model.spec) is not None:
+        raise ValueError("placed: expected None beside a policy that has prompts read again, as text behind what was read")
     longest = bucket(max(map(len, prompts)))
     tokens, segments = right_padded(prompts, longest, rows, model.spec.vocab)
     most = np.asarray([*map(len, prompts), *[0] * (rows - len(prompts))], np.int32) + max_new
@@ -67,7 +72,7 @@ def prefill(
     for start in range(0, longest, chunk):
         part = slice(start, start + chunk)
         read = feed(model, tokens[:, part], segments[:, part], read, None if positions is None else positions[:, part])
-    return read
+    return read_again(model, read, prompts)
 
 
 def padded_rows(prompts: int, rules: Rules) -> int:

@@ -19,6 +19,7 @@ from jaxtyping import Array, UInt32
 
 from lcx.config_text import fields
 from lcx.inference.reading import Consumed, check_not_consumed, nothing_read
+from lcx.inference.rereading import settled_slots
 from lcx.models.decoder import Decoder, DecoderModel, settled
 from lcx.models.light import light
 from lcx.spec import SpecError
@@ -54,6 +55,7 @@ def restore(folder: Path | str, model: DecoderModel) -> Consumed:
         _check(path, meta, model)
         zeros = jnp.zeros(meta["rows"], jnp.int32)
         empty = nothing_read(settled(model), meta["rows"], meta["room"], zeros, zeros.astype(jnp.float32), zeros)
+        empty = settled_slots(settled(model), empty)
         wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _arrays(empty))
         _compare(path, {name: tuple(held["shape"]) for name, held in meta["arrays"].items()}, wanted)
         arrays = _item(checkpointer, path, "read", ocp.args.StandardRestore(wanted))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
+from lcx.attention.mask import Causal
 from lcx.cache.cache import At
 from lcx.cache.dense import DenseCache
 from lcx.cache.kv_cache import KVCache
@@ -15,9 +16,10 @@ from lcx.cache.paged import PagedCache
 from lcx.cache.policies.chelsea import Chelsea
 from lcx.cache.policies.evict import Evict
 from lcx.cache.ring import RingCache
+from lcx.inference.rereading import ROOM
 from lcx.mixers.attention import Attention
 from lcx.positions.frequencies import FrequencyRule
-from lcx.positions.length_rule import LengthRule
+from lcx.positions.length_rule import LengthRule, length_policy
 from lcx.spec import SpecError, below
 from lcx.support_rules.walk import attentions, sizes
 from lcx.training.experiment import Experiment
@@ -56,6 +58,33 @@ def caches_meet_their_queries(experiment: Experiment) -> Iterator[str]:
             yield f"{path}.cache.policy: {expected} beside {path}.distances, which turns a key anew for each query"
         if policy is not None and policy.weighs and mixer.softcap is not None:
             yield f"{path}.cache.policy.mass = 'counted': expected 'one' beside a softcap: no method says which comes first"
+
+
+def prompts_are_read_twice(experiment: Experiment) -> Iterator[str]:
+    held = [one for one in _cached(experiment) if one[2].policy is not None and one[2].policy.rereads]
+    for path, mixer in attentions(experiment) if held else ():
+        if isinstance(mixer.cache, DenseCache | PagedCache):
+            yield f"{path}.cache: expected {ROOM}"
+    for path, mixer, cache in held:
+        policy, model = f"{path}.cache.policy", experiment.model
+        if cache.policy != held[0][2].policy:
+            yield f"{policy}: expected that of {held[0][0]}.cache, as prompts are read again once for all layers"
+        if said := cache.policy.misread(experiment.data.tokenizer.encode):
+            yield f"{policy}.{said}"
+        behind = f"beside {policy}, which has prompts read again behind themselves"
+        if mixer.mask != Causal():
+            yield f"{path}.mask: expected Causal() {behind}, from where all of them is seen"
+        if length_policy(model) is not None:
+            yield f"{path}: expected a rope, a query scale and a position table that no length changes {behind}"
+        rule, most = model.rope_of(mixer), experiment.data.length + cache.policy.asking + cache.policy.chunk
+        try:
+            _ = rule is None or rule.frequencies(mixer.head_dim, most)
+        except SpecError as error:
+            yield f"{policy}: positions up to {most}, behind the prompts: {error}"
+        if model.position_table is not None and model.position_table.reach is not None:
+            yield f"model.position_table: expected None {behind}, where it has no rows"
+        if mixer.sinks != "none" or mixer.persistent:
+            yield f"{path}.sinks, persistent: expected none beside {policy}: no method says what they take of a second reading"
 
 
 def rings_hold_what_is_seen(experiment: Experiment) -> Iterator[str]:

@@ -58,6 +58,12 @@ class Policy(Reads, Spec, abc.ABC):
         """Whether it writes to keys that are rotated for good."""
         return False
 
+    @property
+    def rereads(self) -> bool:
+        """Whether it chooses once, when a prompt has been read a second time (`lcx.inference.rereading`); until then slots hold
+        all tokens."""
+        return self.marks == "repeated"
+
     def share(self, layer: int, depth: int) -> float:
         """A layer's, of the mean budget."""
         return self.layers.share(layer, depth)

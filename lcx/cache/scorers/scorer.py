@@ -46,8 +46,9 @@ class Scored:
     k: rotated as they meet queries; raw: as the cache holds them, which a policy may ask to be before their rotation. count: of
     tokens there. newest, its info: the last queries that were asked for, padding first. marks: attention received so far, and
     counts: the tokens that each stands for, if asked for. watched: what was made of all queries. known: what was known of the
-    layer beforehand. seen: tokens that the row has read; budget: that it keeps. output: the matrix that heads are projected by.
-    leader: what the layer that leads this one holds.
+    layer beforehand. seen: tokens that the row has read; budget: that it keeps, of each key head if they differ. output: the
+    matrix that heads are projected by. leader: what the layer that leads this one holds. What belongs to the queries of a pass
+    is None where there was none.
     """
 
     k: Float[Array, "B K N D"]
@@ -62,10 +63,10 @@ class Scored:
     watched: Any
     known: Any
     seen: Int[Array, "B"]
-    budget: Int[Array, "B"]
-    output: Float[Array, "H E M"]
+    budget: Int[Array, "B *K"]
+    output: Float[Array, "H E M"] | None
     frequencies: Any
-    rule: Rule
+    rule: Rule | None
     leader: TokenInfo | None
 
     @property
@@ -132,9 +133,9 @@ class Reads:
         return 0
 
     @property
-    def marks(self) -> Literal["", "received", "within chunks"]:
-        """What it reads of the attention that every token got so far (`Scored.marks`): nothing, all of it, or that of its
-        neighbours on both sides."""
+    def marks(self) -> Literal["", "received", "within chunks", "repeated"]:
+        """What it reads of the attention that every token got so far (`Scored.marks`): nothing, all of it, that of its
+        neighbours on both sides, or the most that it got as its text was repeated, a second reading."""
         return ""
 
     def mark(self, asked: Asked, k: Float[Array, "B K N D"], k_info: TokenInfo, rule: Rule, new: int) -> Float[Array, "B K N"]:
