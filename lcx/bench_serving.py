@@ -2,9 +2,9 @@
 
     python -m lcx.bench_serving v5e v5p v6e
 
-A model of sixteen layers with the heads of Llama-3-8B, scanned, answers one row. The compiler counts a turn of the scan once, so
-what a program behind more slots moves beyond one behind fewer is what a layer reads and writes of them. Codes: keys and values
-as they are held, a slot; with what is known of its token, all that is held.
+A model of sixteen layers with the heads of Llama-3-8B, scanned, answers one row. The compiler counts a turn of the scan once,
+so what a program behind more slots moves beyond one behind fewer is what a layer reads and writes of them. Codes: keys and
+values as they are held, a slot; with what is known of its token, all that is held.
 """
 
 import sys

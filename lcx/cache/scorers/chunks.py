@@ -32,9 +32,7 @@ class WholeChunks(_Chunks):
         scores = self.of.score(now)
         top = jnp.where(now.there & jnp.isfinite(scores), scores, -jnp.inf).max(axis=2, keepdims=True)
         best = jnp.where(jnp.isfinite(top), top, 0) + 1 + jnp.arange(scores.shape[2]) / (1000 * scores.shape[2])
-        finite = jnp.where(
-            jnp.isposinf(scores), best, scores
-        )  # what has to stay is a little more than the best, the newest most
+        finite = jnp.where(jnp.isposinf(scores), best, scores)  # what has to stay: more than the best, the newest most
         total = self._apart(jnp.where(now.there, finite, 0).sum(axis=1, keepdims=True), 0.0).sum(axis=3)
         count = self._apart(jnp.broadcast_to(now.there, scores.shape)[:, :1].astype(jnp.float32), 0.0).sum(axis=3)
         worth = jnp.where(count > 0, total / jnp.maximum(count, 1), -jnp.inf)
