@@ -27,7 +27,7 @@ from lcx.parallel.topology import topology_devices
 from lcx.serving_plan import answers_program
 
 CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1"}
-SLOTS = 32768, 65536
+SLOTS = 65536, 131072
 CACHES: dict[str, Cache] = {
     "dense cache, bfloat16": DenseCache(),
     "plain slots, bfloat16": KVCache(),

@@ -42,11 +42,12 @@ def others():
 
 def compiled(device, plan, *given):
     import jax
+    import jax.numpy as jnp
     from jax.sharding import SingleDeviceSharding
 
     from pallas_kernels.quantized_attention import tpu
 
-    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device))
+    place = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=SingleDeviceSharding(device))
     run = lambda *given: tpu.forward(plan, *given)
     return jax.jit(run).lower(*jax.tree.map(place, given)).compile()
 
