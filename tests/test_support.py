@@ -21,6 +21,7 @@ from lcx.cache.kv_cache import KVCache
 from lcx.cache.paged import PagedCache
 from lcx.cache.policies.kvzip import KVzip
 from lcx.cache.ring import RingCache
+from lcx.cache.selectors.squeezed import Squeezed
 from lcx.data.continuous import Continuous
 from lcx.data.frames import Frames
 from lcx.data.glossary import Glossary
@@ -433,6 +434,7 @@ def test_each_rule_is_broken_by_something_and_the_base_breaks_none():
             (RingCache(), []),
             (PagedCache(page=16, pages=1), []),
             (KVCache(policy=KVzip(keep=0.5)), [(f"{LAYER}.mixer.sinks", "learned")]),
+            (KVCache(selector=Squeezed()), [(f"{LAYER}.mixer.distance_bias", ALiBi())]),
         )
     ]
     configs = (

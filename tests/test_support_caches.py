@@ -23,6 +23,7 @@ from lcx.cache.scorers.key_norm import KeyNorm
 from lcx.cache.scorers.q_filters import QFilters
 from lcx.cache.scorers.snapkv import SnapKV
 from lcx.cache.selectors.quest import Quest
+from lcx.cache.selectors.squeezed import Squeezed
 from lcx.memory.model_memory import ModelMemory
 from lcx.memory.ttt_e2e import TTTE2E
 from lcx.mixers.attention import Attention
@@ -69,6 +70,13 @@ def refusals(cache, *more):
         (KVCache(), [("model.rope", DynamicNTK(original_length=8))], "cache.keys = 'rotated': expected 'raw'"),
         (KVCache(selector=QUEST), [(f"{MIXER}.distances", SelfExtend(group=2, window=4))], "keys that are turned for good"),
         (KVCache(selector=QUEST, keys="raw"), [("model.rope", DynamicNTK(original_length=8))], "turned for good"),
+        (KVCache(selector=Squeezed()), [(f"{MIXER}.mask", Window(size=9))], "to be seen alike"),
+        (KVCache(selector=Squeezed()), [(f"{MIXER}.distance_bias", ALiBi())], "to be seen alike"),
+        (
+            KVCache(selector=Squeezed()),
+            [("mesh.context", 2), ("model.rules", Rules(sequence=(), slots=("context",)))],
+            "mesh.context = 2: expected 1 beside",
+        ),
         (
             KVCache(policy=Evict(score=KeyNorm(), keep=0.5, recent=40)),
             [],

@@ -28,7 +28,7 @@ from lcx.cache.kv_state import Held, KVState, Pass, Waiting, grown, joined, no_t
 from lcx.cache.layered import Layered, rows_from, rows_of
 from lcx.cache.policies.policy import Policy
 from lcx.cache.pruning import Pruning
-from lcx.cache.selected import selected, summarised
+from lcx.cache.scorers.scorer import Rule
 from lcx.cache.selectors.selector import Selector
 from lcx.cache.spans import Slots, attend_slots
 from lcx.parallel.rules import Rules, ambient_mesh, shard
@@ -72,6 +72,8 @@ class KVCache(KeysCache):
             counts = self.policy is not None and self.policy.marks == "received"
             wanted = f"None beside policy = {self.policy}, which counts what a query finds of all tokens"
             self.check(not counts, "selector", wanted)
+            wanted = f"None beside policy = {self.policy}, as what is clustered stays in its slots"
+            self.check(self.policy is None or not self.selector.prepared, "selector", wanted)
         if self.policy is not None and self.policy.rereads:
             wanted = f"beside policy = {self.policy}, which judges by what queries find of all tokens where they are"
             self.check(self.selector is None, "selector", f"None {wanted}")
@@ -107,10 +109,10 @@ class KVCache(KeysCache):
         return self.codec.keys, self.codec.values
 
     def init(self, batch_size, length, kv_heads, head_dim, value_dim, dtype, axes=1, at=At()):
-        codec, policy = self.codec, self.policy
+        codec, policy, selector = self.codec, self.policy, self.selector
         B, K, G = batch_size, kv_heads, kv_heads if self.by_head else 1
         share = 1.0 if policy is None else policy.share(at.layer, at.depth)
-        block = codec.block if self.selector is None else self.selector.page
+        block = codec.block if selector is None else selector.page
         S = rounded_up(length if policy is None else policy.slots(length, share), block * at.shards)
         R = codec.first + codec.recent + codec.block - 1
         known = codec.tables(at.layer, kv_heads, head_dim, value_dim), policy and policy.tables(at.layer, kv_heads, head_dim)
@@ -133,10 +135,14 @@ class KVCache(KeysCache):
             info=no_tokens(B, R, axes),
             marks=jnp.zeros((B, R, K)) if marks else None,
         )
-        queries, zero, selects = 0 if policy is None else policy.queries, jnp.zeros(B, jnp.int32), None
-        if self.selector is not None:
-            held = summarised(self, held, tables, None)
-            selects = jnp.full(B, at.layer >= self.selector.dense_layers)
+        queries, zero, selects = (
+            max((part.queries for part in (policy, selector) if part), default=0),
+            jnp.zeros(B, jnp.int32),
+            None,
+        )
+        if selector is not None:
+            held = selector.told(self, held, tables, None)
+            selects = jnp.full(B, at.layer >= selector.dense_layers and not selector.prepared)
         return KVState(
             length=length,
             share=share,
@@ -183,6 +189,7 @@ class KVCache(KeysCache):
         was, exact = state.state, joined(state)
         held, kv_heads, heads = self.standing(was, exact), state.k.shape[2], q.shape[2]
         axes = split_axes(rules)
+        rule = Rule(scale=scale, **{name: options.get(name) for name in ("mask", "softcap", "bias")})
         mesh = {"heads": heads, "head_axes": () if ambient_mesh() is None else rules.heads, "scale": scale}
 
         def local(q, q_info, held, exact, tables, selects):
@@ -199,10 +206,10 @@ class KVCache(KeysCache):
             known, k, v = by_axis(tables, 1), own(exact.k, axis=2), own(exact.v, axis=2)
             k = self.turned(k, exact.info, frequencies).astype(q.dtype)
             fold = local_fold(q, k, **mesh, **options)
-            find = lambda coded, info, first: self._found(fold, q, q_info, coded, info, known, frequencies, first)
+            find = lambda coded, info, first=0: self._found(fold, q, q_info, coded, info, known, frequencies, first)
             whole = lambda: find(coded, info, first)
-            some = lambda: find(*selected(self.selector, q, q_info, fold.mask, pages, coded, info, axes, first), 0)
-            choose = self.selector is not None and q.shape[1] == 1
+            some = lambda: self.selector.found(find, q, q_info, rule, pages, coded, info, axes, first)
+            choose = self.selector is not None and (self.selector.several or q.shape[1] == 1)
             found = jax.lax.cond(selects.any(), some, whole) if choose else whole()
             found = summed_up(*found, axes) if axes else found
             return merge(found, op.attention(fold, q, k, v.astype(q.dtype), tokens_of(q_info), tokens_of(exact.info)))

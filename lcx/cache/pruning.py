@@ -13,7 +13,6 @@ from lcx.cache.kv_state import Held, KVState, Pass, Waiting, hidden, joined, tak
 from lcx.cache.layered import Layered
 from lcx.cache.repeated import repeated
 from lcx.cache.scorers.scorer import Asked, Rule, Scored
-from lcx.cache.selected import summarised
 from lcx.cache.writing import in_place, with_blocks
 from lcx.parallel.rules import Rules
 from lcx.positions.frequencies import Frequencies
@@ -138,7 +137,7 @@ class Pruning:
             page = self.cache.selector.page
             touched = (state.used // page)[:, :, None] + jnp.arange(-(-L // page) + 1)
             touched = jnp.broadcast_to(touched, (B, K, touched.shape[2]))
-            return summarised(self.cache, new, state.tables, self.frequencies, touched, layer)
+            return self.cache.selector.told(self.cache, new, state.tables, self.frequencies, touched, layer)
 
         new = in_place(write, held, (moved > 0).any(), self.asked.out)
         return dataclasses.replace(
@@ -220,7 +219,7 @@ class Pruning:
             pages=held.pages,
         )
         if self.cache.selector is not None:
-            new = summarised(self.cache, new, state.tables, self.frequencies)
+            new = self.cache.selector.told(self.cache, new, state.tables, self.frequencies)
         return dataclasses.replace(state, held=new, used=-(-some // block) * block, overflow=jnp.maximum(state.overflow, lost))
 
 

@@ -62,7 +62,7 @@ def attend_slots(
         of = lambda x, slots: slots * x.shape[2] // size
 
         def cut(x):
-            begin = first, 0, number * of(x, span), *(0,) * (x.ndim - 3)
+            begin = first if len(x) > B else 0, 0, number * of(x, span), *(0,) * (x.ndim - 3)
             return jax.lax.dynamic_slice(x, begin, (B, x.shape[1], of(x, count), *x.shape[3:]))
 
         found = read(jax.tree.map(cut, held))

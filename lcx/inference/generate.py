@@ -11,6 +11,7 @@ from lcx.inference.decoding import Asked, Decoding, decode, keys_of, nothing_dec
 from lcx.inference.reading import Consumed, check_not_consumed, check_room, padded_rows, prefill
 from lcx.inference.sampling import Sampling, sampling_rows
 from lcx.inference.shapes import bucket
+from lcx.inference.squeeze import squeezed
 from lcx.models.decoder import DecoderModel, settled
 from lcx.positions.visual import Placed
 
@@ -52,7 +53,7 @@ def generate(
     options = _for_rows(len(prompts), sampling, seeds, until)
     model = settled(model)
     read = prefill(model, prompts, padded_rows(len(prompts), model.spec.rules), max_new, chunk, placed)
-    return answer(model, read, max_new=max_new, stop=stop, **options)[0]
+    return answer(model, squeezed(model, read), max_new=max_new, stop=stop, **options)[0]
 
 
 def answer(

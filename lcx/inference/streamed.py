@@ -16,6 +16,7 @@ from lcx.cache.cache import Cache
 from lcx.inference.forward import logprobs_of
 from lcx.inference.reading import Consumed, passed, prefill
 from lcx.inference.shapes import bucket, right_padded
+from lcx.inference.squeeze import squeezed
 from lcx.models.decoder import Decoder, DecoderModel
 from lcx.spec import below
 
@@ -40,7 +41,7 @@ def streamed_logprobs(
     prompts = [row[:start] for row, start in zip(rows, starts, strict=True)]
     rest = [row[start:] for row, start in zip(rows, starts, strict=True)]
     length = -(-bucket(max(map(len, rest))) // step) * step
-    read = prefill(model, prompts, size, length, chunk)
+    read = squeezed(model, prefill(model, prompts, size, length, chunk))
     tokens, segments = right_padded(rest, length, size, model.spec.vocab)
     found = [_first(model, read.last, tokens[:, :1])]
     targets = np.concatenate([tokens[:, 1:], tokens[:, :1]], axis=1)

@@ -16,6 +16,7 @@ from lcx.cache.paged import PagedCache
 from lcx.cache.policies.chelsea import Chelsea
 from lcx.cache.policies.evict import Evict
 from lcx.cache.ring import RingCache
+from lcx.cache.selectors.squeezed import Squeezed
 from lcx.inference.rereading import ROOM
 from lcx.mixers.attention import Attention
 from lcx.positions.frequencies import FrequencyRule
@@ -127,6 +128,18 @@ def caches_turn_keys(experiment: Experiment) -> Iterator[str]:
             growth = rule.frequencies(mixer.head_dim, experiment.data.length).growth is not None
             if growth or rule.learned or mixer.distances is not None:
                 yield f"{path}.cache.policy: expected another beside this rope, whose mean turn it does not know"
+
+
+def clusters_are_of_what_is_seen(experiment: Experiment) -> Iterator[str]:
+    for path, mixer, cache in _cached(experiment):
+        if not isinstance(cache.selector, Squeezed):
+            continue
+        if mixer.mask != Causal() or mixer.distance_bias is not None:
+            expected = "expected another beside a mask than Causal() or a distance_bias"
+            yield f"{path}.cache.selector: {expected}, as it takes all tokens of a prefix to be seen alike"
+        for axis in experiment.model.rules.slots:
+            if (size := sizes(experiment.mesh)[axis]) > 1:
+                yield f"mesh.{axis} = {size}: expected 1 beside {path}.cache.selector, which has all slots on one device"
 
 
 def _at_its_part(sentence: str, cache: KVCache, path: str) -> str:

@@ -148,14 +148,12 @@ class Slots(NamedTuple):
     @property
     def own(self) -> "Slots":
         """With the rows of the queries alone."""
-        B, rows = len(self.used), len(self.tokens.index)
-        if rows == B:
-            return self
-        cut = lambda x: x if len(x) < rows else jax.lax.dynamic_slice_in_dim(x, self.first, B)
+        B = len(self.used)
+        cut = lambda x: x if len(x) == B else jax.lax.dynamic_slice_in_dim(x, self.first, B)
         found = {name: jax.tree.map(cut, getattr(self, name)) for name in ("k", "v", "tokens")}
         if self.turning is not None:
             positions = self.turning.positions
-            positions = cut(positions.reshape(rows, -1, positions.shape[1])).reshape(-1, positions.shape[1])
+            positions = cut(positions.reshape(len(self.tokens.index), -1, positions.shape[1])).reshape(-1, positions.shape[1])
             found["turning"] = self.turning._replace(positions=positions)
         return self._replace(**found, first=0)
 
@@ -215,11 +213,11 @@ def invalid(plan: Plan, q: Shaped[Array, "B T H D"], slots: Slots) -> str | None
     K, S = jax.tree.leaves(slots.k.codes)[0].shape[1], slots.tokens.index.shape[2]
     if H % K or channels(slots.k) != D:
         return f"queries {q.shape}, {K} key heads of {channels(slots.k)}: expected a multiple of the heads, as wide"
-    rows = slots.tokens.index.shape[0]
-    if slots.tokens.index.shape[1] not in (1, K) or rows % B or slots.used.shape != (B,):
-        return f"tokens {slots.tokens.index.shape}, used {slots.used.shape}: expected rows of {B} each, [{B}, {K} or 1, slots]"
-    if any(len(x) not in (B, rows) for x in jax.tree.leaves((slots.k, slots.v))):
-        return f"codes of {len(jax.tree.leaves(slots.k)[0])} rows: expected {rows}, or {B} of what all layers share"
+    if slots.tokens.index.shape[1] not in (1, K) or slots.used.shape != (B,):
+        return f"tokens {slots.tokens.index.shape}, used {slots.used.shape}: expected [{B}, {K} or 1, slots], [{B}]"
+    rows = {len(x) for x in jax.tree.leaves((slots.k, slots.v, slots.tokens))} - {B}
+    if len(rows) > 1 or any(n % B for n in rows):
+        return f"slots of {sorted(rows)} rows beside {B} of queries: expected one multiple"
     if isinstance(plan.values, TokenGroups):
         return f"values = {plan.values}: expected groups of channels"
     for side, form, arrays in (("keys", plan.keys, slots.k), ("values", plan.values, slots.v)):

@@ -10,11 +10,11 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lcx.cache.selectors.selector import Selector
+from lcx.cache.selectors.pages import Pages
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Quest(Selector):
+class Quest(Pages):
     def summarise(self, k, there):
         k = k.astype(jnp.float32)
         most = jnp.where(there[..., None], k, -jnp.inf).max(axis=3)

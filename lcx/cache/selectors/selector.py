@@ -1,69 +1,70 @@
-"""The contract of a selector: which pages of slots the query of a token reads. Nothing goes for good, as it does by a policy.
-
-A page is `page` slots side by side. When tokens are written their pages are summarised; a query scores summaries, and meets the
-slots of the best pages alone: a key head's queries the same ones. Passes of several tokens read all.
-"""
+"""The contract of a selector: which slots the queries of a pass read. Nothing goes for good, as it does by a policy."""
 
 import abc
 import dataclasses
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Int
 
+from lcx.attention.merge import Part
+from lcx.batch import TokenInfo
+from lcx.cache.kv_state import Held
+from lcx.cache.scorers.scorer import Rule
 from lcx.spec import Spec
+
+Find = Callable[..., Part]  # what queries find in coded slots [B, K, n, ...] with infos [B, K or 1, n], from a row on
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Selector(Spec, abc.ABC):
-    """Base of every selector. page: slots. budget: slots that a query reads at most, in whole pages. group: what the queries of
-    a key head are to a page, the sum of their scores or the largest. dense_layers: the first layers, which read all."""
+    """Base of every selector. page: slots side by side that are fetched together. dense_layers: the first layers, which read
+    all."""
 
-    page: int = 32
-    budget: int
-    group: Literal["sum", "max"] = "max"
-    dense_layers: int = 2
+    page: int
+    dense_layers: int
 
     def validate(self):
         self.check(self.page >= 1, "page", "at least 1 slot")
-        self.check(self.budget >= self.page, "budget", f"at least a page of {self.page} slots")
         self.check(self.dense_layers >= 0, "dense_layers", "0 or more layers")
 
     @property
-    def pages(self) -> int:
-        """That a query reads."""
-        return self.budget // self.page
+    def queries(self) -> int:
+        """The newest queries that the state holds for it."""
+        return 0
+
+    @property
+    def several(self) -> bool:
+        """Whether passes of several tokens choose too; else they read all."""
+        return False
+
+    @property
+    def prepared(self) -> bool:
+        """Whether a state has to be prepared (`lcx.inference.squeeze`) before it chooses; until then all is read."""
+        return False
 
     @abc.abstractmethod
-    def summarise(self, k: Float[Array, "B K P page D"], there: Bool[Array, "B K P page"]) -> Any:
-        """Arrays [B, K, P, ...] of pages of rotated keys; what is not there is anything."""
+    def told(
+        self, cache: Any, held: Held, tables: Any, frequencies: Any, place: Any = None, layer: Int[Array, ""] | None = None
+    ) -> Held:
+        """Slots with what the selector is told of pages at `place` [B, K, n], just written, of all if None, in `held.pages`:
+        arrays [B, K, ...]. layer: of slots of all layers, the one meant."""
 
     @abc.abstractmethod
-    def score(self, q: Float[Array, "B K g D"], summaries: Any) -> Float[Array, "B K g P"]:
-        """Larger for pages to read rather; of a page with nothing, anything."""
-
-    def chosen(
+    def found(
         self,
-        q: Float[Array, "B K g D"],
-        summaries: Any,
-        seen: Bool[Array, "B G P"],
-        newest: Bool[Array, "B G P"],
+        find: Find,
+        q: Float[Array, "B T H D"],
+        q_info: TokenInfo,
+        rule: Rule,
+        told: Any,
+        coded: Any,
+        info: TokenInfo,
         axes: tuple[str, ...] = (),
-    ) -> tuple[Any, Bool[Array, "B K n"]]:
-        """(pages [B, K, n], which of them are read), n `pages` or all of them.
+        first: Int[Array, ""] | int = 0,
+    ) -> Part:
+        """What queries find in the slots that they are to read, of each key head its own.
 
-        seen: whether the query sees a token of a page; no other is read. newest: the page that is, whatever its score. axes: of
-        the mesh, over whose devices pages are shared out, `pages` of all of them.
+        rule: of the layer's attention. axes: of the mesh, over which slots are shared out. first: the row of `coded` and `info`
+        that is row 0 of the queries.
         """
-        scores = self.score(q.astype(jnp.float32), summaries)
-        scores = scores.sum(axis=2) if self.group == "sum" else scores.max(axis=2)
-        scores = jnp.where(seen, jnp.where(newest, jnp.inf, scores), -jnp.inf)
-        best, page = jax.lax.top_k(scores, min(self.pages, scores.shape[2]))
-        read = best > -jnp.inf
-        if axes:  # of pages that are worth as much the first, as on one device
-            every = jax.lax.all_gather(best, axes, axis=2, tiled=True)
-            first = jax.lax.top_k(every, min(self.pages, every.shape[2]))[1]
-            own = jax.lax.axis_index(axes) * best.shape[2] + jnp.arange(best.shape[2])
-            read = read & (own[:, None] == first[..., None, :]).any(axis=3)
-        return page, read
