@@ -3,6 +3,7 @@
     python -m experiments.ablate --config='config:ablations.cache.bits(only="KIVI, 2 bits")'       # one arm, minutes
     python -m experiments.ablate --config='config:ablations.cache.kept(only="SnapKV")'             # at 12, 20 and 50 %
     python -m experiments.ablate --config='config:ablations.cache.streams(only="DuoAttention")'    # heads, layers, channels
+    python -m experiments.ablate --config='config:ablations.cache.prefixes(only="Squeezed, 0.1")'  # clusters of a long prompt
     python -m experiments.ablate --config='config:ablations.cache.bits(model="models/my-folder", length=4096)'
 
 Models are measured as a server reads: prompts in chunks of 512, each compressed before the next comes, answers token by token;
@@ -21,6 +22,8 @@ Read in one chunk, so that policies choose once with the question before them (`
 20 %: WindowKV 0.73 0.70, SnapKV 0.83 0.47, expected attention 0.93 0.95, Chelsea 0.20 0.00. KVzip, which reads all
 twice: 1.00 0.88.
 """
+
+import dataclasses
 
 from configs.ablations.arms import chosen
 from lcx.cache.cache import Cache
@@ -58,6 +61,9 @@ from lcx.cache.scorers.recency import Recency
 from lcx.cache.scorers.scorer import Scorer
 from lcx.cache.scorers.snapkv import SnapKV
 from lcx.cache.scorers.tova import TOVA
+from lcx.cache.selectors.quest import Quest
+from lcx.cache.selectors.selector import Selector
+from lcx.cache.selectors.squeezed import Coarse, Squeezed, SqueezedHeads
 from lcx.data.recall import Needles
 from lcx.data.sources import StandardLibrary
 from lcx.evaluation.ablation import Ablation, Arm, Variant
@@ -68,6 +74,7 @@ from lcx.evaluation.tasks.retrieval import Retrieval
 CACHE = "model.pattern[0].mixer.cache"
 SHARES = (0.12, 0.2, 0.5)
 SINKS = 4
+READ = (0.1, 0.2, 0.3)
 
 
 def bits(model: str = "reader_2k", length: int = 2048, calibration: str | None = None, only: str | None = None) -> Ablation:
@@ -109,6 +116,26 @@ def streams(model: str = "reader_2k", length: int = 2048, measured: str | None =
     }
     arms = {name: KVCache(policy=policy) for name, policy in policies.items()}
     return _ablation(model, {"full precision": DenseCache()} | arms, (_variant("as read", length),), only)
+
+
+def prefixes(model: str = "reader_2k", length: int = 2048, scored: int = 128, only: str | None = None) -> Ablation:
+    """What queries behind a prompt read of it: a share of all but its last 100 tokens, and these. scored: tokens behind it,
+    read one by one. Quest's pages hold as many at the last of them, those behind the prompt among them, and more before."""
+    arms: dict[str, Cache] = {"full precision": DenseCache()}
+    for share in READ:
+        pages = Quest(page=16, dense_layers=0, budget=int(share * (length - scored - 100)) + 100 + scored)
+        selectors: dict[str, Selector] = {
+            "Squeezed": Squeezed(quantile=1 - share),
+            "Squeezed, two levels": Squeezed(quantile=1 - share, coarse=Coarse()),
+            "Squeezed, threshold of means": Squeezed(quantile=1 - share, calibrated="mean"),
+            "each head its best clusters": SqueezedHeads(quantile=1 - share),
+            "clusters by chance": SqueezedHeads(quantile=1 - share, by="chance"),
+            "Quest": pages,
+        }
+        arms |= {f"{name}, {share:g}": KVCache(selector=selector) for name, selector in selectors.items()}
+    text = Perplexity(source=StandardLibrary(split="heldout"), windows=16, fewer="take", buckets=2, prompt=length - scored)
+    panels = (Panel(title="code behind a prompt, nats a byte", task="text", metric="nll", where=(("bucket", "all"),)),)
+    return dataclasses.replace(_ablation(model, arms, (_variant("as read", length),), only), tasks=(text,), panels=panels)
 
 
 def _codecs(calibration: str) -> dict[str, Codec]:

@@ -42,10 +42,10 @@ OF_TOKENS = ("k", "v", "marks", "counts", "pages")  # what is held of each, or o
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVCache(KeysCache):
-    """codec: how slots hold keys and values. policy: which tokens stay, selector: which pages of them a query reads; None is
-    all. keys: whether slots hold rotated or raw keys. positions: where slots stand for the rope, at their tokens' `own`
-    positions, or side by side right before the tokens that came last (`slots`: StreamingLLM, 2023; raw keys of plain text), so
-    that no distance outgrows what the model knows."""
+    """codec: how slots hold keys and values. policy: which tokens stay, selector: which of them a pass reads; None is all.
+    keys: whether slots hold rotated or raw keys. positions: where slots stand for the rope, at their tokens' `own` positions,
+    or side by side right before the tokens that came last (`slots`: StreamingLLM, 2023; raw keys of plain text), so that no
+    distance outgrows what the model knows."""
 
     codec: Codec = Plain()
     policy: Policy | None = None

@@ -25,7 +25,7 @@ class Waiting:
 @record
 class Held:
     """Slots. k, v: codes. info: [B, G, S], G the key heads where each holds tokens of its own, else 1; segment 0 is empty.
-    marks: attention received. counts: tokens that each stands for. pages: what a selector is told of pages of slots."""
+    marks: attention received. counts: tokens that each stands for. pages: what a selector is told of slots."""
 
     k: Any
     v: Any
@@ -38,8 +38,8 @@ class Held:
 @record
 class KVState:
     """length: that it was made for. share: of the mean budget, the layer's. held: slots, within a scan over layers those of
-    all. used: slots taken, with those that a block leaves empty. seen: tokens read. newest: the last queries, if a policy reads
-    them; watched: what it made of all; known: what it knew beforehand. tables: what the codec did. overflow: tokens that found
+    all. used: slots taken, with those that a block leaves empty. seen: tokens read. newest: the last queries, if a policy or a
+    selector reads them; watched: what a policy made of all; known: what it knew beforehand. tables: what the codec did. overflow: tokens that found
     no slot. selects: whether the layer's selector chooses. repeats: in a second reading, the index from which on the
     pass repeats tokens, of which it is none."""
 

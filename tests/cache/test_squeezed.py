@@ -227,6 +227,10 @@ def test_a_head_alone_reads_its_share_in_its_best_clusters():
     assert read(0.5) == [False, True, False, False]
     assert read(0.3) == [False, True, False, True]
     assert read(0.0) == [True] * 4
+    drawn = SqueezedHeads(quantile=0.5, by="chance")
+    scores = jnp.broadcast_to(scores, (1, 64, 4)) + jnp.arange(64.0)[:, None]
+    often = np.asarray(drawn.best(scores, jnp.full((1, 64, 4), 5), jnp.zeros((1, 64, 1))))[0]
+    assert (often.sum(axis=1) == 2).all() and (np.abs(often.mean(axis=0) - 0.5) < 0.2).all()
 
 
 def test_what_does_not_fit_is_refused():

@@ -39,6 +39,19 @@ def test_buckets_follow_positions(folder):
     assert value["all"] == pytest.approx(2 * 13 / 39)
 
 
+def test_what_stands_behind_a_prompt_is_scored_alone(folder):
+    rows = Perplexity(source=folder, windows=1, buckets=2, prompt=10).measure(Copier(), 40)
+    value = {row["bucket"]: (row["value"], row["count"]) for row in rows}
+    assert value == {
+        "all": (pytest.approx(2 * 4 / 30), 30),
+        "last half": (0, 15),
+        "10-25": (pytest.approx(8 / 15), 15),
+        "25-40": (0, 15),
+    }
+    with pytest.raises(ValueError, match="buckets = 4: expected at most half of length = 40 behind prompt = 33"):
+        Perplexity(source=folder, prompt=33).measure(Uniform(), 40)
+
+
 def test_windows_are_refused_where_the_text_ends(folder):
     with pytest.raises(ValueError, match="windows = 4: expected at most what the source has, 3 of length 40"):
         Perplexity(source=folder, windows=4).measure(Uniform(), 40)

@@ -205,13 +205,20 @@ class Squeezed(Selector):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SqueezedHeads(Squeezed):
-    """To compare with: every key head reads as many of its tokens, all but the share `quantile`, in its best clusters."""
+    """To compare with: every key head reads as many of its tokens, all but the share `quantile`, in its best clusters, or in
+    any, drawn anew for each pass."""
+
+    by: Literal["score", "chance"] = "score"
 
     def validate(self):
         super().validate()
         self.check(self.coarse is None, "coarse", "None where each head has its share, whatever a level above says")
 
     def best(self, scores, counts, bounds):
+        if self.by == "chance":
+            bits = jax.lax.bitcast_convert_type(scores.max(axis=2), jnp.int32)
+            draw = lambda bits: jax.random.uniform(jax.random.fold_in(jax.random.key(self.seed), bits), scores.shape[2:])
+            scores = jax.vmap(jax.vmap(draw))(bits)
         order = jnp.argsort(-scores, axis=2, stable=True)
         held = jnp.cumsum(jnp.take_along_axis(counts, order, axis=2), axis=2)
         fits = held <= jnp.ceil((1 - self.quantile) * held[..., -1:])

@@ -19,15 +19,18 @@ from lcx.evaluation.tasks.task import NLL, Task
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Perplexity(Task):
     """windows: how many are read, spread evenly over all that the source has. fewer: what becomes of a length that the source
-    has fewer of; `take` reads those, at least one. buckets: stretches of a window."""
+    has fewer of; `take` reads those, at least one. buckets: stretches of a window. prompt: its first tokens, read ahead as a
+    prompt is; what is scored, and cut in stretches, is the rest."""
 
     name: str = "text"
     source: Source
     windows: int = 32
     fewer: Literal["refuse", "take"] = "refuse"
     buckets: int = 4
+    prompt: int = 0
 
     def validate(self):
+        self.check(self.prompt >= 0, "prompt", "0 or more tokens")
         for field in ("windows", "buckets"):
             self.check(getattr(self, field) >= 1, field, "at least 1")
 
@@ -37,8 +40,8 @@ class Perplexity(Task):
 
     def inputs(self, tokenizer, length) -> list[list[int]]:
         """The windows. Raises SpecError if the source has none of this length, or fewer than are wanted and not to be taken."""
-        if length < 2 * self.buckets:
-            self.fail("buckets", self.buckets, f"at most half of length = {length}")
+        if length - self.prompt < 2 * self.buckets:
+            self.fail("buckets", self.buckets, f"at most half of length = {length} behind prompt = {self.prompt}")
         documents = self.source.documents()
         found, longest = [], 0
         for i in range(len(documents)):
@@ -55,11 +58,12 @@ class Perplexity(Task):
 
     def measure(self, model, length):
         rows = self.inputs(model.tokenizer, length)
-        losses = -np.stack([scored.logprobs for scored in model.logprobs(rows, [1] * len(rows))]).astype(np.float64)
-        positions = np.arange(1, length)
-        measured = [self._row(length, losses, positions, 0, length, "all")]
-        measured.append(self._row(length, losses, positions, length // 2, length, "last half"))
-        edges = [n * length // self.buckets for n in range(self.buckets + 1)]
+        start = self.prompt
+        losses = -np.stack([scored.logprobs for scored in model.logprobs(rows, [max(start, 1)] * len(rows))]).astype(np.float64)
+        positions = np.arange(max(start, 1), length)
+        measured = [self._row(length, losses, positions, start, length, "all")]
+        measured.append(self._row(length, losses, positions, (start + length) // 2, length, "last half"))
+        edges = [start + n * (length - start) // self.buckets for n in range(self.buckets + 1)]
         for low, high in itertools.pairwise(edges):
             measured.append(self._row(length, losses, positions, low, high, f"{low}-{high}"))
         return measured
