@@ -66,17 +66,18 @@ def squeeze(model: DecoderModel, read: Consumed) -> Consumed:
 
 def shares(model: DecoderModel, read: Consumed) -> Float[np.ndarray, "L B K"]:
     """Of the clustered tokens of a prefix, the share that the newest query of each row reads in every layer that squeezes."""
-    found = []
+    selector, found = _selector(model.spec), []
     for layer, state in _layers(model.spec, read.state["layers"]):
-        selector, mixer = _selector(model.spec), model.spec.pattern[layer % len(model.spec.pattern)].mixer
-        if layer < selector.dense_layers:
-            continue
-        told: Clusters = state.held.pages
-        sees = jnp.ones((len(state.seen), 1), bool)
-        chosen = selector.chosen(state.newest[:, -1:], sees, told, _rule(mixer))
-        counts = told.fine.counts
-        found.append(np.asarray(jnp.where(chosen, counts, 0).sum(axis=2) / jnp.maximum(counts.sum(axis=2), 1)))
+        if layer >= selector.dense_layers:
+            rule = _rule(model.spec.pattern[layer % len(model.spec.pattern)].mixer)
+            found.append(np.asarray(_share(selector, rule, state.held.pages, state.newest[:, -1:])))
     return np.stack(found)
+
+
+@functools.partial(jax.jit, static_argnames=("selector", "rule"))
+def _share(selector: Squeezed, rule: Rule, told: Clusters, newest: Float[Array, "B 1 H D"]) -> Float[Array, "B K"]:
+    counts, chosen = told.fine.counts, selector.chosen(newest, jnp.ones((len(newest), 1), bool), told, rule)
+    return jnp.where(chosen, counts, 0).sum(axis=2) / jnp.maximum(counts.sum(axis=2), 1)
 
 
 def _squeezed(spec: Decoder) -> list[int]:

@@ -27,7 +27,7 @@ from lcx.spec import SpecError
 from tests.cache.driven import FREQUENCIES, SCALE, expected, passes, run, step
 
 GOLDEN = Path(__file__).parents[1] / "oracles" / "golden" / "squeezed.npz"
-SQUEEZED = Squeezed(observed=6, clusters=0.3)
+SQUEEZED = Squeezed(observed=6, clusters=0.3, gathered=0.7)
 RULE = Rule(mask=Causal(), scale=SCALE, softcap=None, bias=None)
 
 
@@ -135,7 +135,7 @@ def left(k, v, info, read):
 
 CASES = {
     "flat": KVCache(selector=SQUEEZED),
-    "coarse": KVCache(selector=Squeezed(observed=6, clusters=0.3, coarse=Coarse(clusters=0.2))),
+    "coarse": KVCache(selector=dataclasses.replace(SQUEEZED, coarse=Coarse(clusters=0.2))),
     "pages": KVCache(selector=dataclasses.replace(SQUEEZED, page=4, gathered=0.9)),
     "too many": KVCache(selector=dataclasses.replace(SQUEEZED, gathered=0.02)),
     "raw": KVCache(keys="raw", selector=SQUEEZED),

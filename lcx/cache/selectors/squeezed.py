@@ -30,7 +30,8 @@ from lcx.spec import Spec
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Coarse(Spec):
-    """A level of clusters of clusters, asked first. clusters: as a share of the tokens. quantile: of those not read."""
+    """A level of clusters of clusters, asked first. clusters: as a share of the tokens. quantile: of those not read. As in the
+    authors' code both thresholds are of the scores among all clusters, so that the share read is not quite that asked for."""
 
     clusters: float = 0.01
     quantile: float = 0.5
@@ -50,8 +51,9 @@ class Squeezed(Selector):
     queries tell the threshold. quantile: the share of tokens that is not read, in the mean over heads, layers and those
     queries; 0 reads all. coarse: a level above; its survivors alone are in the sum over j below. calibrated: whether the
     threshold of a token alone is of the scores of single queries, or of their mean too, as in the authors' code. gathered: the
-    share of slots that are fetched for a key head at most; where some head needs more, all are gone over, those it does not
-    read out of sight, which gives the same. page: slots that are fetched together, blocks of the codec. rounds: of k-means."""
+    share of slots that are fetched and copied for every key head, whatever it reads of them; where some head needs more, all
+    are gone over, those it does not read out of sight, which gives the same. page: slots that are fetched together, blocks of
+    the codec. rounds: of k-means, at most."""
 
     page: int = 1
     dense_layers: int = 0
@@ -60,7 +62,7 @@ class Squeezed(Selector):
     observed: int = 100
     quantile: float = 0.9
     calibrated: Literal["alone", "mean"] = "alone"
-    gathered: float = 0.5
+    gathered: float = 0.25
     rounds: int = 300
     seed: int = 0
 
