@@ -12,29 +12,31 @@ from lcx.cache.cache import Cache
 from lcx.cache.codecs.groups import KIVI, IntGroups
 from lcx.cache.codecs.kvquant import KVQuant
 from lcx.cache.codecs.scaled import Int8
-from lcx.cache.dense import DenseCache
 from lcx.cache.kv_cache import KVCache
 from lcx.inference.serving import Serving, answering
 from lcx.parallel.mesh import MeshSpec
-from lcx.spec import SpecError, edits
+from lcx.spec import SpecError, edit, edits
+
+CACHE = "pattern[0].mixer.cache"
 
 
 def llama3_8b_128k() -> Serving:
     """Llama-3-8B, two prompts of up to 131,072 tokens at once, answers of up to 4,096, on `v5e:2x4`."""
-    return Serving(model=llama.llama3_8b(), rows=2, prompt=1 << 17, answer=4096, chunk=1024, mesh=MeshSpec(tensor=8))
+    model = edit(llama.llama3_8b(), CACHE, KVCache())
+    return Serving(model=model, rows=2, prompt=1 << 17, answer=4096, chunk=1024, mesh=MeshSpec(tensor=8))
 
 
 def llama3_70b_128k() -> Serving:
     """Llama-3-70B, two prompts of up to 131,072 tokens at once, answers of up to 4,096, on `v5p:2x2x2`."""
-    return Serving(model=llama.llama3_70b(), rows=2, prompt=1 << 17, answer=4096, chunk=1024, mesh=MeshSpec(tensor=8))
+    model = edit(llama.llama3_70b(), CACHE, KVCache())
+    return Serving(model=model, rows=2, prompt=1 << 17, answer=4096, chunk=1024, mesh=MeshSpec(tensor=8))
 
 
 def _caches() -> dict[str, Cache]:
     """By name. KVQuant's tables are those of no model: what they hold does not change what is held."""
     kvquant = lambda **options: KVCache(codec=KVQuant(codebook="uniform", **options), keys="raw")
     return {
-        "bfloat16": DenseCache(),
-        "bfloat16 slots": KVCache(),
+        "bfloat16": KVCache(),
         "int8": KVCache(codec=Int8()),
         "int4 groups": KVCache(codec=IntGroups()),
         "kivi 2": KVCache(codec=KIVI()),
@@ -59,7 +61,7 @@ def longest(
         raise SpecError(f"longest: cache = {cache!r}: expected one of {', '.join(known)}")
     if model not in (shapes := {"llama2_7b": llama.llama2_7b, "llama3_8b": llama.llama3_8b, "llama3_70b": llama.llama3_70b}):
         raise SpecError(f"longest: model = {model!r}: expected one of {', '.join(shapes)}")
-    changes = [("pattern[0].mixer.cache", known[cache])]
+    changes = [(CACHE, known[cache])]
     if context > 1:
         changes += [("rules.sequence", ("context",))]
     shape = answering(edits(shapes[model](), changes))

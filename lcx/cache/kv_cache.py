@@ -16,26 +16,24 @@ from jaxtyping import Array, Float
 
 from lcx.attention.attend import local_fold
 from lcx.attention.mask import tokens_of
-from lcx.attention.merge import Part, merge
+from lcx.attention.merge import merge
 from lcx.attention.sharded import own_heads
 from lcx.attention.split_keys import split_axes, summed_up
 from lcx.batch import PADDING, TokenInfo
 from lcx.cache.cache import At, KeysCache
 from lcx.cache.codecs.codec import Codec, Quantizer
 from lcx.cache.codecs.plain import Plain
-from lcx.cache.coded import attend_codes
+from lcx.cache.found import found_in
 from lcx.cache.kv_state import Held, KVState, Pass, Waiting, grown, joined, no_tokens, rounded_up
 from lcx.cache.layered import Layered, rows_from, rows_of
 from lcx.cache.policies.policy import Policy
 from lcx.cache.pruning import Pruning
 from lcx.cache.scorers.scorer import Rule
 from lcx.cache.selectors.selector import Selector
-from lcx.cache.spans import Slots, attend_slots
 from lcx.parallel.rules import Rules, ambient_mesh, shard
 from lcx.positions.frequencies import Frequencies
 from lcx.record import replaced
 from pallas_kernels.tile_attention import op
-from pallas_kernels.tile_attention.op import Fold
 
 OF_TOKENS = ("k", "v", "marks", "counts", "pages")  # what is held of each, or of a page of them
 
@@ -206,7 +204,7 @@ class KVCache(KeysCache):
             known, k, v = by_axis(tables, 1), own(exact.k, axis=2), own(exact.v, axis=2)
             k = self.turned(k, exact.info, frequencies).astype(q.dtype)
             fold = local_fold(q, k, **mesh, **options)
-            find = lambda coded, info, first=0: self._found(fold, q, q_info, coded, info, known, frequencies, first)
+            find = lambda coded, info, first=0: found_in(self, fold, q, q_info, coded, info, known, frequencies, first)
             whole = lambda: find(coded, info, first)
             some = lambda: self.selector.found(find, q, q_info, rule, pages, coded, info, axes, first)
             choose = self.selector is not None and (self.selector.several or q.shape[1] == 1)
@@ -232,31 +230,6 @@ class KVCache(KeysCache):
         )
         out = rules.partition(("batch", None, "heads"))
         return jax.shard_map(local, in_specs=specs, out_specs=(out, out), check_vma=False)(*given)
-
-    def _found(self, fold: Fold, q, q_info: TokenInfo, coded, info: TokenInfo, tables, frequencies, first=0) -> Part:
-        """What queries find in the slots of a device: (codes of keys, of values, counts). first: the row of them that is row 0
-        of the queries."""
-        codes_k, codes_v, counts = coded
-        segments, counts = rows_from((info.segments, counts), first, len(q))
-        places = jnp.where(segments != PADDING, jnp.arange(segments.shape[2]) + 1, 0)
-        used = places.max(axis=(1, 2), initial=0)
-        weight = lambda counts: jnp.log(counts) if self.policy is not None and self.policy.weighs else None
-        sides = (coder.format(*x) for coder, *x in zip(self.coders, (codes_k, codes_v), tables, strict=True))
-        turned = frequencies if self.keys == "raw" else None
-        how = {"used": used, "extra": weight(counts), "frequencies": turned, "first": first}
-        found = attend_codes(fold, q, q_info, *sides, info, **how)
-        if found is not None:
-            return found
-
-        def read(part) -> Slots:
-            (codes_k, codes_v, counts), info = part
-            k, v = (coder.decode(*x) for coder, *x in zip(self.coders, (codes_k, codes_v), tables, strict=True))
-            return Slots(self.turned_slots(k, info, frequencies), v, info, weight(counts))
-
-        _, K, _, E = jax.eval_shape(lambda: self.coders[1].decode(rows_from(codes_v, 0, len(q)), tables[1])).shape
-        whole = self.codec == Plain() and self.keys == "rotated"  # nothing to decode
-        sizes = {"size": segments.shape[2], "used": used.max(), "block": None if whole else self.codec.block, "first": first}
-        return attend_slots(fold, q, q_info, (coded, info), read, **sizes, kv_heads=K, value_dim=E)
 
     def prune(self, state, asked, *, frequencies, rule, leader=None, rules=Rules()):
         return Pruning(self, asked, frequencies, rule, leader, rules)(state)
