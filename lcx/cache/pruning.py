@@ -210,9 +210,10 @@ class Pruning:
             codes.append(coder.tightened(stays, known))
         block, some = self.cache.codec.block, kept.there.sum(axis=2)
         ones = None if counts is None else pick(counts, by_all(origin))
+        like = lambda new, old: new.astype(old.dtype)
         new = Held(
-            k=codes[0],
-            v=codes[1],
+            k=jax.tree.map(like, codes[0], held.k),
+            v=jax.tree.map(like, codes[1], held.v),
             info=hidden(pick(info, origin), kept.there),
             marks=None if marks is None else pick(marks, by_all(origin)),
             counts=ones if kept.counts is None else kept.counts,

@@ -28,7 +28,7 @@ from lcx.parts import parts
 from lcx.positions.alibi import ALiBi
 from lcx.positions.rotate import rotate
 from lcx.spec import SpecError
-from tests.cache.driven import DIM, FREQUENCIES, KV_HEADS, expected, held_indices, passes, run
+from tests.cache.driven import DIM, FREQUENCIES, HEADS, KV_HEADS, VALUE, expected, held_indices, passes, run, step
 
 CODECS = {"plain": Plain(), "int8": Int8(), "fp8": Fp8(), "int4": IntGroups(group=2), "kivi": KIVI(group=2, residual=5)}
 POLICIES = {
@@ -247,6 +247,17 @@ def test_every_policy_holds_no_more_than_it_says(cls):
         run(cache, passes([40, 1, 40, 1, 1]), each=check)
 
 
-def test_bfloat16_is_held_as_such():
-    state = KVCache().init(1, 8, KV_HEADS, DIM, DIM, jnp.bfloat16)
-    assert state.held.k.dtype == state.waiting.k.dtype == jnp.bfloat16
+@pytest.mark.parametrize("codec", [Plain(), Int8(), KIVI(group=8, residual=8)], ids=lambda codec: type(codec).__name__)
+@pytest.mark.parametrize("cls", parts(Policy), ids=lambda cls: cls.__name__)
+def test_bfloat16_is_held_as_such(cls, codec):
+    """By every policy, whatever it moves: a state has the types and shapes that it had before a pass."""
+    policy = cls.examples()[0]
+    cache = KVCache(codec=codec, policy=policy, keys="rotated" if policy.rotated else "raw")
+    begin = lambda: cache.init(2, 96, KV_HEADS, DIM, VALUE, jnp.bfloat16, at=At(heads=HEADS))
+    wanted = jax.eval_shape(begin)
+    assert codec != Plain() or wanted.held.k.dtype == wanted.waiting.k.dtype == jnp.bfloat16
+    for q, k, v, info in passes([40, 1]):
+        given = [x.astype(jnp.bfloat16) for x in (q, k, v)]
+        found = jax.eval_shape(lambda given=given, info=info: step(cache, begin(), *given, info)[0])
+        assert jax.tree.structure(found) == jax.tree.structure(wanted)
+        assert jax.tree.leaves(found) == jax.tree.leaves(wanted)
