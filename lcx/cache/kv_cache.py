@@ -111,7 +111,10 @@ class KVCache(KeysCache):
         B, K, G = batch_size, kv_heads, kv_heads if self.by_head else 1
         share = 1.0 if policy is None else policy.share(at.layer, at.depth)
         block = codec.block if selector is None else selector.page
-        S = rounded_up(length if policy is None else policy.slots(length, share), block * at.shards)
+        slots = length if policy is None else policy.slots(length, share)
+        if policy is not None and policy.scope == "prefill" and not policy.rereads:
+            slots += codec.block - 1  # what stays leaves a block in part empty, and an answer begins another
+        S = rounded_up(slots, block * at.shards)
         R = codec.first + codec.recent + codec.block - 1
         known = codec.tables(at.layer, kv_heads, head_dim, value_dim), policy and policy.tables(at.layer, kv_heads, head_dim)
         tables, known = jax.tree.map(lambda x: jnp.broadcast_to(x, (B, *x.shape)), known)

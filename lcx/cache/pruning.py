@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from lcx.attention.split_keys import split_axes
 from lcx.batch import PADDING, TokenInfo
-from lcx.cache.kv_state import Held, KVState, Pass, Waiting, hidden, joined, taken, taken_first
+from lcx.cache.kv_state import Held, KVState, Pass, Waiting, hidden, joined, rounded_up, taken, taken_first
 from lcx.cache.layered import Layered
 from lcx.cache.repeated import repeated
 from lcx.cache.scorers.scorer import Asked, Rule, Scored
 from lcx.cache.writing import in_place, with_blocks
+from lcx.parallel.gathered import axes_size
 from lcx.parallel.rules import Rules
 from lcx.positions.frequencies import Frequencies
 from lcx.record import replaced
@@ -84,11 +86,13 @@ class Pruning:
         return jax.lax.cond(full.any(), compress, lambda: self._written(was, leaving, moved))
 
     def once(self, state: KVState, budget: Int[Array, "B K"], slots: int) -> KVState:
-        """A state of so many slots, with the policy's choice of as many tokens a key head among all that its slots held."""
-        block = self.cache.codec.block
+        """A state of so many slots, whole blocks and shares of a mesh, with the policy's choice of as many tokens a key head
+        among all that its slots held."""
+        block, most = self.cache.codec.block, state.held.info.segments.shape[2]
+        slots = rounded_up(slots + block - 1, block * axes_size(split_axes(self.rules)))  # an answer begins another
         nothing = jax.tree.map(lambda x: jnp.zeros((len(x), block, *x.shape[2:]), x.dtype), state.waiting)
         empty = jnp.zeros(len(state.seen), jnp.int32)
-        return self._compressed(state, nothing, empty, budget=budget, slots=-(-slots // block) * block)
+        return self._compressed(state, nothing, empty, budget=budget, slots=min(slots, most))
 
     def _marked(self, state: KVState, exact: Waiting) -> tuple[Waiting, Held]:
         """Tokens with what the queries of a pass looked at added."""

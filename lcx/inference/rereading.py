@@ -100,7 +100,9 @@ def _settled_slots(model: DecoderModel, read: Consumed) -> Consumed:
 
     def choose(cache: KVCache, state: KVState) -> KVState:
         slots = policy.slots_after(state.length, state.share)
-        once = lambda state, budget: cache.placed(Pruning(cache).once(state, budget, slots), model.spec.rules)
+        once = lambda state, budget: cache.placed(
+            Pruning(cache, rules=model.spec.rules).once(state, budget, slots), model.spec.rules
+        )
         return (jax.vmap(once) if state.seen.ndim == 2 else once)(state, next(budgets))
 
     return dataclasses.replace(read, state=_each(model.spec, choose, read.state))

@@ -140,6 +140,13 @@ def test_after_a_prefill_alone_answers_need_room():
     assert run(cache, passes([20, 1, 1, 1, 1])).overflow.tolist() == [1, 1]
 
 
+def test_blocks_leave_an_answer_its_room():
+    """What stays of a prompt fills its last block in part; the answer begins another."""
+    cache = KVCache(codec=IntGroups(group=2), policy=Evict(score=KeyNorm(), keep=33, scope="prefill", every=16))
+    state = run(cache, passes([95, *[1] * 16]), length=128)
+    assert state.overflow.tolist() == [0, 0] and state.held.info.index.max() == 95
+
+
 def test_slots_side_by_side():
     """Held keys stand right before the newest tokens: what a query finds is what it finds in a text of those tokens alone."""
     cache = KVCache(policy=Evict(score=KeyNorm(), keep=8, heads="shared", recent=8), keys="raw", positions="slots")

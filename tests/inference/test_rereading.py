@@ -141,6 +141,14 @@ def test_beside_codecs(name):
 
 
 @pytest.mark.slow
+def test_blocks_leave_an_answer_its_room():
+    policy = dataclasses.replace(ZIP, keep=33, over="head")
+    read = prefill(model(policy, IntGroups(bits=8, group=8)), [[*range(95)]], 1, 12, 32)
+    _, read = answer(model(policy, IntGroups(bits=8, group=8)), read, max_new=12)
+    assert [(int(state.overflow[0]), int(state.held.info.index.max())) for state in states(read)] == [(0, 95)] * 2
+
+
+@pytest.mark.slow
 def test_whole_prompts_answer_as_a_dense_cache():
     whole = model(dataclasses.replace(ZIP, keep=1.0))
     wanted, found = (generate(one, PROMPTS, max_new=10, chunk=16) for one in (model(None), whole))
