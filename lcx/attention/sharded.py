@@ -121,3 +121,12 @@ def own_heads(x: Array, *, axis: int, group: int, queries: int, kv_heads: int, r
         raise ValueError(f"attend: a device's {queries} query heads cannot read whole key heads of {group} query heads each")
     first = jax.lax.axis_index(rules.heads) * queries // group
     return jax.lax.dynamic_slice_in_dim(x, first, max(1, queries // group), axis=axis)
+
+
+def whole_groups(q: Float[Array, "B T _ D"], *, group: int, rules: Rules) -> Float[Array, "B T _ D"]:
+    """Queries of all heads that share this device's key heads, where it has a part of a group of `group` heads."""
+    if q.shape[2] % group == 0:
+        return q
+    first = jax.lax.axis_index(rules.heads) * q.shape[2] // group * group
+    every = jax.lax.all_gather(q, rules.heads, axis=2, tiled=True)
+    return jax.lax.dynamic_slice_in_dim(every, first, group, axis=2)

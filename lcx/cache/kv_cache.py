@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from lcx.attention.attend import local_fold
 from lcx.attention.mask import tokens_of
 from lcx.attention.merge import merge
-from lcx.attention.sharded import own_heads
+from lcx.attention.sharded import own_heads, whole_groups
 from lcx.attention.split_keys import split_axes, summed_up
 from lcx.batch import PADDING, TokenInfo
 from lcx.cache.cache import At, KeysCache
@@ -209,7 +209,8 @@ class KVCache(KeysCache):
             fold = local_fold(q, k, **mesh, **options)
             find = lambda coded, info, first=0: found_in(self, fold, q, q_info, coded, info, known, frequencies, first)
             whole = lambda: find(coded, info, first)
-            some = lambda: self.selector.found(find, q, q_info, rule, pages, coded, info, axes, first)
+            asks = lambda: whole_groups(q, group=heads // kv_heads, rules=rules)
+            some = lambda: self.selector.found(find, asks(), q_info, rule, pages, coded, info, axes, first)
             choose = self.selector is not None and (self.selector.several or q.shape[1] == 1)
             found = jax.lax.cond(selects.any(), some, whole) if choose else whole()
             found = summed_up(*found, axes) if axes else found

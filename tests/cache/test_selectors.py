@@ -19,6 +19,7 @@ from lcx.cache.scorers.observed import Observed
 from lcx.cache.scorers.scorer import Asked, Rule
 from lcx.cache.selectors.quest import Quest
 from lcx.parallel.mesh import MeshSpec
+from lcx.parallel.rules import Rules
 from lcx.positions.rotate import rotate
 from lcx.record import replaced
 from lcx.spec import SpecError
@@ -123,6 +124,20 @@ def test_what_does_not_fit_is_refused():
         KVCache(policy=Evict(score=Observed(), keep=0.5), selector=Quest(budget=64))
     with pytest.raises(SpecError, match=r"budget = 16.*at least a page of 32"):
         Quest(budget=16)
+
+
+@pytest.mark.parametrize("group", ["sum", "max"])
+def test_heads_of_a_group_read_the_same_pages_on_several_devices(group):
+    cache = KVCache(selector=Quest(page=4, budget=8, dense_layers=0, group=group))
+    first, (q, k, v, info) = passes([60, 1])
+    given = cache.append(run(cache, [first]), k, v, info, FREQUENCIES)
+    options = {"mask": Causal(), "scale": 0.4, "frequencies": FREQUENCIES}
+    attend = jax.jit(lambda given, q, rules: cache.attend(given, q, info, rules=rules, **options), static_argnums=2)
+    wanted = attend(given, rotate(q, info.positions, FREQUENCIES), Rules())
+    with jax.set_mesh(MeshSpec(tensor=4).build(jax.devices()[:4])):
+        found = attend(given, rotate(q, info.positions, FREQUENCIES), Rules(kv_heads=()))
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
 
 
 def test_pages_that_are_worth_as_much_are_as_many_on_a_mesh():
