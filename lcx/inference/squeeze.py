@@ -149,12 +149,15 @@ def _prefix(
 
 
 def _bounds(selector: Squeezed, found: list[list[tuple]]) -> list[Float[np.ndarray, "B 2"]]:
-    """Of each level the logarithms of the thresholds of every row, for passes of several tokens and of one."""
+    """Of each level the logarithms of the thresholds of every row, for passes of several tokens and of one; -inf where heads
+    have a single cluster, which any query finds worth the same, so that rounding would choose."""
     shares = [selector.quantile] if selector.coarse is None else [selector.quantile, selector.coarse.quantile]
     rows, made = len(found[0][0][0]), []
     for level, share in enumerate(shares):
         bound = np.full((rows, 2), -np.inf)
         for row in range(rows):
+            if max((layer[level][2][row] > 0).sum(axis=1).max() for layer in found) <= 1:
+                continue
             bound[row] = log_quantile([(layer[level][0][row], layer[level][2][row]) for layer in found], share)
             if selector.calibrated == "alone":
                 each = [(layer[level][1][row], layer[level][2][row][:, None]) for layer in found]

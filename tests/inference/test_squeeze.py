@@ -16,7 +16,7 @@ from lcx.cache.selectors.squeezed import Coarse, Squeezed
 from lcx.inference.generate import generate
 from lcx.inference.reading import passed, prefill
 from lcx.inference.saved import restore, save
-from lcx.inference.squeeze import _layers, _rule, log_quantile, shares, squeeze
+from lcx.inference.squeeze import _bounds, _layers, _rule, log_quantile, shares, squeeze
 from lcx.models.decoder import rebuild
 from lcx.parallel.mesh import MeshSpec
 from lcx.record import replaced
@@ -77,6 +77,14 @@ def test_a_quantile_of_numbers_that_stand_for_several(share):
     every = np.concatenate([np.repeat(np.exp(x.ravel()), n.ravel()) for x, n in parts])
     wanted = np.log(np.quantile(every, share)) if share else -np.inf
     np.testing.assert_allclose(log_quantile(parts, share), wanted)
+
+
+def test_a_single_cluster_is_read():
+    """Of three tokens, all that a row has; of two clusters the better one is."""
+    mean, counts = np.log([[[1 / 3, 1.0]], [[0.2, 0.4]]]), np.array([[[3, 0]], [[1, 2]]])
+    scores = np.where(counts > 0, mean, -np.inf)
+    (bounds,) = _bounds(SQUEEZED, [[(scores, scores[:, :, None], counts)]])
+    assert np.isneginf(bounds[0]).all() and np.isfinite(bounds[1]).all()
 
 
 through = jax.jit(passed)
