@@ -1,16 +1,20 @@
 """Bytes that a token of an answer moves a slot, as the TPU compiler has it: needs no TPU, but the `tpu` extra.
 
     python -m lcx.bench_serving v5e v5p v6e
+    python -m lcx.bench_serving encode v5p
 
 A model of sixteen layers with the heads of Llama-3-8B, scanned, answers one row. The compiler counts a turn of the scan once,
 so what a program behind more slots moves beyond one behind fewer is what a layer reads and writes of them. Codes: keys and
 values as they are held, a slot; with what is known of its token, all that is held.
+encode: a chunk of 1,024 tokens of 8 key heads on one chip, bytes moved a token and head beside those needed, tokens in bfloat16
+read once and codes written once.
 """
 
 import sys
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 
 from lcx.cache.cache import Cache
 from lcx.cache.codecs.groups import KIVI, IntGroups
@@ -52,7 +56,34 @@ def moved(cache: Cache, slots: int, devices: list[jax.Device]) -> tuple[float, f
     return program.cost_analysis()["bytes accessed"], size((held.k, held.v)), size(state)
 
 
+def encoded(cache: KVCache, device: jax.Device, tokens: int = 1024, heads: int = 8, size: int = 128) -> tuple[float, float]:
+    """Bytes that are moved, and needed, to code keys and values, a token and head."""
+    tables = jax.tree.map(lambda x: jnp.asarray(x)[None], cache.codec.tables(0, heads, size, size))
+
+    def run(k, v):
+        by_head = (jnp.moveaxis(x, 1, 2).astype(jnp.float32) for x in (k, v))
+        return [coder.encode(x, known) for coder, x, known in zip(cache.coders, by_head, tables, strict=True)]
+
+    given = jax.ShapeDtypeStruct((1, tokens, heads, size), jnp.bfloat16, sharding=SingleDeviceSharding(device))
+    with jax.set_mesh(jax.sharding.Mesh([device], ("one",))):
+        program = jax.jit(run).lower(given, given).compile()
+    codes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.out_info))
+    each = tokens * heads
+    return program.cost_analysis()["bytes accessed"] / each, codes / each + 4 * size
+
+
+def encoding(chips: list[str]) -> None:
+    print("| chip | cache | moved | needed |\n|---|---|---:|---:|")
+    for chip in chips:
+        (device,) = topology_devices(CHIPS[chip])
+        for name, cache in CACHES.items():
+            if isinstance(cache, KVCache):
+                print("| {} | {} | {:.0f} | {:.0f} |".format(chip, name, *encoded(cache, device)), flush=True)
+
+
 def main(chips: list[str]) -> None:
+    if chips[:1] == ["encode"] and chips[1:] and set(chips[1:]) <= set(CHIPS):
+        return encoding(chips[1:])
     if not chips or not set(chips) <= set(CHIPS):
         sys.exit(__doc__)
     print("| chip | cache | codes | held | moved | moved / codes |\n|---|---|---:|---:|---:|---:|")

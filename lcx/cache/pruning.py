@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lcx.attention.split_keys import split_axes
 from lcx.batch import PADDING, TokenInfo
@@ -165,13 +165,7 @@ class Pruning:
         K, (G, S) = leaving.k.shape[2], held.info.segments.shape[1:]
         by_head = lambda x: jnp.moveaxis(x, 1, 2)
         join = lambda a, b: jnp.concatenate([a, b], axis=2)
-        loose, floats = [], []
-        for coder, codes, new, known in zip(
-            self.cache.coders, (held.k, held.v), (leaving.k, leaving.v), state.tables, strict=True
-        ):
-            old, new = coder.loosened(codes, known), by_head(new).astype(jnp.float32)
-            loose.append(jax.tree.map(join, old, coder.loose(new, known)))
-            floats.append(join(coder.value(old, known).astype(jnp.float32), new))
+        loose, floats = self._loose(state, leaving)
         here = jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], (B, G, *x.shape[1:])), leaving.info)
         here = hidden(here, jnp.arange(L) < moved[:, None, None])
         info = jax.tree.map(join, held.info, here)
@@ -226,6 +220,18 @@ class Pruning:
         if self.cache.selector is not None:
             new = self.cache.selector.told(self.cache, new, state.tables, self.frequencies)
         return dataclasses.replace(state, held=new, used=-(-some // block) * block, overflow=jnp.maximum(state.overflow, lost))
+
+    def _loose(self, state: KVState, leaving: Waiting) -> tuple[list[Any], list[Float[Array, "B K N _"]]]:
+        """Loose codes, and what they stand for, of the keys and values of the slots and of tokens behind them."""
+        held, join = state.held, lambda a, b: jnp.concatenate([a, b], axis=2)
+        loose, floats = [], []
+        for coder, codes, new, known in zip(
+            self.cache.coders, (held.k, held.v), (leaving.k, leaving.v), state.tables, strict=True
+        ):
+            old, new = coder.loosened(codes, known), jnp.moveaxis(new, 1, 2).astype(jnp.float32)
+            loose.append(jax.tree.map(join, old, coder.loose(new, known)))
+            floats.append(join(coder.value(old, known).astype(jnp.float32), new))
+        return loose, floats
 
 
 def _where(rows: Bool[Array, "B"], some: KVState, others: KVState) -> KVState:

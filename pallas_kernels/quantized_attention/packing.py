@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, UInt8, UInt32
 
 from pallas_kernels.quantized_attention import packing_tpu
+from pallas_kernels.quantized_attention.packing_tpu import BLOCK
 from pallas_kernels.target import platform
 
-BLOCK = 32  # tokens
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 
 

@@ -1,4 +1,4 @@
-"""Packing on TPUs (Pallas, Mosaic): XLA lays out the few rows of a plane padded, and moves thirty times what is packed.
+"""Packing on TPUs (Pallas, Mosaic): XLA lays out the few rows of a plane padded, and moves several times what is needed.
 
 A tile is of 128 channels; the t-th tokens of all its blocks are read and written in strides, as the attention kernel does.
 """
@@ -15,7 +15,7 @@ from jaxtyping import Array, UInt8, UInt32
 from pallas_kernels.tpu_chips import LANES
 
 TILES = (1024, 512, 256)  # tokens, eight rows of words at least
-BLOCK = 32
+BLOCK = 32  # tokens that fill whole words
 
 
 def taken(tokens: int, channels: int) -> bool:
@@ -44,12 +44,11 @@ def pack(
                 ref[pl.ds(row, blocks, width), :] = jax.lax.bitcast_convert_type(word, jnp.uint32)
             below += width
 
-    at = lambda rows: pl.BlockSpec((None, rows, LANES), lambda n, i, c: (n, i, c))
     words = pl.pallas_call(
         body,
         grid=(N, T // tile, D // LANES),
-        in_specs=[at(tile)],
-        out_specs=[at(blocks * width) for width in planes],
+        in_specs=[_rows(tile)],
+        out_specs=[_rows(blocks * width) for width in planes],
         out_shape=[jax.ShapeDtypeStruct((N, T // BLOCK * width, D), jnp.uint32) for width in planes],
         scratch_shapes=[pltpu.VMEM((tile, LANES), jnp.int32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
@@ -79,17 +78,21 @@ def unpack(
             wide[pl.ds(token, blocks, BLOCK), :] = code
         out[...] = wide[...].astype(jnp.uint8)
 
-    at = lambda rows: pl.BlockSpec((None, rows, LANES), lambda n, i, c: (n, i, c))
     return pl.pallas_call(
         body,
         grid=(N, T // tile, D // LANES),
-        in_specs=[at(blocks * width) for width in planes],
-        out_specs=at(tile),
+        in_specs=[_rows(blocks * width) for width in planes],
+        out_specs=_rows(tile),
         out_shape=jax.ShapeDtypeStruct((N, T, D), jnp.uint8),
         scratch_shapes=[pltpu.VMEM((tile, LANES), jnp.int32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
         interpret=interpret,
     )(*(x.reshape(N, -1, D) for x in words)).reshape(*lead, T, D)
+
+
+def _rows(rows: int) -> pl.BlockSpec:
+    """So many of 128 channels."""
+    return pl.BlockSpec((None, rows, LANES), lambda n, i, c: (n, i, c))
 
 
 def _tile(tokens: int) -> int:
