@@ -15,6 +15,12 @@ def platform() -> str:
     return "gpu" if found in ("cuda", "rocm") else found
 
 
+def on_one_device() -> bool:
+    """Whether what is computed is of what one device holds: without a mesh, or within `shard_map`. XLA shares no kernel out."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names)
+
+
 def device_kind() -> str:
     """The kind of those devices, such as `TPU v5 lite` or `NVIDIA H200`."""
     device = jax.sharding.get_abstract_mesh().abstract_device

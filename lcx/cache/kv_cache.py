@@ -24,7 +24,7 @@ from lcx.cache.cache import At, KeysCache
 from lcx.cache.codecs.codec import Codec, Quantizer
 from lcx.cache.codecs.plain import Plain
 from lcx.cache.found import found_in
-from lcx.cache.kv_state import Held, KVState, Pass, Waiting, grown, joined, no_tokens, rounded_up
+from lcx.cache.kv_state import Held, KVState, Pass, Waiting, grown, joined, no_tokens, whole_tiles
 from lcx.cache.layered import Layered, rows_from, rows_of
 from lcx.cache.policies.policy import Policy
 from lcx.cache.pruning import Pruning
@@ -114,7 +114,7 @@ class KVCache(KeysCache):
         slots = length if policy is None else policy.slots(length, share)
         if policy is not None and policy.scope == "prefill" and not policy.rereads:
             slots += codec.block - 1  # what stays leaves a block in part empty, and an answer begins another
-        S = rounded_up(slots, block * at.shards)
+        S = whole_tiles(slots, block * at.shards)
         R = codec.first + codec.recent + codec.block - 1
         known = codec.tables(at.layer, kv_heads, head_dim, value_dim), policy and policy.tables(at.layer, kv_heads, head_dim)
         tables, known = jax.tree.map(lambda x: jnp.broadcast_to(x, (B, *x.shape)), known)

@@ -1,6 +1,7 @@
 """What a KV cache holds, and how tokens and blocks of tokens move in it."""
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 import jax
@@ -10,6 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 from lcx.batch import PADDING, TokenInfo
 from lcx.cache.layered import Layered
 from lcx.record import record, replaced, static
+
+TILE = 128  # slots
 
 
 @record
@@ -93,6 +96,12 @@ def no_tokens(rows: int, length: int, axes: int) -> TokenInfo:
 
 def rounded_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
+
+
+def whole_tiles(slots: int, multiple: int) -> int:
+    """So many slots, or some more: a multiple, and where they are many, whole tiles of a TPU too, which would else lay all of
+    them out in another way at every pass."""
+    return rounded_up(slots, multiple if slots < 8 * TILE else math.lcm(multiple, TILE))
 
 
 def taken(tree: Any, place: Int[Array, "*n C"], axis: int = 1) -> Any:

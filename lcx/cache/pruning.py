@@ -10,8 +10,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lcx.attention.split_keys import split_axes
 from lcx.batch import PADDING, TokenInfo
-from lcx.cache.kv_state import Held, KVState, Pass, Waiting, hidden, joined, rounded_up, taken, taken_first
+from lcx.cache.kv_state import Held, KVState, Pass, Waiting, hidden, joined, taken, taken_first, whole_tiles
 from lcx.cache.layered import Layered
+from lcx.cache.picking import on_own_heads, picked, places
 from lcx.cache.repeated import repeated
 from lcx.cache.scorers.scorer import Asked, Rule, Scored
 from lcx.cache.writing import in_place, with_blocks
@@ -89,7 +90,7 @@ class Pruning:
         """A state of so many slots, whole blocks and shares of a mesh, with the policy's choice of as many tokens a key head
         among all that its slots held."""
         block, most = self.cache.codec.block, state.held.info.segments.shape[2]
-        slots = rounded_up(slots + block - 1, block * axes_size(split_axes(self.rules)))  # an answer begins another
+        slots = whole_tiles(slots + block - 1, block * axes_size(split_axes(self.rules)))  # an answer begins another
         nothing = jax.tree.map(lambda x: jnp.zeros((len(x), block, *x.shape[2:]), x.dtype), state.waiting)
         empty = jnp.zeros(len(state.seen), jnp.int32)
         return self._compressed(state, nothing, empty, budget=budget, slots=min(slots, most))
@@ -126,7 +127,7 @@ class Pruning:
         def write(held: Held) -> Held:
             by_head = lambda x: jnp.moveaxis(x, 1, 2)
             coded = [
-                coder.encode(by_head(x).astype(jnp.float32), known)
+                on_own_heads(coder.encode, by_head(x), known, rules=self.rules)
                 for coder, x, known in zip(self.cache.coders, (leaving.k, leaving.v), state.tables, strict=True)
             ]
             info = jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], (B, G, *x.shape[1:])), leaving.info)
@@ -165,17 +166,17 @@ class Pruning:
         K, (G, S) = leaving.k.shape[2], held.info.segments.shape[1:]
         by_head = lambda x: jnp.moveaxis(x, 1, 2)
         join = lambda a, b: jnp.concatenate([a, b], axis=2)
-        loose, floats = self._loose(state, leaving)
+        pick = functools.partial(picked, rules=self.rules)
         here = jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], (B, G, *x.shape[1:])), leaving.info)
         here = hidden(here, jnp.arange(L) < moved[:, None, None])
         info = jax.tree.map(join, held.info, here)
         marks = None if held.marks is None else join(held.marks, by_head(leaving.marks))
         counts = None if held.counts is None else join(held.counts, jnp.ones((B, K, L)))
         there = info.segments != PADDING
-        order = jnp.argsort(~there, axis=2, stable=True)
-        by_all = lambda index: jnp.broadcast_to(index, (B, K, index.shape[2]))
-        pick = lambda tree, index: jax.tree.map(functools.partial(taken, place=index, axis=2), tree)
-        (k, v), ordered = pick(floats, by_all(order)), pick(info, order)
+        count, order = there.sum(axis=2), places(there, there.shape[2])
+        loose, (k, v) = self._loose(state, leaving, order)
+        ordered, marked, counted = pick((info, marks, counts), order, growing=True)
+        ordered = hidden(ordered, jnp.arange(there.shape[2]) < count[..., None])
         policy = self.cache.policy
         whole = policy.budget(state.seen, state.share)
         lost = jnp.minimum(whole, state.seen) - policy.most(state.length, state.share)
@@ -184,11 +185,11 @@ class Pruning:
             raw=k,
             v=v,
             info=ordered,
-            count=there.sum(axis=2),
+            count=count,
             newest=state.newest,
             newest_info=state.newest_info,
-            marks=None if marks is None else pick(marks, by_all(order)),
-            counts=None if counts is None else pick(counts, by_all(order)),
+            marks=marked,
+            counts=counted,
             watched=state.watched,
             known=state.known,
             seen=state.seen,
@@ -201,36 +202,39 @@ class Pruning:
         kept = policy.compress(scored, S if slots is None else slots)
         last = jnp.where(kept.there, kept.index, 0).max(axis=2, keepdims=True)  # fills up a block that it is in
         index = jnp.where(kept.there, kept.index, last)
-        origin = jnp.take_along_axis(order, index, axis=2)
+        origin = pick(order, index)
         codes = []
         for coder, old, new, known in zip(self.cache.coders, loose, (kept.k, kept.v), state.tables, strict=True):
-            stays = pick(old, by_all(origin)) if new is None else coder.loose(new, known)
-            codes.append(coder.tightened(stays, known))
+            stays = pick(old, origin) if new is None else coder.loose(new, known)
+            codes.append(on_own_heads(coder.tightened, stays, known, rules=self.rules))
         block, some = self.cache.codec.block, kept.there.sum(axis=2)
-        ones = None if counts is None else pick(counts, by_all(origin))
+        info, marks, counts = pick((info, marks, counts), origin)
         like = lambda new, old: new.astype(old.dtype)
         new = Held(
             k=jax.tree.map(like, codes[0], held.k),
             v=jax.tree.map(like, codes[1], held.v),
-            info=hidden(pick(info, origin), kept.there),
-            marks=None if marks is None else pick(marks, by_all(origin)),
-            counts=ones if kept.counts is None else kept.counts,
+            info=hidden(info, kept.there),
+            marks=marks,
+            counts=counts if kept.counts is None else kept.counts,
             pages=held.pages,
         )
         if self.cache.selector is not None:
             new = self.cache.selector.told(self.cache, new, state.tables, self.frequencies)
         return dataclasses.replace(state, held=new, used=-(-some // block) * block, overflow=jnp.maximum(state.overflow, lost))
 
-    def _loose(self, state: KVState, leaving: Waiting) -> tuple[list[Any], list[Float[Array, "B K N _"]]]:
-        """Loose codes, and what they stand for, of the keys and values of the slots and of tokens behind them."""
+    def _loose(
+        self, state: KVState, leaving: Waiting, order: Int[Array, "B G N"]
+    ) -> tuple[list[Any], list[Float[Array, "B K N _"]]]:
+        """Loose codes of the keys and values of the slots and of tokens behind them, and in order what they stand for."""
         held, join = state.held, lambda a, b: jnp.concatenate([a, b], axis=2)
         loose, floats = [], []
         for coder, codes, new, known in zip(
             self.cache.coders, (held.k, held.v), (leaving.k, leaving.v), state.tables, strict=True
         ):
-            old, new = coder.loosened(codes, known), jnp.moveaxis(new, 1, 2).astype(jnp.float32)
+            old, new = coder.loosened(codes, known), jnp.moveaxis(new, 1, 2)
             loose.append(jax.tree.map(join, old, coder.loose(new, known)))
-            floats.append(join(coder.value(old, known).astype(jnp.float32), new))
+            exact = loose[-1] if coder.exact else join(coder.value(old, known).astype(jnp.float32), new.astype(jnp.float32))
+            floats.append(picked(exact, order, rules=self.rules, growing=True).astype(jnp.float32))
         return loose, floats
 
 

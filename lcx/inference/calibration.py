@@ -33,7 +33,7 @@ from lcx.positions.frequencies import Frequencies
 from lcx.positions.rotate import rotate
 from lcx.record import record, replaced
 from lcx.spec import SpecError, edit, edits
-from pallas_kernels.quantized_attention.formats import halves
+from pallas_kernels.quantized_attention.half import halves
 
 ROUNDS = 50  # of k-means, at most
 

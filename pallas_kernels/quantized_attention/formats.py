@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped, UInt8, UInt16
+from jaxtyping import Array, Float, Int, Shaped, UInt16
 
 from pallas_kernels import angles
 from pallas_kernels.quantized_attention.packing import BLOCK, PLANES
@@ -179,10 +179,11 @@ def together(parts: tuple[Shaped[Array, "*n"], ...], like: Shaped[Array, "*n"]) 
     return jnp.stack(parts, axis=-1) if parts else jnp.zeros((*like.shape, 0), like.dtype)
 
 
-def paired(x: UInt8[Array, "*n g"]) -> tuple[UInt16[Array, "*n"], ...]:
-    """The last axis taken apart, two numbers in a word: arrays of bytes that kernels read, XLA lays out anew."""
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, x.shape[-1] % 2)]).astype(jnp.uint16)
-    return each(x[..., ::2] | x[..., 1::2] << 8)
+def paired(x: Sequence[Shaped[Array, "*n"]]) -> tuple[UInt16[Array, "*n"], ...]:
+    """Numbers below 256, two in a word: arrays of bytes that kernels read, XLA lays out anew."""
+    wide = [part.astype(jnp.uint16) for part in x]
+    low, high = wide[::2], [*wide[1::2], *(jnp.zeros_like(x) for x in wide[: len(wide) % 2])]
+    return tuple(a | b << 8 for a, b in zip(low, high, strict=True))
 
 
 def unpaired(words: Sequence[Shaped[Array, "*n"]], count: int) -> list[Int[Array, "*n"]]:
@@ -194,17 +195,6 @@ def unpaired(words: Sequence[Shaped[Array, "*n"]], count: int) -> list[Int[Array
 def places(words: Sequence[Any], channels: int, count: int) -> list[Any]:
     """Of `count` outliers: the channel of each, an array like those of `words`."""
     return unpaired(words, count) if channels < 256 else [x.astype(jnp.int32) for x in words]
-
-
-def halves(x: UInt16[Array, "*n"]) -> Float[Array, "*n"]:
-    """Half precision in float32."""
-    return jax.lax.bitcast_convert_type(x, jnp.float16).astype(jnp.float32)
-
-
-def half_bits(x: Float[Array, "*n"]) -> UInt16[Array, "*n"]:
-    """The bits of numbers in half precision, the largest of which stands for all that are larger."""
-    most = float(jnp.finfo(jnp.float16).max)
-    return jax.lax.bitcast_convert_type(jnp.clip(x, -most, most).astype(jnp.float16), jnp.uint16)
 
 
 def invalid(plan: Plan, q: Shaped[Array, "B T H D"], slots: Slots) -> str | None:

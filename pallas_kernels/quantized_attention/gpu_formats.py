@@ -21,9 +21,9 @@ from pallas_kernels.quantized_attention.formats import (
     Pairing,
     Scaled,
     TokenGroups,
-    halves,
     places,
 )
+from pallas_kernels.quantized_attention.half import halves
 from pallas_kernels.quantized_attention.packing import BLOCK, PLANES
 
 

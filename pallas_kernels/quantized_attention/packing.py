@@ -5,13 +5,12 @@ a block of 32 tokens fills w words a channel; bit field j of word r is token j w
 mask of whole words, channels stay where they lie, and 3 bits take 3 bits.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, UInt8, UInt32
 
 from pallas_kernels.quantized_attention import packing_tpu
 from pallas_kernels.quantized_attention.packing_tpu import BLOCK
-from pallas_kernels.target import platform
+from pallas_kernels.target import on_one_device, platform
 
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 
@@ -53,7 +52,5 @@ def unpack(planes: tuple[UInt32[Array, "*n _ D"], ...], bits: int) -> UInt8[Arra
 
 
 def _on_tpu(tokens: int, channels: int) -> bool:
-    """Whether a kernel does it: of what one device holds, as XLA shares no kernel out."""
-    mesh = jax.sharding.get_abstract_mesh()
-    whole = mesh.empty or mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names)
-    return platform() == "tpu" and whole and packing_tpu.taken(tokens, channels)
+    """Whether a kernel does it."""
+    return platform() == "tpu" and on_one_device() and packing_tpu.taken(tokens, channels)

@@ -34,15 +34,7 @@ def pack(
     def body(given, *refs):
         *out, wide = refs
         wide[...] = given[...].astype(jnp.int32)
-        below = 0
-        for width, ref in zip(planes, out, strict=True):
-            for row in range(width):
-                word = jnp.zeros((blocks, LANES), jnp.int32)
-                for place in range(BLOCK // width):
-                    field = wide[pl.ds(place * width + row, blocks, BLOCK), :] >> below & ((1 << width) - 1)
-                    word = word | field << (place * width)
-                ref[pl.ds(row, blocks, width), :] = jax.lax.bitcast_convert_type(word, jnp.uint32)
-            below += width
+        write_words(wide, out, planes)
 
     words = pl.pallas_call(
         body,
@@ -55,6 +47,19 @@ def pack(
         interpret=interpret,
     )(codes.reshape(N, T, D))
     return tuple(x.reshape(*lead, -1, D) for x in words)
+
+
+def write_words(wide, out, planes: tuple[int, ...]) -> None:
+    """In a kernel: codes of a scratch [T, D] as words of each plane."""
+    blocks, below = wide.shape[0] // BLOCK, 0
+    for width, ref in zip(planes, out, strict=True):
+        for row in range(width):
+            word = jnp.zeros((blocks, wide.shape[1]), jnp.int32)
+            for place in range(BLOCK // width):
+                field = wide[pl.ds(place * width + row, blocks, BLOCK), :] >> below & ((1 << width) - 1)
+                word = word | field << (place * width)
+            ref[pl.ds(row, blocks, width), :] = jax.lax.bitcast_convert_type(word, jnp.uint32)
+        below += width
 
 
 def unpack(

@@ -20,9 +20,9 @@ from pallas_kernels.quantized_attention.formats import (
     Scaled,
     Slots,
     channels,
-    halves,
     places,
 )
+from pallas_kernels.quantized_attention.half import halves
 from pallas_kernels.quantized_attention.packing import unpack
 from pallas_kernels.tile_attention.tokens import Tokens, distance
 

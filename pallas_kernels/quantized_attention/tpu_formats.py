@@ -29,6 +29,7 @@ from pallas_kernels.quantized_attention.formats import (
     channels,
     places,
 )
+from pallas_kernels.quantized_attention.half import float_of_bits, halves_of
 from pallas_kernels.quantized_attention.packing import BLOCK, PLANES
 from pallas_kernels.tile_attention.scores import dot
 from pallas_kernels.tpu_chips import LANES
@@ -101,7 +102,7 @@ def prepare(form: Format, refs: SimpleNamespace) -> None:
         held = held[words:]
     else:
         rows = []
-    rows += [x if x.dtype == jnp.float32 else _halves(x) for x in held]
+    rows += [x if x.dtype == jnp.float32 else halves_of(x) for x in held]
     for n, x in enumerate(rows):
         refs.own[n * K : (n + 1) * K, :] = x
 
@@ -185,7 +186,7 @@ def _codes(form: Format, refs, h) -> Float[Array, "bk D"]:
     if form.kind == "int8":
         return refs.codes[h].astype(jnp.float32)
     bits = jax.lax.bitcast_convert_type(refs.codes[h], jnp.int8).astype(jnp.int32)
-    return _float_of_bits(bits, exponent=4, mantissa=3)
+    return float_of_bits(bits, exponent=4, mantissa=3)
 
 
 def _unpacked(form, refs, h, number) -> Float[Array, "bk D"]:
@@ -257,7 +258,7 @@ def _kept(form: TokenGroups, refs):
 
 def _every_block(ref, h, kept) -> Float[Array, "blocks D"]:
     """Of groups of tokens, for every block of them."""
-    found = _halves(ref[h])
+    found = halves_of(ref[h])
     if kept is None:
         return found
     parts = found.shape[1] // LANES
@@ -280,18 +281,3 @@ def _columns(refs, rows: list[Float[Array, "1 bk"]]) -> Float[Array, "bk columns
     for n, row in enumerate(rows):
         refs.rows[n : n + 1] = row
     return refs.rows[...].T
-
-
-def _halves(bits: Shaped[Array, "*n"]) -> Float[Array, "*n"]:
-    return _float_of_bits(bits.astype(jnp.int32), exponent=5, mantissa=10)
-
-
-def _float_of_bits(bits: Int[Array, "*n"], *, exponent: int, mantissa: int) -> Float[Array, "*n"]:
-    """A small floating point number in float32; small ones apart, as float32 that small is taken for 0. Never NaN."""
-    bias, top = 2 ** (exponent - 1) - 1, exponent + mantissa
-    size = bits & ((1 << top) - 1)
-    number = lambda x: jax.lax.bitcast_convert_type(x, jnp.float32)
-    normal = number((size << (23 - mantissa)) + ((127 - bias) << 23))
-    small = size.astype(jnp.float32) * 2.0 ** (1 - bias - mantissa)
-    x = jnp.where(size < 1 << mantissa, small, normal)
-    return jnp.where(bits & (1 << top) != 0, -x, x)

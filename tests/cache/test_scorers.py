@@ -22,6 +22,7 @@ from lcx.cache.policies.evict import Evict
 from lcx.cache.policies.fold import Fold
 from lcx.cache.policies.simlayerkv import SimLayerKV
 from lcx.cache.policies.think import ThinK
+from lcx.cache.policies.top import top
 from lcx.cache.policies.windowkv import WindowKV
 from lcx.cache.scorers.chunks import EachChunk, WholeChunks
 from lcx.cache.scorers.compactor import Compactor
@@ -36,7 +37,7 @@ from lcx.cache.scorers.non_causal import NonCausal, within_chunks
 from lcx.cache.scorers.observed import Observed
 from lcx.cache.scorers.q_filters import QFilters
 from lcx.cache.scorers.recency import Recency
-from lcx.cache.scorers.scorer import Asked, Rule, Scorer
+from lcx.cache.scorers.scorer import Asked, Rule, Scored, Scorer
 from lcx.cache.scorers.snapkv import SnapKV
 from lcx.cache.scorers.tova import TOVA
 from lcx.parts import parts
@@ -277,3 +278,38 @@ def test_every_scorer_keeps_what_it_is_asked_to(cls, golden):
     there = np.asarray(state.held.info.segments != 0)[0]
     assert (there.sum(axis=1) <= KEPT).all() and (there.sum(axis=1) > KEPT - 20).all()
     assert np.isfinite(np.asarray(state.held.v)).all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_top_is_the_head_of_a_stable_sort(seed):
+    """Alike ones, both zeros, infinities and what is no number among them."""
+    random = np.random.default_rng(seed)
+    N, count = (int(n) for n in random.integers(1, 60, 2))
+    strange = [0.0, -0.0, 1, 2, -3, 1e38, np.inf, -np.inf, np.nan, 1e-40]
+    scores = (random.choice(strange, (2, 3, N)) if seed % 2 else random.normal(size=(2, 3, N))).astype(np.float32)
+    budget = random.integers(0, N + 5, (2, 3)).astype(np.int32)
+    index, there = map(np.asarray, top(jnp.asarray(scores), jnp.asarray(budget), count))
+    for at in np.ndindex(2, 3):
+        best = np.argsort(np.where(np.isnan(scores[at]), np.inf, -scores[at]), kind="stable")[: min(budget[at], count)]
+        wanted = np.sort([n for n in best if scores[at][n] > -np.inf])
+        np.testing.assert_array_equal(index[at][there[at]], wanted)
+        assert there[at].shape == (count,) and there[at][: len(wanted)].all()
+
+
+@pytest.mark.parametrize("at_once", [5, 7, 64])
+def test_what_queries_looked_at_some_tokens_at_a_time(at_once):
+    """As with all at once; a row with nothing, and one with fewer tokens than a part."""
+    random = np.random.default_rng(0)
+    B, W, N = 3, 3, 23
+    of = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)
+    held = np.array([23, 0, 4])
+    info = causal_info(jnp.asarray(np.arange(N) < held[:, None], jnp.int32))
+    newest = causal_info(jnp.ones((B, W), jnp.int32), start=jnp.full(B, 20))
+    now = scored(of(B, K, N, D), of(B, W, H, D), jax.tree.map(lambda x: x[:, None], info), newest, held)
+    np.testing.assert_allclose(now.looked(W, at_once), now.attention(W).sum(axis=3), atol=1e-6)
+
+
+def scored(k, q, info, newest, held):
+    nothing = dict.fromkeys([field.name for field in dataclasses.fields(Scored)])
+    given = {"k": k, "raw": k, "v": k, "info": info, "count": jnp.asarray(held)[:, None], "newest": q, "newest_info": newest}
+    return Scored(**nothing | given | {"seen": jnp.asarray(held), "budget": jnp.asarray(held), "rule": RULE})

@@ -54,15 +54,57 @@ def compiled(device, plan, *given):
 
 def packed(device, bits):
     """Tokens packed and unpacked."""
+    from pallas_kernels.quantized_attention.packing import pack, unpack
+
+    codes = tokens(device, 1280, 256, "uint8")
+    text = jax_text(lambda codes: unpack(pack(codes, bits), bits), codes)
+    assert text.count("tpu_custom_call") >= 2
+
+
+def encoded(device):
+    """Keys and values coded, each side by one kernel, and fetched by another."""
+    import jax
+    import jax.numpy as jnp
+
+    from lcx.cache.codecs.groups import KIVI, IntGroups
+    from lcx.cache.codecs.kvquant import KVQuant
+    from lcx.cache.codecs.scaled import Fp8, Int8
+    from pallas_kernels.token_gather.op import gathered
+
+    for codec in (Int8(), Fp8(), IntGroups(), KIVI(), KVQuant(codebook="uniform"), KVQuant(codebook="uniform", outliers=0.05)):
+        for size in (128, 256):
+            tables = jax.tree.map(lambda x: x[None], codec.tables(0, 8, size, size))
+            for coder, known in zip((codec.keys, codec.values), tables, strict=True):
+                text = jax_text(lambda x, coder=coder, known=known: coder.encode(x, known), tokens(device, 512, size))
+                passes = 1 if size == 128 or isinstance(codec, Int8 | Fp8) else 2
+                assert text.count('custom_call_target="tpu_custom_call"') == passes, (codec, size)
+        yield repr(codec)
+    for dtype in ("bfloat16", "int8", "uint8", "uint16", "float32", "int32") + (("float8_e4m3fn",) if chip_has_fp8() else ()):
+        few = tokens(device, 1280, 128, dtype), tokens(device, 1280, 1, dtype)
+        index = jax.ShapeDtypeStruct((1, 8, 640), jnp.int32, sharding=few[0].sharding)
+        text = jax_text(lambda few, index: gathered(few, index, growing=True), few, index)
+        assert text.count("tpu_custom_call") == 1
+        yield f"gathered {dtype}"
+
+
+def chip_has_fp8():
+    from pallas_kernels.tpu_chips import this_chip
+
+    return this_chip() != "v4"
+
+
+def tokens(device, count, channels, dtype="bfloat16"):
     import jax
     import jax.numpy as jnp
     from jax.sharding import SingleDeviceSharding
 
-    from pallas_kernels.quantized_attention.packing import pack, unpack
+    return jax.ShapeDtypeStruct((1, 8, count, channels), jnp.dtype(dtype), sharding=SingleDeviceSharding(device))
 
-    codes = jax.ShapeDtypeStruct((1, 8, 1280, 256), jnp.uint8, sharding=SingleDeviceSharding(device))
-    text = jax.jit(lambda codes: unpack(pack(codes, bits), bits)).lower(codes).compile().as_text()
-    assert text.count("tpu_custom_call") >= 2
+
+def jax_text(run, *given):
+    import jax
+
+    return jax.jit(run).lower(*given).compile().as_text()
 
 
 def main(chip, what="decoding"):
@@ -76,6 +118,8 @@ def main(chip, what="decoding"):
         for bits in (2, 3, 4, 8) if what == "others" else ():
             packed(device, bits)
             print(json.dumps({"name": f"{bits} bits"}), flush=True)
+        for name in encoded(device) if what == "encoding" else ():
+            print(json.dumps({"name": name}), flush=True)
         for name, ratio in decoding(device) if what == "decoding" else ():
             print(json.dumps({"name": name, "ratio": ratio}), flush=True)
 
@@ -94,6 +138,12 @@ def test_reads_codes(chip):
 @pytest.mark.parametrize("chip", CHIPS)
 def test_other_calls_compile(chip):
     assert len(lines(__file__, chip, "others")) == (9 if chip == "v4" else 10)
+
+
+@needs_compiler
+@pytest.mark.parametrize("chip", CHIPS)
+def test_writes_codes(chip):
+    assert len(lines(__file__, chip, "encoding")) == (12 if chip == "v4" else 13)
 
 
 if __name__ == "__main__":

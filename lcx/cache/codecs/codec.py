@@ -22,6 +22,7 @@ class Quantizer(abc.ABC):
     """Of keys or of values. tables: what `Codec.tables` gives of its side, for its layer, arrays [B, K, ...]."""
 
     block: int = 1
+    exact: bool = False  # whether loose codes are the tokens themselves
 
     @abc.abstractmethod
     def loose(self, x: Float[Array, "B K N D"], tables: Any) -> Any:

@@ -16,7 +16,9 @@ from jaxtyping import Array, Float, Int, UInt8, UInt16
 
 from lcx.cache.codecs.codec import Codec, Quantizer
 from pallas_kernels.quantized_attention import formats
-from pallas_kernels.quantized_attention.formats import each, half_bits, halves
+from pallas_kernels.quantized_attention.coding import Coding, channel, coded, plainly
+from pallas_kernels.quantized_attention.formats import each
+from pallas_kernels.quantized_attention.half import half_bits, halves
 from pallas_kernels.quantized_attention.packing import BLOCK, PLANES, pack, unpack
 
 
@@ -33,22 +35,21 @@ def limits(low: Float[Array, "*n"], high: Float[Array, "*n"], bits: int) -> tupl
     return half_bits((high - low) / (2**bits - 1)), half_bits(low)
 
 
-def uniform(x: Float[Array, "*n"], scale: UInt16[Array, "..."], zero: UInt16[Array, "..."], bits: int) -> UInt8[Array, "*n"]:
+def uniform(x: Float[Array, "*n"], scale: Float[Array, "..."], zero: Float[Array, "..."], bits: int) -> Float[Array, "*n"]:
     """Codes; scale and zero of each number's group."""
-    step = jnp.where(scale == 0, 1, halves(scale))
-    return jnp.clip(jnp.round((x - halves(zero)) / step), 0, 2**bits - 1).astype(jnp.uint8)
+    return jnp.clip(jnp.round((x - zero) / jnp.where(scale == 0, 1, scale)), 0, 2**bits - 1)
 
 
 def stands_for(codes: UInt8[Array, "*n G"], scale: UInt16[Array, "..."], zero: UInt16[Array, "..."]) -> Float[Array, "*n G"]:
     return codes.astype(jnp.float32) * halves(scale) + halves(zero)
 
 
-def _spread(parts: Sequence[UInt16[Array, "*n"]], group: Int[Array, "D"]) -> UInt16[Array, "*n D"]:
-    """What groups have, for each of their channels."""
-    total = parts[0][..., None]
+def _spread(parts: Sequence[Array], channel: Int[Array, "..."], size: int) -> Array:
+    """What groups of so many channels have, for each of these."""
+    total = parts[0]
     for n in range(1, len(parts)):
-        total = jnp.where(group == n, parts[n][..., None], total)
-    return jnp.broadcast_to(total, (*parts[0].shape, len(group)))
+        total = jnp.where(channel >= n * size, parts[n], total)
+    return total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,22 +60,37 @@ class ChannelGroups(Quantizer):
     size: int
     block = BLOCK
 
-    def loose(self, x, tables=None):
-        size = min(self.size, x.shape[-1])
-        if x.shape[-1] % size:
-            raise ValueError(f"codec.group = {size}: expected a divisor of a head's {x.shape[-1]} channels")
-        x, group = x.astype(jnp.float32), jnp.arange(x.shape[-1]) // size
-        scale, zero = [], []
-        for n in range(x.shape[-1] // size):  # whole rows: TPUs pad the few channels of a group
-            low, high = (jnp.where(group == n, x, most) for most in (jnp.inf, -jnp.inf))
-            found = limits(low.min(axis=-1), high.max(axis=-1), self.bits)
+    @property
+    def coding(self) -> Coding:
+        return Coding(self._code, jnp.uint8, self.bits)
+
+    def _code(self, x, by_channel, by_head, axis):
+        size, channels = min(self.size, x.shape[axis]), x.shape[axis]
+        if channels % size:
+            raise ValueError(f"codec.group = {size}: expected a divisor of a head's {channels} channels")
+        at, scale, zero = channel(x, axis), [], []
+        for n in range(channels // size):  # whole rows: TPUs pad the few channels of a group
+            of = (at >= n * size) & (at < (n + 1) * size)
+            low, high = (jnp.where(of, x, most) for most in (jnp.inf, -jnp.inf))
+            found = limits(low.min(axis=axis, keepdims=True), high.max(axis=axis, keepdims=True), self.bits)
             scale, zero = [*scale, found[0]], [*zero, found[1]]
-        codes = uniform(x, _spread(scale, group), _spread(zero, group), self.bits)
-        return Grouped(codes, jnp.stack(scale, axis=-1), jnp.stack(zero, axis=-1))
+        spread = lambda parts: _spread([halves(part) for part in parts], at, size)
+        return uniform(x, spread(scale), spread(zero), self.bits), [*scale, *zero]
+
+    def loose(self, x, tables=None):
+        codes, shared = plainly(self.coding, x)
+        half = len(shared) // 2
+        return Grouped(codes, jnp.stack(shared[:half], axis=-1), jnp.stack(shared[half:], axis=-1))
+
+    def encode(self, x, tables=None):
+        codes, shared = coded(self.coding, x)
+        half = len(shared) // 2
+        return formats.GroupArrays(codes, shared[:half], shared[half:])
 
     def value(self, loose, tables=None):
-        group = jnp.arange(loose.codes.shape[-1]) // (loose.codes.shape[-1] // loose.scale.shape[-1])
-        return stands_for(loose.codes, *(_spread(each(x), group) for x in (loose.scale, loose.zero)))
+        channels, groups = loose.codes.shape[-1], loose.scale.shape[-1]
+        spread = lambda x: _spread([part[..., None] for part in each(x)], jnp.arange(channels), channels // groups)
+        return stands_for(loose.codes, spread(loose.scale), spread(loose.zero))
 
     def tightened(self, loose, tables=None):
         return formats.GroupArrays(pack(loose.codes, self.bits), each(loose.scale), each(loose.zero))
@@ -93,6 +109,7 @@ class TokenGroups(Quantizer):
 
     bits: int
     size: int
+    exact = True
 
     @property
     def block(self):
@@ -105,11 +122,15 @@ class TokenGroups(Quantizer):
         return loose
 
     def tightened(self, loose, tables=None):
-        *lead, tokens, channels = loose.shape
-        groups = loose.reshape(*lead, tokens // self.size, self.size, channels).astype(jnp.float32)
-        scale, zero = limits(groups.min(axis=-2), groups.max(axis=-2), self.bits)
-        codes = uniform(groups, scale[..., None, :], zero[..., None, :], self.bits).reshape(loose.shape)
-        return formats.GroupArrays(pack(codes, self.bits), scale, zero)
+        codes, (scale, zero) = coded(Coding(self._code, jnp.uint8, self.bits, tokens=self.size), loose)
+        return formats.GroupArrays(codes, scale, zero)
+
+    def encode(self, x, tables=None):
+        return self.tightened(x)
+
+    def _code(self, x, by_channel, by_head, axis):
+        found = limits(x.min(axis=axis, keepdims=True), x.max(axis=axis, keepdims=True), self.bits)
+        return uniform(x, *map(halves, found), self.bits), list(found)
 
     def loosened(self, codes, tables=None):
         numbers = unpack(codes.codes, self.bits)

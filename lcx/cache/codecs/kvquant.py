@@ -11,19 +11,24 @@ which much attention goes to. Q-Norm moves what codes stand for to the mean and 
 (theirs: of all heads of a token), and for how many outliers a token's key may have: as many as its value, the farthest out.
 """
 
+import abc
 import dataclasses
 import functools
+import itertools
 import math
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
 from lcx.cache.codecs.codec import Codec, Quantizer
 from lcx.cache.known import Measured, arrays_of
 from pallas_kernels.quantized_attention import formats
-from pallas_kernels.quantized_attention.formats import each, half_bits, halves, paired, places, together
+from pallas_kernels.quantized_attention.coding import Coding, channel, coded, plainly
+from pallas_kernels.quantized_attention.formats import each, paired, places, together
+from pallas_kernels.quantized_attention.half import half_bits, halves
 from pallas_kernels.quantized_attention.packing import BLOCK, pack, unpack
 
 
@@ -43,33 +48,27 @@ def outliers_of(share: float, channels: int) -> int:
     return math.floor(share / 2 * (channels - 1)) + 1 if share else 0
 
 
-def largest(x: Float[Array, "*n D"], count: int, of: Bool[Array, "*n D"] | None = None):
-    """(numbers, their channels, where the others are), [*n, count], [*n, count], [*n, D]: the largest first, of those as large
-    the first channel first. One after the other: a sort of every token takes a TPU far longer than these few passes."""
-    of, channel, numbers, places = jnp.ones(x.shape, bool) if of is None else of, jnp.arange(x.shape[-1]), [], []
+def largest(x: Float[Array, "..."], count: int, of: Bool[Array, "..."], axis: int, last: bool = False):
+    """(numbers, their channels, where the others are) along an axis, lists of arrays of one each: the largest first, of those
+    as large the first channel first, or the last. One after the other: a sort of every token takes a TPU far longer."""
+    place, numbers, places = channel(x, axis), [], []
     for _ in range(count):
         left = jnp.where(of, x, -jnp.inf)
-        number = left.max(axis=-1, keepdims=True)
-        place = jnp.where(of & (left == number), channel, x.shape[-1]).min(axis=-1, keepdims=True)
-        of = of & (channel != place)
-        numbers, places = [*numbers, number], [*places, place]
-    if not count:
-        return x[..., :0], jnp.zeros((*x.shape[:-1], 0), jnp.int32), of
-    return jnp.concatenate(numbers, axis=-1), jnp.concatenate(places, axis=-1), of
+        number = left.max(axis=axis, keepdims=True)
+        found = of & (left == number)
+        if last:
+            at = jnp.where(found, place, -1).max(axis=axis, keepdims=True)
+        else:
+            at = jnp.where(found, place, x.shape[axis]).min(axis=axis, keepdims=True)
+        of = of & (place != at)
+        numbers, places = [*numbers, number], [*places, at]
+    return numbers, places, of
 
 
-def at_places(x: Float[Array, "*n D"], place: Int[Array, "*n m"]) -> Float[Array, "*n m"]:
-    """Numbers at some channels, one after the other."""
-    channel = jnp.arange(x.shape[-1])
-    each = [jnp.where(channel == place[..., n : n + 1], x, 0).sum(axis=-1, keepdims=True) for n in range(place.shape[-1])]
-    return jnp.concatenate(each, axis=-1) if each else x[..., :0]
-
-
-def nearest(x: Float[Array, "*n D"], codebook: Float[Array, "B K c"]) -> UInt8[Array, "*n D"]:
+def nearest(x: Float[Array, "..."], codebook: Sequence[Array]) -> Float[Array, "..."]:
     """The index of the codebook's number that is nearest to each; of two the lower."""
-    between = (codebook[..., 1:] + codebook[..., :-1]) / 2
-    above = [x > between[..., n][:, :, None, None] for n in range(between.shape[-1])]
-    return sum((one.astype(jnp.uint8) for one in above), jnp.zeros(x.shape, jnp.uint8))
+    between = [(high + low) / 2 for low, high in itertools.pairwise(codebook)]
+    return sum((jnp.where(x > edge, 1.0, 0.0) for edge in between), jnp.zeros(x.shape))
 
 
 def looked_up(codes: UInt8[Array, "*n D"], codebook: Float[Array, "B K c"]) -> Float[Array, "*n D"]:
@@ -87,14 +86,37 @@ def _kind(channels: int):
 
 
 class _Coder(Quantizer):
-    block = BLOCK
+    """limits: numbers that a token has of its own as zero point and half range."""
 
-    def _sparse(self, x, far: Float[Array, "B K N D"], most: int):
-        """(place, number) of the `most` channels that are farthest out, of those with far > 0."""
-        D = x.shape[-1]
-        value, place, _ = largest(far, most)
-        number = half_bits(at_places(x, place))
-        return jnp.where(value > 0, place, D).astype(_kind(D)), jnp.where(value > 0, number, 0)
+    block = BLOCK
+    limits: ClassVar[int] = 0
+
+    def loose(self, x, tables):
+        codes, shared = plainly(self.coding, x, *self._known(tables))
+        place, number, limits = self._apart(shared)
+        like = codes[..., 0]
+        place, number = together(place, like).astype(_kind(x.shape[-1])), together(number, like.astype(jnp.uint16))
+        return Coded(codes, place, number, jnp.stack(limits, axis=-1) if limits else None)
+
+    def encode(self, x, tables=None):
+        codes, shared = coded(self.coding, x, *self._known(tables))
+        place, number, limits = self._apart(shared)
+        place = [p.astype(_kind(x.shape[-1])) for p in place]
+        place = paired(place) if x.shape[-1] < 256 else tuple(place)
+        return Coded(codes, place, number, limits or None)
+
+    @property
+    def coding(self) -> Coding:
+        return Coding(self._code, jnp.uint8, self.bits)
+
+    @abc.abstractmethod
+    def _code(self, x, by_channel, by_head, axis):
+        """Of a token: places and numbers of its outliers, and its zero point and half range if they are its own."""
+
+    def _apart(self, shared: tuple) -> tuple[tuple, tuple, tuple]:
+        """Places, numbers and limits."""
+        count = (len(shared) - self.limits) // 2
+        return shared[:count], shared[count : 2 * count], shared[2 * count :]
 
     def _value(self, loose: Coded, z, r, tables):
         x = looked_up(loose.codes, tables["codebook"])
@@ -106,7 +128,7 @@ class _Coder(Quantizer):
         return x
 
     def tightened(self, loose, tables=None):
-        place = (paired if loose.place.dtype == jnp.uint8 else each)(loose.place)
+        place = paired(each(loose.place)) if loose.place.dtype == jnp.uint8 else each(loose.place)
         limits = None if loose.range is None else each(loose.range)
         return Coded(pack(loose.codes, self.bits), place, each(loose.number), limits)
 
@@ -120,7 +142,7 @@ class _Coder(Quantizer):
     def format(self, codes, tables):
         """Q-Norm is part of the codebook."""
         codebook = tables["codebook"] * tables["scale"][..., None] + tables["shift"][..., None]
-        ranges = jnp.concatenate(self._ranges(tables), axis=2) if codes.range is None else None
+        ranges = jnp.concatenate([*self._ranges(tables)], axis=2) if codes.range is None else None
         arrays = formats.CodebookArrays(codes.codes, codebook, codes.place, codes.number, ranges, codes.range)
         return formats.Codebook(self.bits), arrays
 
@@ -132,17 +154,23 @@ class Keys(_Coder):
     bits: int
     outliers: float
 
-    def _ranges(self, tables):
-        upper, lower = (tables[name][:, :, None] for name in ("upper", "lower"))
-        return (upper + lower) / 2, (upper - lower) / 2
+    def _known(self, tables):
+        upper, lower = tables["upper"], tables["lower"]
+        return ((upper + lower) / 2, (upper - lower) / 2), each(tables["codebook"])
 
-    def loose(self, x, tables):
-        x = x.astype(jnp.float32)
-        z, r = self._ranges(tables)
-        scaled = (x - z) / jnp.where(r > 0, r, 1)
-        most = min(2 * outliers_of(self.outliers, x.shape[-1]), x.shape[-1])
-        place, number = self._sparse(x, jnp.maximum(jnp.abs(scaled) - 1, 0) if most else scaled, most)
-        return Coded(nearest(scaled, tables["codebook"]), place, number, None)
+    def _ranges(self, tables):
+        return (x[:, :, None] for x in self._known(tables)[0])
+
+    def _code(self, x, by_channel, by_head, axis):
+        z, r = by_channel
+        scaled, D = (x - z) / jnp.where(r > 0, r, 1), x.shape[axis]
+        most = min(2 * outliers_of(self.outliers, D), D)
+        far, place, _ = largest(jnp.abs(scaled) - 1, most, jnp.ones(x.shape, bool), axis)
+        at = channel(x, axis)
+        number = [half_bits(jnp.where(at == p, x, 0).sum(axis=axis, keepdims=True)) for p in place]
+        number = [jnp.where(f > 0, n, 0).astype(n.dtype) for f, n in zip(far, number, strict=True)]
+        place = [jnp.where(f > 0, p, D) for f, p in zip(far, place, strict=True)]
+        return nearest(scaled, by_head), [*place, *number]
 
     def value(self, loose, tables):
         return self._value(loose, *self._ranges(tables), tables)
@@ -154,24 +182,25 @@ class Values(_Coder):
 
     bits: int
     outliers: float
+    limits = 2
 
-    def loose(self, x, tables):
-        x = x.astype(jnp.float32)
-        D = x.shape[-1]
+    def _known(self, tables):
+        return (), each(tables["codebook"])
+
+    def _code(self, x, by_channel, by_head, axis):
+        D = x.shape[axis]
         side = min(outliers_of(self.outliers, D), D // 2)
-        least, low_place, inner = largest(-x, side)
-        most, high_place, inner = largest(jnp.where(inner, x, -jnp.inf)[..., ::-1], side, inner[..., ::-1])
-        high_place, inner = D - 1 - high_place[..., ::-1], inner[..., ::-1]
-        low = jnp.where(inner, x, jnp.inf).min(axis=-1, keepdims=True)
-        high = jnp.where(inner, x, -jnp.inf).max(axis=-1, keepdims=True)
+        least, low_place, inner = largest(-x, side, jnp.ones(x.shape, bool), axis)
+        most, high_place, inner = largest(x, side, inner, axis, last=True)
+        low = jnp.where(inner, x, jnp.inf).min(axis=axis, keepdims=True)
+        high = jnp.where(inner, x, -jnp.inf).max(axis=axis, keepdims=True)
         if 2 * side >= D:  # nothing is left: what is next to the middle
-            low = high = most[..., -1:]
-        limits = half_bits(jnp.concatenate([(high + low) / 2, (high - low) / 2], axis=-1))
-        z, r = (halves(limits[..., n : n + 1]) for n in (0, 1))
-        scaled = (x - z) / jnp.where(r > 0, r, 1)
-        place = jnp.concatenate([low_place, high_place], axis=-1)
-        number = half_bits(jnp.concatenate([-least, most[..., ::-1]], axis=-1))
-        return Coded(nearest(scaled, tables["codebook"]), place.astype(_kind(D)), number, limits)
+            low = high = most[-1]
+        limits = [half_bits((high + low) / 2), half_bits((high - low) / 2)]
+        z, r = map(halves, limits)
+        number = [half_bits(n) for n in (*(-n for n in least), *most[::-1])]
+        codes = nearest((x - z) / jnp.where(r > 0, r, 1), by_head)
+        return codes, [*low_place, *high_place[::-1], *number, *limits]
 
     def value(self, loose, tables):
         z, r = (halves(loose.range[..., n : n + 1]) for n in (0, 1))

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from lcx.cache.codecs.codec import Codec, Quantizer
 from pallas_kernels.quantized_attention import formats
+from pallas_kernels.quantized_attention.coding import Coding, coded, plainly
 
 LARGEST = {"int8": 127.0, "fp8": 448.0}
 
@@ -22,12 +23,23 @@ class ByToken(Quantizer):
 
     kind: Literal["int8", "fp8"]
 
+    @property
+    def coding(self) -> Coding:
+        return Coding(self._code, {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}[self.kind])
+
+    def _code(self, x, by_channel, by_head, axis):
+        most = LARGEST[self.kind]
+        scale = jnp.abs(x).max(axis=axis, keepdims=True) / most
+        codes = jnp.clip(x / jnp.where(scale == 0, 1, scale), -most, most)
+        return jnp.round(codes) if self.kind == "int8" else codes, [scale]
+
     def loose(self, x, tables=None):
-        x, most = x.astype(jnp.float32), LARGEST[self.kind]
-        scale = jnp.abs(x).max(axis=-1, keepdims=True) / most
-        scaled = jnp.clip(x / jnp.where(scale == 0, 1, scale), -most, most)
-        codes = jnp.round(scaled).astype(jnp.int8) if self.kind == "int8" else scaled.astype(jnp.float8_e4m3fn)
-        return formats.ScaledArrays(codes, scale[..., 0])
+        codes, (scale,) = plainly(self.coding, x)
+        return formats.ScaledArrays(codes, scale)
+
+    def encode(self, x, tables=None):
+        codes, (scale,) = coded(self.coding, x)
+        return formats.ScaledArrays(codes, scale)
 
     def value(self, loose, tables=None):
         numbers = loose.codes.astype(jnp.float32) if self.kind == "int8" else widened(loose.codes)

@@ -16,8 +16,8 @@ from jaxtyping import Bool
 
 from lcx.cache.known import Measured, arrays_of
 from lcx.cache.policies.budgets import Even, LayerBudgets
-from lcx.cache.policies.evict import top
 from lcx.cache.policies.policy import Kept, Policy
+from lcx.cache.policies.top import top
 from lcx.spec import SpecError
 
 

@@ -5,27 +5,13 @@ import math
 from typing import Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from lcx.cache.policies.policy import Kept, Policy
+from lcx.cache.policies.top import largest, top
 from lcx.cache.scorers.scorer import Scored, Scorer
 
 LARGE = 1e38  # beyond every score
-
-
-def top(
-    scores: Float[Array, "B G N"], budget: Int[Array, "B G"], places: int
-) -> tuple[Int[Array, "B G C"], Bool[Array, "B G C"]]:
-    """(index, there) of the `budget` largest scores of each row, oldest first. -inf is not taken; of equals the older is."""
-    scores = jnp.pad(scores, ((0, 0), (0, 0), (0, max(0, places - scores.shape[2]))), constant_values=-jnp.inf)
-    best = jnp.argsort(-scores, axis=2, stable=True)[..., :places]
-    there = jnp.take_along_axis(scores, best, axis=2) > -jnp.inf
-    there = there & (jnp.arange(places) < budget[..., None])
-    place = jnp.where(there, best, scores.shape[2])
-    order = jnp.argsort(place, axis=2)
-    index = jnp.take_along_axis(place, order, axis=2)
-    there = jnp.take_along_axis(there, order, axis=2)
-    return jnp.where(there, index, 0), there
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,15 +107,11 @@ class Evict(Policy):
     def _together(self, worth: Float[Array, "B K N"], budget: Int[Array, "B"], slots: int):
         """Scores and budgets of heads that draw on one budget: each first its safe share, then the best of all."""
         B, K, N = worth.shape
-        place = jnp.argsort(jnp.argsort(-worth, axis=2, stable=True), axis=2)
-        safe = (budget * self.safe).astype(jnp.int32)[:, None, None]
-        room = worth > -jnp.inf
-        most = jnp.minimum(slots, jnp.ceil(budget * self.spread)).astype(jnp.int32)[:, None, None]
-        joint = jnp.where(room & (place < most), jnp.where(place < safe, jnp.inf, worth), -jnp.inf).reshape(B, 1, K * N)
-        index, there = top(joint, budget[:, None] * K, K * N)
-        rows = jnp.arange(B)[:, None]
-        chosen = jnp.zeros((B, K * N), bool).at[rows, jnp.where(there, index, K * N)[:, 0]].set(True, mode="drop")
-        chosen = chosen.reshape(B, K, N)
+        each = lambda x: jnp.broadcast_to(x[:, None], (B, K)).astype(jnp.int32)
+        safe = largest(worth, each(budget * self.safe))
+        most = largest(worth, each(jnp.minimum(slots, jnp.ceil(budget * self.spread))))
+        joint = jnp.where(safe & most, jnp.inf, jnp.where(most, worth, -jnp.inf))
+        chosen = largest(joint.reshape(B, K * N), budget * K).reshape(B, K, N)
         return jnp.where(chosen, worth, -jnp.inf), chosen.sum(axis=2)
 
     @classmethod

@@ -19,8 +19,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lcx.batch import TokenInfo
 from lcx.cache.policies.budgets import Even
-from lcx.cache.policies.evict import top
 from lcx.cache.policies.policy import Kept, Policy
+from lcx.cache.policies.top import top
 
 FIRST, LATER = "\n\nRepeat the previous context exactly.", "\n\nRepeat the part of the previous context exactly, starting with"
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lcx.cache.policies.budgets import Even, LayerBudgets
-from lcx.cache.policies.evict import top
 from lcx.cache.policies.policy import Kept, Policy
+from lcx.cache.policies.top import top
 from lcx.cache.scorers.scorer import Scored
 
 

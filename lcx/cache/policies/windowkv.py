@@ -16,8 +16,8 @@ from jaxtyping import Array, Bool
 
 from lcx.batch import PADDING
 from lcx.cache.policies.budgets import LayerBudgets, Pyramid
-from lcx.cache.policies.evict import top
 from lcx.cache.policies.policy import Kept, Policy
+from lcx.cache.policies.top import top
 from lcx.cache.scorers.scorer import Scored
 
 SUFFIX = {"localization": 32, "aggregation": 16}
@@ -66,7 +66,7 @@ class WindowKV(Policy):
         N, w = now.k.shape[2], self.window
         place, count = jnp.arange(N), now.count[:, 0]
         review = jnp.maximum(count - self.queries, 0)
-        looked = now.attention(self.queries).sum(axis=3)
+        looked = now.looked(self.queries)
         looked = jnp.where(place < review[:, None, None, None], looked, 0)
         looked = looked.reshape(len(count), -1, N)
         windows = jnp.pad(looked, ((0, 0), (0, 0), (0, -N % w))).reshape(*looked.shape[:2], -1, w)

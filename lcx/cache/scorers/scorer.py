@@ -76,13 +76,42 @@ class Scored:
     def attention(self, queries: int) -> Float[Array, "B K g W N"]:
         """Probabilities that the newest `queries` queries give each token, among those that are there. Raises ValueError if
         fewer were asked for."""
-        if not 0 < queries <= (held := self.newest.shape[1]):
-            raise ValueError(f"attention({queries}): expected 1 to {held} queries, which the property `queries` asks for")
-        q, info = self.newest[:, -queries:], jax.tree.map(lambda x: x[:, -queries:], self.newest_info)
+        q, info = self._newest(queries)
         s = logits(q, self.k, info, self.info, self.rule)
         top = s.max(axis=-1, keepdims=True)
         p = jnp.where(s > -jnp.inf, jnp.exp(s - jnp.where(top > -jnp.inf, top, 0)), 0)
         return p / jnp.maximum(p.sum(axis=-1, keepdims=True), 1e-30)
+
+    def looked(self, queries: int, at_once: int = 2048) -> Float[Array, "B K g N"]:
+        """`attention`, summed over the queries, some of the tokens at a time: logits of all are never there at once."""
+        (B, H), (K, N), size = self.newest.shape[::2], self.k.shape[1:3], min(at_once, self.k.shape[2])
+        q, info = self._newest(queries)
+        begins = jnp.minimum(jnp.arange(-(-N // size)) * size, N - size)
+
+        def some(begin):
+            k, k_info = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, begin, size, axis=2), (self.k, self.info))
+            return logits(q, k, info, k_info, self.rule)
+
+        def more(n, state):
+            top, total = state
+            s = jnp.where(begins[n] + jnp.arange(size) >= n * size, some(begins[n]), -jnp.inf)  # the last ones overlap
+            new = jnp.maximum(top, s.max(axis=-1, keepdims=True))
+            low = jnp.where(new > -jnp.inf, new, 0)
+            return new, total * jnp.exp(top - low) + jnp.exp(s - low).sum(axis=-1, keepdims=True)
+
+        def put(n, found):
+            p = jnp.exp(some(begins[n]) - low) / total
+            return jax.lax.dynamic_update_slice_in_dim(found, p.sum(axis=3), begins[n], axis=3)
+
+        nothing = jnp.full((B, K, H // K, queries, 1), -jnp.inf), jnp.zeros((B, K, H // K, queries, 1))
+        top, total = jax.lax.fori_loop(0, len(begins), more, nothing)
+        low, total = jnp.where(top > -jnp.inf, top, 0), jnp.maximum(total, 1e-30)
+        return jax.lax.fori_loop(0, len(begins), put, jnp.zeros((B, K, H // K, N)))
+
+    def _newest(self, queries: int) -> tuple[Float[Array, "B W H D"], TokenInfo]:
+        if not 0 < queries <= (held := self.newest.shape[1]):
+            raise ValueError(f"attention({queries}): expected 1 to {held} queries, which the property `queries` asks for")
+        return self.newest[:, -queries:], jax.tree.map(lambda x: x[:, -queries:], self.newest_info)
 
 
 def logits(

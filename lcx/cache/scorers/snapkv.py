@@ -43,7 +43,7 @@ class SnapKV(Scorer):
     def score(self, now):
         place = jnp.arange(now.k.shape[2])
         inside = place >= now.count[..., None] - self.window
-        looked = now.attention(self.window).sum(axis=3) / jnp.minimum(now.seen, self.window)[:, None, None, None]
+        looked = now.looked(self.window) / jnp.minimum(now.seen, self.window)[:, None, None, None]
         looked = jnp.where(inside[:, :, None] | ~now.there[:, :, None], 0, looked)
         return jnp.where(inside, jnp.inf, mean_of_group(pooled(looked, self.kernel, self.pool)))
 

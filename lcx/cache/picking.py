@@ -1,0 +1,48 @@
+"""Which tokens of slots, and they taken out: in their order, side by side, on each device for the heads that it holds."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from lcx.attention.split_keys import split_axes
+from lcx.parallel.rules import Rules, ambient_mesh
+from pallas_kernels.token_gather import op
+
+
+def places(there: Bool[Array, "*n N"], count: int) -> Int[Array, "*n C"]:
+    """The first `count` places where something is there, in order; where there are fewer, the last of them again, or 0."""
+    N = there.shape[-1]
+    place = jnp.where(there, jnp.arange(N), N)
+    last = jnp.where(there, jnp.arange(N), 0).max(axis=-1, keepdims=True)
+    found = jnp.minimum(jnp.sort(place, axis=-1)[..., :count], last)
+    return jnp.concatenate([found, jnp.broadcast_to(last, (*found.shape[:-1], max(0, count - N)))], axis=-1)
+
+
+def picked(tree: Any, index: Int[Array, "B G C"], *, rules: Rules = Rules(), growing: bool = False) -> Any:
+    """Arrays [B, K or G, C, ...] of what arrays [B, K or G, N, ...] hold at places, of each of G heads or of all heads alike.
+
+    rules: how arrays lie on a mesh. growing: says that no place is before the one to its left.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    fetch = functools.partial(op.gathered, growing=growing)
+
+    def take(these):
+        at = jnp.broadcast_to(index, (*these[0].shape[:2], index.shape[2]))
+        return fetch(these, at) if split_axes(rules) else on_own_heads(fetch, these, at, rules=rules)
+
+    kinds = [n if op.is_wide(x, 3) else ("narrow", x.shape[1]) for n, x in enumerate(leaves)]  # which are taken together
+    found = {kind: iter(take([x for x, k in zip(leaves, kinds, strict=True) if k == kind])) for kind in dict.fromkeys(kinds)}
+    return jax.tree.unflatten(structure, [next(found[kind]) for kind in kinds])
+
+
+def on_own_heads(run: Callable[..., Any], *trees: Any, rules: Rules) -> Any:
+    """run(*trees) of arrays [B, K, ...], which gives such ones: on a mesh each device for the rows and heads that it holds."""
+    if ambient_mesh() is None:
+        return run(*trees)
+    heads = jax.tree.leaves(trees)[0].shape[1]
+    spec = rules.partition(("batch", "kv_heads" if heads > 1 else None))
+    return jax.shard_map(run, in_specs=(spec,) * len(trees), out_specs=spec, check_vma=False)(*trees)
