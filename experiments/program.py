@@ -37,6 +37,7 @@ from lcx.config import ONLY_PARTS, accepted_at, assign, build, expand, load_file
 from lcx.config_text import NoSuchPart, parse
 from lcx.data.recall import TaskDoesNotFit
 from lcx.data.sources import SourceError
+from lcx.inference.overflow import CacheOverflow
 from lcx.inference.requests import NotFinite, WindowOverflow
 from lcx.interop.chat import ChatError
 from lcx.parallel.topology import quiet_without_tpu
@@ -53,7 +54,11 @@ REFUSALS = (  # faults of the command line, the config or the data it names
     flags.Error,
 )
 NO_BASE = "--config={} comes first: expected config:<name> or config_file:<path> before it"
-FAILURES = (TrainingDiverged, NotFinite)  # what may happen to a run that was right to start, and needs no traceback
+FAILURES = (
+    TrainingDiverged,
+    NotFinite,
+    CacheOverflow,
+)  # what may happen to a run that was right to start, and needs no traceback
 Kind = TypeVar("Kind", bound=Spec)
 Define = Callable[[flags.FlagValues], None]
 

@@ -1,7 +1,8 @@
 """The contract of a cache: what a mixer keeps of the keys and values of earlier tokens.
 
 Chunks of any sizes, appended one after the other, give what one pass over the whole row gives. Padding consumes no slot and is
-never seen. Tokens that find no slot are counted in the state's `overflow [B]`, never dropped unseen.
+never seen. Tokens that find no slot are counted in the state's `overflow [B]`, never dropped unseen: whoever generates looks
+at it, and says what the state names as its `remedy` (`lcx.inference.overflow`).
 """
 
 import abc

@@ -1,9 +1,10 @@
 """The dense cache: every key and value of the row, in a preallocated array, one slot a token.
 
-Each row fills its own slots in order. Whoever drives the cache checks `overflow`.
+Each row fills its own slots in order.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ from lcx.record import record
 @record
 class DenseState:
     """k, v: the slots. info: the TokenInfo each slot was written with (segment 0: empty). used: slots filled a row."""
+
+    remedy: ClassVar[str] = "rows of fewer tokens, or a state that was made for more"
 
     k: Float[Array, "B S K D"]
     v: Float[Array, "B S K E"]

@@ -47,6 +47,7 @@ class KVState:
     from which on the pass repeats tokens, of which it is none."""
 
     in_place: ClassVar[tuple[str, ...]] = ("held",)
+    remedy: ClassVar[str] = "rows of fewer tokens, or, behind a policy that drops in prefill alone, a larger policy.every"
 
     length: int = static()
     share: float = static()

@@ -4,6 +4,7 @@ What tokens are (their `TokenInfo`) stays by row: it is small, and what a page h
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,8 @@ class PagedState(Pooled):
     """length: tokens a row that it was made for. k, v: the pool. table: the pages of each row in their order, P where there is
     none. info: of each row's slots (segment 0: empty). used: slots a row. free: numbers of pages that nobody holds, the first
     `left` of them. overflow: tokens that found no slot."""
+
+    remedy: ClassVar[str] = "a larger PagedCache.pages, or fewer and shorter rows"
 
     length: int = static()
     k: Float[Array, "P page K D"]

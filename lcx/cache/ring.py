@@ -8,6 +8,7 @@ readers), a row is right while all of it is held; tokens that are read later are
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,8 @@ class RingState:
     """length: that it was made for. used: tokens written, the next goes into slot `used % S`. in_turn: whether documents came
     one after the other, ordinary ones, each in the order of its index. overflow: tokens read where some are gone that they
     may look for, as documents did not, or beyond a length that the ring holds whole."""
+
+    remedy: ClassVar[str] = "documents of a row one after the other, or RingCache.size for all tokens of a row"
 
     length: int = static()
     slots: Store

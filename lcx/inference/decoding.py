@@ -1,5 +1,6 @@
 """Decoding: one token a step for every row, under one jitted loop. A row's tokens do not depend on the rows beside it."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -9,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from lcx.batch import PADDING
+from lcx.inference.overflow import unplaced
 from lcx.inference.reading import Consumed, feed
 from lcx.inference.sampling import SamplingRows
 from lcx.models.decoder import DecoderModel
@@ -31,7 +33,7 @@ class Asked:
 @record
 class Decoding:
     """The loop after `n` steps. count: new tokens of each row, in the first columns of ids and logprobs. top_ids, top_logprobs:
-    the likeliest tokens beside each, the likeliest first."""
+    the likeliest tokens beside each, the likeliest first. unplaced: tokens of each row that found no slot in some cache."""
 
     n: Int[Array, ""]
     read: Consumed
@@ -41,6 +43,7 @@ class Decoding:
     top_logprobs: Float[Array, "B N L"]
     count: Int[Array, "B"]
     stopped: Bool[Array, "B"]
+    unplaced: Int[Array, "B"]
 
 
 def nothing_decoded(read: Consumed, new: int, stopped: Bool[Array, "B"], top: int = 0) -> Decoding:
@@ -58,6 +61,7 @@ def nothing_decoded(read: Consumed, new: int, stopped: Bool[Array, "B"], top: in
         top_logprobs=tops[1],
         count=count,
         stopped=stopped,
+        unplaced=jnp.zeros(rows, jnp.int32),
     )
 
 
@@ -83,9 +87,9 @@ def keys_of(seeds: Sequence[int]) -> Key[Array, "B"]:
 def decode(model: DecoderModel, decoding: Decoding, asked: Asked, end: Int[Array, ""]) -> Decoding:
     """Steps until every row has stopped or `end` steps are done."""
     model = model.in_blocks()
-    return jax.lax.while_loop(
-        lambda now: (now.n < end) & ~now.stopped.all(), functools.partial(_step, model, asked=asked), decoding
-    )
+    step = functools.partial(_step, model, asked=asked)
+    made = jax.lax.while_loop(lambda now: (now.n < end) & ~now.stopped.all(), step, decoding)
+    return dataclasses.replace(made, unplaced=unplaced(made.read.state, len(made.count)))
 
 
 def _step(model: DecoderModel, now: Decoding, *, asked: Asked) -> Decoding:
@@ -107,4 +111,5 @@ def _step(model: DecoderModel, now: Decoding, *, asked: Asked) -> Decoding:
         top_logprobs=now.top_logprobs.at[:, now.n].set(tops[0]),
         count=count,
         stopped=stopped | (asked.made + count >= asked.limit),
+        unplaced=now.unplaced,
     )

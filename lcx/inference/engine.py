@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from lcx.cache.cache import Cache
 from lcx.inference.decoding import Asked, checked_seed, decode, keys_of, nothing_decoded, stop_rows
+from lcx.inference.overflow import CacheOverflow, overflow_of
 from lcx.inference.reading import Consumed, check_room, feed, nothing_read, padded_rows
 from lcx.inference.requests import WindowOverflow
 from lcx.inference.rereading import read_again, settled_slots
@@ -44,13 +45,15 @@ class Ask:
 
 class Piece(NamedTuple):
     """New tokens of a request. tops: of each, the likeliest (id, log-probability) first. finish: why it ended, None while it
-    goes on."""
+    goes on; "overflow": tokens found no slot in a cache, as `failure` says, and what was made of the request since its last
+    piece is no answer."""
 
     number: int
     ids: list[int]
     logprobs: list[float]
     tops: list[list[tuple[int, float]]]
-    finish: Literal["stop", "length"] | None
+    finish: Literal["stop", "length", "overflow"] | None
+    failure: CacheOverflow | None = None
 
 
 class Engine:
@@ -125,11 +128,15 @@ class Engine:
             return self._decode_on() if any(self._held) else []
 
     def run(self, asks: Sequence[Ask]) -> Iterator[Piece]:
-        """The pieces of all requests as they come; their numbers count from 0 in the order of `asks`."""
-        order = {self.submit(ask): n for n, ask in enumerate(asks)}
+        """The pieces of all requests as they come; their numbers count from 0 in the order of `asks`. Raises the
+        CacheOverflow of the first that failed, behind the last piece of the others."""
+        order, failure = {self.submit(ask): n for n, ask in enumerate(asks)}, None
         while self.busy:
             for piece in self.step():
+                failure = failure or piece.failure
                 yield piece._replace(number=order[piece.number])
+        if failure is not None:
+            raise failure
 
     def _on_mesh(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
@@ -166,10 +173,15 @@ class Engine:
         decoding = decode(self.model, nothing_decoded(self._read, self.burst, stopped, top), asked, jnp.int32(self.burst))
         self._read = decoding.read
         found = {name: np.asarray(getattr(decoding, name)) for name in ("ids", "logprobs", "top_ids", "top_logprobs")}
-        count, ended = np.asarray(decoding.count), np.asarray(decoding.stopped)
+        count, ended, unplaced = map(np.asarray, (decoding.count, decoding.stopped, decoding.unplaced))
         pieces, left = [], [False] * self.rows
         for b, row in enumerate(self._held):
             if row is None:
+                continue
+            if unplaced[b]:
+                failure = overflow_of(self.model, self._read.state, b)
+                pieces.append(Piece(row.number, [], [], [], "overflow", failure))
+                left[b] = True
                 continue
             n, row.made = count[b], row.made + int(count[b])
             finish = None if not ended[b] else "length" if row.made == row.ask.max_new else "stop"

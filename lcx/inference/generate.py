@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcx.inference.decoding import Asked, Decoding, decode, keys_of, nothing_decoded, stop_rows
+from lcx.inference.overflow import check_overflow
 from lcx.inference.reading import Consumed, check_not_consumed, check_room, padded_rows, prefill
 from lcx.inference.sampling import Sampling, sampling_rows
 from lcx.inference.shapes import bucket
@@ -46,7 +47,7 @@ def generate(
     row's new ids, True ends the row, which may by then be longer than the asker needs. chunk: tokens a prefill step. placed:
     the positions of each prompt, from a rule for visual documents; new tokens go on behind them. Raises ValueError on an
     empty prompt, an id that the model does not have, a seed outside 32 bits, max_new < 1, positions that are not those of the
-    prompts, or new ones beyond 2^24.
+    prompts, or new ones beyond 2^24; CacheOverflow if tokens of a row found no slot in a cache.
     """
     if max_new < 1 or not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise ValueError(f"generate: max_new = {max_new} and {len(prompts)} prompts: expected at least one token of each")
@@ -70,8 +71,8 @@ def answer(
     """(up to `max_new` tokens of each row that has read something, the rows after them). The old `read` is consumed.
 
     made: tokens that these rows were given before behind their prompts, so that an answer in parts draws as a whole one does;
-    the other options are those of `generate`. Raises ValueError as it does, where a row has no room, and where
-    `read` was consumed before.
+    the other options are those of `generate`. Raises ValueError and CacheOverflow as it does, ValueError where a row has no
+    room, and where `read` was consumed before.
     """
     check_not_consumed(read)
     model, rows = settled(model), len(read.seen)
@@ -100,6 +101,8 @@ def answer(
             if stopped.all():
                 break
             decoding = dataclasses.replace(decoding, stopped=jnp.asarray(stopped))
+    seen = np.asarray(decoding.read.seen) > 0
+    check_overflow(model, decoding.read.state, np.asarray(decoding.unplaced), seen)
     found = _rows(decoding, max_new)
     return [found[n] for n in some], decoding.read
 

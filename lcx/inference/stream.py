@@ -24,7 +24,7 @@ def stream(
     mesh: Mesh | None = None,
 ) -> Iterator[int]:
     """Up to `max_new` tokens after the prompt, ended by any id of `stop`; the arguments are those of `generate`.
-    mesh: see `Engine`. Raises NotFinite for a model that gives no numbers."""
+    mesh: see `Engine`. Raises NotFinite for a model that gives no numbers, CacheOverflow as `generate`."""
     engine = Engine(model, window=max(1, len(prompt) + max_new), rows=1, chunk=chunk, burst=1, mesh=mesh)
     for piece in engine.run([Ask(prompt, max_new, sampling, seed, stop)]):
         check_finite(piece.logprobs)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lcx.cache.cache import Cache
 from lcx.inference.forward import logprobs_of
+from lcx.inference.overflow import check_overflow, unplaced
 from lcx.inference.reading import Consumed, passed, prefill
 from lcx.inference.shapes import bucket, right_padded
 from lcx.inference.squeeze import squeezed
@@ -36,7 +37,8 @@ def streamed_logprobs(
 ) -> tuple[Float[np.ndarray, "B N"], Bool[np.ndarray, "B N"]]:
     """Of the tokens from each row's start on: log-probability, and whether it was the likeliest; padded on the right.
 
-    size: rows of the batch. chunk, step: tokens of a pass ahead of the start, and from there on.
+    size: rows of the batch. chunk, step: tokens of a pass ahead of the start, and from there on. Raises CacheOverflow if tokens
+    of a row found no slot in a cache.
     """
     prompts = [row[:start] for row, start in zip(rows, starts, strict=True)]
     rest = [row[start:] for row, start in zip(rows, starts, strict=True)]
@@ -50,6 +52,7 @@ def streamed_logprobs(
         read, *new = _scored(model, tokens[:, part], targets[:, part], segments[:, part], read)
         found.append(new)
     logprobs, greedy = (np.concatenate([np.asarray(part[n]) for part in found], axis=1) for n in range(2))
+    check_overflow(model, read.state, np.asarray(unplaced(read.state, size)), np.asarray(read.seen) > 0)
     return logprobs[: len(rows), :-1], greedy[: len(rows), :-1]
 
 

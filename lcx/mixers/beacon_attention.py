@@ -9,7 +9,7 @@ The state holds raw keys: of the tokens of the open window, each in its place of
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -39,6 +39,8 @@ PLAIN |= {"cache": DenseCache()}  # keys are raw, in a store of their own
 @record
 class BeaconAttentionState:
     """overflow: entries that found no slot."""
+
+    remedy: ClassVar[str] = "rows of fewer tokens, or a state that was made for more"
 
     window: Store
     memory: Store

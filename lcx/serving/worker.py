@@ -17,7 +17,7 @@ class Busy(RuntimeError):
 
 
 class Failed(RuntimeError):
-    """The engine failed; it serves nothing any more."""
+    """The engine failed, and serves nothing any more, or it failed one request."""
 
 
 class Worker:
@@ -89,7 +89,8 @@ class Worker:
                     number = ours[piece.number]
                     if piece.finish is not None:
                         del numbers[number]
-                    self._tell(number, piece, piece.finish is not None)
+                    told = piece if piece.failure is None else Failed(str(piece.failure))
+                    self._tell(number, told, piece.finish is not None)
         except Exception as error:
             _log.exception("the engine failed")
             with self._lock:
@@ -113,7 +114,7 @@ class Answer:
         self._worker = worker
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
-        """Raises Failed if the engine does."""
+        """Raises Failed if the engine does, or tokens of the request found no slot in a cache."""
         while True:
             piece = await self.queue.get()
             if isinstance(piece, Failed):

@@ -6,6 +6,7 @@ import pytest
 from lcx.inference.decoding import decode
 from lcx.inference.engine import Ask, Engine
 from lcx.inference.generate import generate
+from lcx.inference.overflow import CacheOverflow
 from lcx.inference.reading import feed
 from lcx.inference.requests import WindowOverflow
 from lcx.inference.sampling import Sampling
@@ -48,6 +49,22 @@ def test_tokens_are_those_of_generate(model, engine):
             assert [x for _, x in top] == sorted((x for _, x in top), reverse=True)
             assert dict(top).get(token, logprob) == pytest.approx(logprob)
     assert not engine.busy
+
+
+def test_a_request_that_finds_no_slots_fails_alone(model, engine, monkeypatch):
+    """As if rows held more than they do; the next request in its row is answered."""
+    monkeypatch.setattr(engine, "window", 2 * engine.window)
+    asks, pieces = (
+        [Ask(prompt, max_new=9) for prompt in (PROMPTS[0], 2 * PROMPTS[5] + PROMPTS[3][:16], PROMPTS[3], PROMPTS[4])],
+        [],
+    )
+    with pytest.raises(CacheOverflow, match=r"row 0: 2 tokens found no slot in layer 0 \(DenseState\) and 1 more"):
+        for piece in engine.run(asks):
+            pieces.append(piece)
+    ids, _, _, finish = collected(pieces, 4)
+    wanted = generate(model, [asks[n].prompt for n in (0, 2, 3)], max_new=9, chunk=32)
+    assert [ids[n] for n in (0, 2, 3)] == [row.ids for row in wanted]
+    assert finish[1][-1] == "overflow" and len(ids[1]) == 4 and not engine.busy
 
 
 def test_a_stop_ends_a_request_alone(engine):

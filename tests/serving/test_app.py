@@ -183,6 +183,16 @@ def test_an_answer_without_numbers_is_no_answer(engine, monkeypatch):
         assert client.post(COMPLETIONS, json={"prompt": "hi", **GREEDY}).status_code == 200
 
 
+def test_a_request_that_finds_no_slots_fails_alone(engine, monkeypatch):
+    """As if rows held more than they do; the next one is answered."""
+    with TestClient(build_app(Worker(engine), TOKENIZER, None, NAME)) as client:
+        monkeypatch.setattr(engine, "window", 2 * engine.room)
+        found = client.post(COMPLETIONS, json={"prompt": [1] * (engine.room + 1), **GREEDY})
+        assert found.status_code == 500 and "tokens found no slot in layer 0" in found.json()["error"]["message"]
+        monkeypatch.undo()
+        assert client.post(COMPLETIONS, json={"prompt": "hi", **GREEDY}).status_code == 200
+
+
 def test_an_engine_that_fails_is_told_of(engine, monkeypatch):
     async def asked():
         worker = Worker(engine)
