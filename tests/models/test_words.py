@@ -1,5 +1,7 @@
 """What tells parameters apart: one number however they are held, another of other ones; tables of other ones are refused."""
 
+import zlib
+
 import jax
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from lcx.models.decoder import rebuild
 from lcx.models.light import light
 from lcx.models.words import words
 from lcx.parallel.mesh import MeshSpec
-from lcx.spec import SpecError, edit
+from lcx.spec import SpecError, edit, edits
 from lcx.training.checkpoint import load_model
 from lcx.training.run_folder import read_trained
 from lcx.training.shipped import run_folder
@@ -32,20 +34,47 @@ def model():
     return MODEL.build(rngs=nnx.Rngs(0))
 
 
+def by_hand(model):
+    """In NumPy, from bits: the nearest bfloat16, of two the even one."""
+    total = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model))):
+        keys = [str(key.key) for key in path]
+        matrices = {"/".join(keys): leaf}
+        if keys[0] == "slots":
+            matrices = {"/".join([str(n), *keys[2:]]): matrix for n, matrix in enumerate(leaf)}
+        for name, matrix in matrices.items():
+            bits = np.asarray(matrix).reshape(-1).view(np.uint32).astype(np.uint64)
+            x = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) + np.arange(bits.size, dtype=np.uint64) * 0x9E3779B1
+            for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+                x %= 2**32
+                x = (x ^ (x >> shift)) * factor
+            total += int((x % 2**32).sum()) * (zlib.crc32(name.encode()) | 1)
+    return total % 2**32
+
+
 def test_one_number_however_parameters_are_held(model):
-    """Worked in NumPy from bits: the nearest bfloat16, of two the even one."""
-    found, wanted = words(model), 0
-    for leaf in jax.tree.leaves(nnx.to_pure_dict(nnx.state(model))):
-        bits = np.asarray(leaf).reshape(-1).view(np.uint32).astype(np.uint64)
-        half = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        wanted += int((half * (half + 0x9E3779B0)).sum())
-    assert found == wanted % 2**32
+    found = words(model)
+    assert found == by_hand(model)
     assert words(light(rebuild(model, edit(MODEL, "compute", "bfloat16")))) == found
     with jax.set_mesh(MeshSpec(fsdp=2, tensor=2).build(jax.devices()[:4])):
         assert words(shared_out(model, jax.sharding.get_mesh())) == found
     changed = nnx.clone(model)
     changed.embedding[...] = changed.embedding[...].at[3, 5].multiply(1.01)
     assert words(changed) != found
+
+
+def test_the_order_of_layers_is_seen_however_they_are_divided(model):
+    turned, divided = nnx.clone(model), edits(MODEL, [("pattern", MODEL.pattern * 2), ("periods", 1)]).build(rngs=nnx.Rngs(0))
+    held = nnx.to_pure_dict(nnx.state(model))
+    state = nnx.state(turned)
+    nnx.replace_by_pure_dict(state, held | {"slots": jax.tree.map(lambda x: x[::-1], held["slots"])})
+    nnx.update(turned, state)
+    assert words(turned) != words(model)
+    state = nnx.state(divided)
+    slots = {n: jax.tree.map(lambda x, n=n: x[n : n + 1], held["slots"][0]) for n in range(2)}
+    nnx.replace_by_pure_dict(state, held | {"slots": slots})
+    nnx.update(divided, state)
+    assert words(divided) == words(model)
 
 
 def test_tables_of_other_parameters_are_refused(model, tmp_path):
