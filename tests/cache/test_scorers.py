@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -259,6 +260,17 @@ def test_chunks_of_tokens_that_are_there():
     np.testing.assert_allclose(found[0], wanted, atol=1e-5)
     alone = within_chunks(asked, jnp.moveaxis(keys, 2, 1), k_info, RULE, new=0, size=5)
     assert not np.asarray(alone).any()
+
+
+@pytest.mark.parametrize("score", [KeyNorm(), Critical(of=KeyNorm()), WholeChunks(of=KeyNorm()), EachChunk(of=KeyNorm())])
+@pytest.mark.parametrize("shape", [(K, N), (1, K, 1), (1, 1, N)])
+def test_scores_of_another_shape_are_refused(score, shape, golden, monkeypatch):
+    monkeypatch.setattr(KeyNorm, "score", lambda self, now: np.ones(shape))
+    given = [golden[name] for name in ("q", "k", "v", "output")]
+    cache = KVCache(policy=Evict(score=score, keep=KEPT + 1), keys="raw")
+    said = rf"KeyNorm\.score gave {re.escape(str(shape))}: expected \[B, K, N\] = \(1, {K}, \d+\), a number for each"
+    with pytest.raises(ValueError, match=said):
+        one_pass(cache, *map(jnp.float32, given))
 
 
 def test_budgets_of_layers(golden):

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from lcx.cache.policies.policy import Kept, Policy
 from lcx.cache.policies.top import largest, top
-from lcx.cache.scorers.scorer import Scored, Scorer
+from lcx.cache.scorers.scorer import Scored, Scorer, scores_of
 
 LARGE = 1e38  # beyond every score
 
@@ -85,10 +85,7 @@ class Evict(Policy):
     def worth(self, now: Scored) -> Float[Array, "B G N"]:
         """Scores, -inf where there is no token. What always stays is on top: sinks, then the newest of the others, if a budget
         does not hold all of them."""
-        scores = self.score.score(now).astype(jnp.float32)
-        if scores.shape != now.k.shape[:3]:
-            expected = f"{now.k.shape[:3]}, rows, key heads and tokens"
-            raise ValueError(f"{type(self.score).__name__}.score gave {scores.shape}: expected {expected}")
+        scores = scores_of(self.score, now)
         if self.heads == "shared":
             scores = scores.mean(axis=1, keepdims=True)
         place = jnp.arange(scores.shape[2])

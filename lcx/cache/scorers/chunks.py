@@ -9,7 +9,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lcx.cache.scorers.scorer import Wrapper
+from lcx.cache.scorers.scorer import Wrapper, scores_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class _Chunks(Wrapper):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WholeChunks(_Chunks):
     def score(self, now):
-        scores = self.of.score(now)
+        scores = scores_of(self.of, now)
         top = jnp.where(now.there & jnp.isfinite(scores), scores, -jnp.inf).max(axis=2, keepdims=True)
         best = jnp.where(jnp.isfinite(top), top, 0) + 1 + jnp.arange(scores.shape[2]) / (1000 * scores.shape[2])
         finite = jnp.where(jnp.isposinf(scores), best, scores)  # what has to stay: more than the best, the newest most
@@ -53,7 +53,7 @@ class WholeChunks(_Chunks):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EachChunk(_Chunks):
     def score(self, now):
-        scores = jnp.where(now.there, self.of.score(now), -jnp.inf)
+        scores = jnp.where(now.there, scores_of(self.of, now), -jnp.inf)
         apart = self._apart(scores, -jnp.inf)
         rank = jnp.argsort(jnp.argsort(apart, axis=3), axis=3).reshape(*scores.shape[:2], -1)[:, :, : scores.shape[2]]
         return jnp.where(jnp.isposinf(scores), jnp.inf, rank.astype(jnp.float32))

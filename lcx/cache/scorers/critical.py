@@ -7,7 +7,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from lcx.cache.scorers.scorer import Wrapper
+from lcx.cache.scorers.scorer import Wrapper, scores_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class Critical(Wrapper):
         self.check(self.epsilon >= 0, "epsilon", "0 or a positive number")
 
     def score(self, now):
-        scores = jnp.where(now.there, self.of.score(now), -jnp.inf)
+        scores = jnp.where(now.there, scores_of(self.of, now), -jnp.inf)
         rank = jnp.argsort(jnp.argsort(-scores, axis=2, stable=True), axis=2)
         first = (now.budget * self.first).astype(jnp.int32)[:, None, None]
         K, output = now.v.shape[1], now.output.astype(jnp.float32)

@@ -213,6 +213,15 @@ class Scorer(Reads, Spec, abc.ABC):
         """Larger for what is worth more; +inf is kept as long as there is room. Read only where `now.there`."""
 
 
+def scores_of(scorer: Scorer, now: Scored) -> Float[Array, "B K N"]:
+    """What a scorer gives, in float32. Raises ValueError, naming it, for another shape than [B, K, N]."""
+    scores = jnp.asarray(scorer.score(now))
+    if scores.shape != (wanted := now.k.shape[:3]):
+        given = f"{type(scorer).__name__}.score gave {scores.shape}"
+        raise ValueError(f"{given}: expected [B, K, N] = {wanted}, a number for each row, key head and token")
+    return scores.astype(jnp.float32)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Wrapper(Scorer):
     """A scorer that goes by another. of: what tokens are worth before."""
