@@ -19,15 +19,18 @@ class WindowOverflow(ValueError):
 
 
 class NotFinite(ArithmeticError):
-    """A model gives no numbers."""
+    """A model gives no numbers. found: in one clause."""
+
+    def __init__(self, found: str):
+        causes = "the weights hold some that are not, or numbers too large for model.compute"
+        super().__init__(f"{found}: expected finite numbers; {causes}")
 
 
 def check_finite(logprobs: Sequence[float]) -> None:
     """Raises NotFinite unless all of an answer's log-probabilities are finite."""
     for n, logprob in enumerate(logprobs):
         if not math.isfinite(logprob):
-            causes = "the weights hold some that are not, or numbers too large for model.compute"
-            raise NotFinite(f"log-probability {n} of the answer = {logprob}: expected finite numbers; {causes}")
+            raise NotFinite(f"log-probability {n} of the answer = {logprob}")
 
 
 class Unsupported(TypeError):

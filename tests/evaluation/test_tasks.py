@@ -12,6 +12,7 @@ from lcx.evaluation.report import select
 from lcx.evaluation.tasks.perplexity import Perplexity
 from lcx.evaluation.tasks.retrieval import Retrieval
 from lcx.inference.generate import Generated
+from lcx.inference.requests import NotFinite
 from lcx.spec import SpecError
 
 
@@ -136,5 +137,14 @@ def test_a_broken_model_is_not_averaged_away():
             scored[1].logprobs[0] = np.nan
             return scored
 
-    with pytest.raises(ValueError, match="needle at 150, nll: 1 of 4 examples are not finite"):
-        Retrieval(name="needle", generator=Needles(needles=2, queries=2), examples_each=4).measure(Broken(), 150)
+        def generate(self, prompts, max_new, *, placed=None):
+            made = super().generate(prompts, max_new)
+            return [*made[:-1], made[-1]._replace(logprobs=[0.0, np.nan])]
+
+    for mode, said in (
+        ("teacher_forced", "needle at 150, nll: 1 of 4 examples are not finite"),
+        ("greedy", "of the answer = nan"),
+    ):
+        task = Retrieval(name="needle", generator=Needles(needles=2, queries=2), examples_each=4, mode=mode)
+        with pytest.raises(NotFinite, match=f"{said}: expected finite numbers; the weights hold some that are not"):
+            task.measure(Broken(), 150)

@@ -15,6 +15,7 @@ from lcx.data.recall import Needles, Recall, RecallExample, Records, TaskDoesNot
 from lcx.evaluation.scorers import first_integer, forced_exact, forced_nll, forced_token_accuracy, prefix_match
 from lcx.evaluation.tasks.task import ANSWERS, NLL, TOKENS, Row, Task
 from lcx.inference.language_model import TokenModel
+from lcx.inference.requests import check_finite
 from lcx.positions.visual import Placed
 
 
@@ -84,7 +85,10 @@ class Retrieval(Task):
         placed = _placed(examples)
         if placed is not None:
             placed = [own.cut(len(prompt)) for own, prompt in zip(placed, prompts, strict=True)]
-        made = [row.ids for row in model.generate(prompts, max(map(len, answers)) + self.room, placed=placed)]
+        told = model.generate(prompts, max(map(len, answers)) + self.room, placed=placed)
+        for row in told:
+            check_finite(row.logprobs)
+        made = [row.ids for row in told]
         decode = model.tokenizer.decode
         pairs = list(zip(made, answers, strict=True))
         exact = [prefix_match(ids, answer) for ids, answer in pairs]

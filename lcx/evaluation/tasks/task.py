@@ -9,6 +9,7 @@ import numpy as np
 
 from lcx.data.tokenizers import Tokenizer
 from lcx.inference.language_model import TokenModel
+from lcx.inference.requests import NotFinite
 from lcx.spec import Spec
 
 Row = dict[str, Any]  # task, metric, length, value, low, high, count, examples, and what else tells rows apart (depth, bucket)
@@ -46,18 +47,19 @@ class Task(Spec, abc.ABC):
 
     @abc.abstractmethod
     def measure(self, model: TokenModel, length: int) -> list[Row]:
-        """The rows of `inputs` at one length. Raises WindowOverflow where the model's window is shorter."""
+        """The rows of `inputs` at one length. Raises WindowOverflow where the model's window is shorter, NotFinite for a
+        model that gives no numbers."""
 
     def row(self, metric: str, length: int, values: Values, weights: Values | None = None, **more: Any) -> Row:
         """The mean of `values` (one an example, weighted) with its bootstrap 95 % interval over examples.
 
-        count: what was averaged (the weights' sum), in `examples` independent examples. Raises ValueError for values that
-        are not finite: the model is broken, and a mean would hide how often.
+        count: what was averaged (the weights' sum), in `examples` independent examples. Raises NotFinite for values that
+        are not: the model is broken, and a mean would hide how often.
         """
         values = np.asarray(values, np.float64)
         weights = np.ones_like(values) if weights is None else np.asarray(weights, np.float64)
         if broken := int((~np.isfinite(values)).sum()):
-            raise ValueError(f"{self.name} at {length}, {metric}: {broken} of {len(values)} examples are not finite")
+            raise NotFinite(f"{self.name} at {length}, {metric}: {broken} of {len(values)} examples are not finite")
         low, high = _interval(values, weights)
         mean = float((values * weights).sum() / weights.sum())
         return {
