@@ -14,7 +14,7 @@ from flax import nnx
 sys.path.insert(0, str(Path(__file__).parents[1] / "interop"))
 from golden import GOLDEN, loaded
 
-from lcx.attention.mask import Window
+from lcx.attention.mask import Causal, Window
 from lcx.cache.codecs.codec import Codec
 from lcx.cache.codecs.groups import KIVI, IntGroups
 from lcx.cache.codecs.kvquant import KVQuant
@@ -23,6 +23,7 @@ from lcx.cache.codecs.scaled import Int8
 from lcx.cache.dense import DenseCache
 from lcx.cache.kv_cache import KVCache
 from lcx.cache.policies.kvzip import KVzip
+from lcx.cache.pruning import Pruning
 from lcx.cache.ring import RingCache
 from lcx.channels.glu import GLU
 from lcx.data.tokenizers import ByteTokenizer
@@ -39,8 +40,10 @@ from lcx.models.decoder import Decoder, rebuild
 from lcx.models.layer import Layer
 from lcx.parallel.mesh import MeshSpec
 from lcx.parallel.rules import Rules
+from lcx.positions.rotate import rotate
 from lcx.positions.visual import Placed
 from lcx.spec import SpecError, edit, edits
+from tests.cache.driven import FREQUENCIES, SCALE, held_indices, passes, run
 from tests.inference.test_cached_generation import MODEL, PROMPTS
 from tests.inference.test_sharded_generation import shared_out
 
@@ -224,6 +227,52 @@ def test_on_a_mesh(axis):
     assert [row.ids for row in found] == [row.ids for row in wanted]
     for a, b in zip(found, wanted, strict=True):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=2e-5)
+
+
+def test_slots_that_devices_do_not_share_evenly():
+    """39 slots are 40 on two devices: what stays and what a query finds are those of one."""
+    cache, budget = KVCache(policy=ZIP), jnp.asarray([[20, 31], [9, 30]])
+    state = run(cache, passes([40]), length=80)
+    marks = np.random.default_rng(1).random(state.held.marks.shape)
+    state = dataclasses.replace(state, held=dataclasses.replace(state.held, marks=jnp.asarray(marks, jnp.float32)))
+    *_, (q, k, v, info) = passes([40, 1])
+
+    @functools.partial(jax.jit, static_argnames="rules")
+    def asked(state, rules):
+        state = cache.placed(Pruning(cache, rules=rules).once(state, budget, 39), rules)
+        given = cache.append(state, k, v, info, FREQUENCIES)
+        turned = rotate(q, info.positions, FREQUENCIES)
+        options = {"mask": Causal(), "scale": SCALE, "frequencies": FREQUENCIES, "rules": rules}
+        return state, *cache.attend(given, turned, info, **options)
+
+    wanted, *answer = asked(state, Rules())
+    with jax.set_mesh(MeshSpec(context=2).build(jax.devices()[:2])):
+        found, *answer_found = asked(state, Rules(sequence=(), slots=("context",)))
+    assert [x.held.marks.shape[2] for x in (wanted, found)] == [39, 40] and not found.overflow.any()
+    assert {piece.data.shape[2] for piece in found.held.marks.addressable_shards} == {20}
+    assert held_indices(None, found) == held_indices(None, wanted)
+    assert [[len(head) for head in row] for row in held_indices(None, found)] == budget.tolist()
+    for one, other in zip(answer_found, answer, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("over, codec, slots", [("model", None, (47, 48)), ("head", IntGroups(bits=8, group=8), (96, 128))])
+def test_answers_from_slots_that_devices_do_not_share_evenly(over, codec, slots):
+    """Of single tokens, and of blocks of 32, of which three are four on two devices."""
+    alone = model(dataclasses.replace(ZIP, keep=0.3, every=11, over=over, spread=1.5), codec)
+    read = lambda model: prefill(model, PROMPTS[3:], 1, 6, 64)
+    answered = lambda model: (read(model), generate(model, PROMPTS[3:], max_new=6, chunk=64)[0])
+    wanted = answered(alone)
+    with jax.set_mesh(MeshSpec(context=2).build(jax.devices()[:2])):
+        rules = Rules(sequence=(), slots=("context",))
+        found = answered(shared_out(rebuild(alone, edit(alone.spec, "rules", rules)), jax.sharding.get_mesh()))
+    for a, b in zip(states(found[0]), states(wanted[0]), strict=True):
+        assert (b.held.marks.shape[2], a.held.marks.shape[2]) == slots and "context" in a.held.marks.sharding.spec
+        for one, other in zip(kept(a, 0, 61), kept(b, 0, 61), strict=True):
+            np.testing.assert_allclose(one, other, atol=2e-5)
+    assert found[1].ids == wanted[1].ids
+    np.testing.assert_allclose(found[1].logprobs, wanted[1].logprobs, atol=2e-5)
 
 
 def test_what_is_refused():
