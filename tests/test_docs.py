@@ -15,16 +15,18 @@ from lcx.support import broken
 
 DOCS = Path(__file__).parents[1] / "docs"
 
-# Runs with the example files as lcx/positions/partial.py, configs/ablations/p_rope.py and lcx/cache/scorers/large_values.py, as
-# if they had been added.
+# Runs with the example files as lcx/positions/partial.py, configs/ablations/p_rope.py, lcx/cache/scorers/large_values.py and
+# lcx/cache/policies/spaced.py, as if they had been added.
 ADDED = """
 import sys
 import configs.ablations
+import lcx.cache.policies
 import lcx.cache.scorers
 import lcx.positions
 for package in (configs.ablations, lcx.positions):
     package.__path__.append(sys.argv[1])
-lcx.cache.scorers.__path__.append(sys.argv[1] + "/scorers")
+for package in (lcx.cache.policies, lcx.cache.scorers):
+    package.__path__.append(sys.argv[1] + "/" + package.__name__.rpartition(".")[2])
 import numpy as np
 import jax.numpy as jnp
 from experiments import ablate, plan, train
@@ -53,6 +55,15 @@ cache = "KVCache(policy=Evict(score=LargeValues({}), keep=0.2))"
 edit = "--config=set:model.pattern[0].mixer.cache="
 assert run(train.main, [quick, edit + cache.format(""), "--dry_run"]) == 0
 assert run(train.main, [quick, edit + cache.format("floor=-1.0"), "--dry_run"]) == 2
+assert run(train.main, [quick, edit + "KVCache(policy=Spaced(keep=0.2))", "--dry_run"]) == 0
+assert run(train.main, [quick, edit + "KVCache(policy=Spaced(keep=19))", "--dry_run"]) == 2
+
+import test_spaced
+from tests.contracts import test_policy
+test_spaced.test_alike_keys_lose_nothing()
+(policy, _) = [one.values[0] for one in test_policy.EXAMPLES if one.id.startswith("Spaced")]
+test_policy.test_what_stays_stands_in_front_in_its_order_within_the_budget(policy)
+test_policy.test_what_is_not_there_takes_no_part(policy)
 comparison = "--config=config:ablations.p_rope.quickstart"
 assert run(ablate.main, [comparison, "--dry_run"]) == 0
 ablation = configs.ablations.p_rope.quickstart()
@@ -60,7 +71,8 @@ ropes = {arm.name: [ablation.experiment(arm, v).model.rope for v in (None, *abla
 assert ropes["p-RoPE"] == [PartialRope(kept=0.5)] * 2 and PartialRope(kept=0.5) not in ropes["RoPE"]
 """
 
-ADDS = ("lcx/positions/partial.py", "tests/positions/test_partial.py")
+EXAMPLES = ("partial", "test_partial", "p_rope", "scorers/large_values", "policies/spaced", "test_spaced")
+ADDS = ("lcx/positions/partial.py", "tests/positions/test_partial.py", "tests/cache/test_spaced.py")
 
 
 def test_the_example_of_the_readme_runs():
@@ -71,14 +83,16 @@ def test_the_example_of_the_readme_runs():
 
 def test_the_example_method_does_what_it_says_and_is_known_everywhere(tmp_path):
     sources = re.findall(r"```python\n(.*?)```", (DOCS / "adding_a_method.md").read_text(), re.DOTALL)
-    (tmp_path / "scorers").mkdir()
-    for name, source in zip(("partial", "test_partial", "p_rope", "scorers/large_values"), sources, strict=True):
+    for folder in ("scorers", "policies"):
+        (tmp_path / folder).mkdir()
+    for name, source in zip(EXAMPLES, sources, strict=True):
         (tmp_path / f"{name}.py").write_text(source)
     environment = {**os.environ, "PYTHONPATH": f"{DOCS.parent}:{tmp_path}"}
     command = [sys.executable, "-c", ADDED, str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "train: model.rope: PartialRope.kept = 1.5: expected a share in (0, 1]\n" in done.stderr
+    assert "Spaced.keep = 19: expected a share, or at least 20, which always stay\n" in done.stderr
     assert re.search(r"rope of pattern\[0\], PartialRope +8 pairs", done.stdout)
     assert "| rope: PartialRope " in done.stdout
 

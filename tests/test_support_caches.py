@@ -60,7 +60,7 @@ def refusals(cache, *more):
     [
         (KVCache(), [(f"{MIXER}.distances", LongHeads(chunk=8, chunks=4))], "expected a DenseCache beside"),
         (KVCache(policy=SNAP), [(f"{MIXER}.distances", SelfExtend(group=2, window=4))], "has no single logit"),
-        (KVCache(policy=Chelsea(keep=0.5)), [(f"{MIXER}.softcap", 5.0)], "mass = 'counted': expected 'one'"),
+        (KVCache(policy=Chelsea(keep=0.5)), [(f"{MIXER}.softcap", 5.0)], "weighs no tokens, such as Chelsea(mass='one')"),
         (KVCache(keys="raw", positions="slots"), [(f"{MIXER}.distance_bias", ALiBi())], "positions = 'slots': expected 'own'"),
         (
             KVCache(policy=Evict(score=ExpectedAttention(), keep=0.5)),

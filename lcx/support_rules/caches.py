@@ -58,7 +58,8 @@ def caches_meet_their_queries(experiment: Experiment) -> Iterator[str]:
             expected = "expected one that reads no rotated keys"
             yield f"{path}.cache.policy: {expected} beside {path}.distances, which turns a key anew for each query"
         if policy is not None and policy.weighs and mixer.softcap is not None:
-            yield f"{path}.cache.policy.mass = 'counted': expected 'one' beside a softcap: no method says which comes first"
+            expected = "expected one that weighs no tokens, such as Chelsea(mass='one')"
+            yield f"{path}.cache.policy: {expected}, beside a softcap: no method says which comes first"
 
 
 def prompts_are_read_twice(experiment: Experiment) -> Iterator[str]:

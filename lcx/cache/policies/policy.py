@@ -16,9 +16,10 @@ from lcx.spec import Spec
 
 @record
 class Kept:
-    """What stays. index: places among the tokens scored, oldest first [B, G, C] with G the key heads, or 1 for all of them;
-    there: which of these hold one. k, v: what stands in their place, raw or rotated as the cache holds keys, or None for the
-    tokens themselves. counts: how many tokens each stands for, or None for one."""
+    """What stays, in C places, which are the `slots` that were asked for. index: places among the tokens scored, ascending, of
+    G key heads, or of all where G is 1; there: which of these hold one, those in front. k, v: what stands in their place, keys
+    as the cache holds them (`Scored.raw`), or None for the tokens themselves, whose codes stay. counts: how many tokens each
+    stands for, or None for as many as before."""
 
     index: Int[Array, "B G C"]
     there: Bool[Array, "B G C"]
@@ -109,4 +110,5 @@ class Policy(Reads, Spec, abc.ABC):
 
     @abc.abstractmethod
     def compress(self, now: Scored, slots: int) -> Kept:
-        """What stays of the tokens, at most `now.budget` a row, in at most `slots` places."""
+        """What stays of the tokens, at most `now.budget` of a row in the mean over its key heads. slots: places to fill, those
+        of `slots` rounded up to whole blocks, as many on every device."""

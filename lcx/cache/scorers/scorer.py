@@ -41,20 +41,21 @@ class Asked:
 
 @record
 class Scored:
-    """The tokens that a policy chooses among, oldest first, [B, K, N] with those that are there in front.
+    """The tokens that a policy chooses among, [B, K, N], oldest first: those that are there in front, anything behind them.
 
-    k: rotated as they meet queries; raw: as the cache holds them, which a policy may ask to be before their rotation. count: of
-    tokens there. newest, its info: the last queries that were asked for, padding first. marks: attention received so far, and
-    counts: the tokens that each stands for, if asked for. watched: what was made of all queries. known: what was known of the
-    layer beforehand. seen: tokens that the row has read; budget: that it keeps, of each key head if they differ. output: the
-    matrix that heads are projected by. leader: what the layer that leads this one holds. What belongs to the queries of a pass
-    is None where there was none.
+    k: rotated as they meet queries; raw: as the cache holds them, which a policy may ask to be before their rotation. G is K,
+    or 1 where all key heads hold the same tokens. count: of tokens there. newest, its info: the last queries, at least as many
+    as were asked for, padding first. marks: attention received so far, and counts: the tokens that each stands for, if asked
+    for. watched: what was made of all queries. known: what was known of the layer beforehand, [B, K, ...]. seen: tokens that
+    the row has read; budget: that it keeps, of each key head if they differ. output: the matrix that heads are projected by;
+    rule: how their logits are made; both are None where no pass was asked. leader: infos of what the layer that leads this one
+    holds.
     """
 
     k: Float[Array, "B K N D"]
     raw: Float[Array, "B K N D"]
     v: Float[Array, "B K N E"]
-    info: TokenInfo  # [B, K or 1, N]
+    info: TokenInfo  # [B, G, N]
     count: Int[Array, "B G"]
     newest: Float[Array, "B W H D"]
     newest_info: TokenInfo
