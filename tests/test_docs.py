@@ -81,6 +81,16 @@ def test_the_example_of_the_readme_runs():
     assert found["out"].shape == (1, 8, 4, 64) and found["lse"].shape == (1, 8, 4)
 
 
+@pytest.mark.slow
+def test_the_command_of_the_readme_that_drops_most_tokens_finds_the_key():
+    """As it is written there; with the newest tokens alone it does not."""
+    (command,) = re.findall(r"^    noise=.*?KIVI.*?$", (DOCS.parent / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    command = command.replace("python -m", f"{sys.executable} -m")
+    for score, answer in (("SnapKV", " 4821"), ("Recency", " a st")):
+        made = subprocess.run(["bash", "-c", command.replace("SnapKV", score)], cwd=DOCS.parent, capture_output=True, text=True)
+        assert len(made.stdout) == 1377 + 5 + 1 and made.stdout.endswith(f"Key abc is{answer}\n"), made.stderr
+
+
 def test_the_example_method_does_what_it_says_and_is_known_everywhere(tmp_path):
     sources = re.findall(r"```python\n(.*?)```", (DOCS / "adding_a_method.md").read_text(), re.DOTALL)
     for folder in ("scorers", "policies"):

@@ -1,8 +1,9 @@
 """The contract of a cache: what a mixer keeps of the keys and values of earlier tokens.
 
-Chunks of any sizes, appended one after the other, give what one pass over the whole row gives. Padding consumes no slot and is
-never seen. Tokens that find no slot are counted in the state's `overflow [B]`, never dropped unseen: whoever generates looks
-at it, and says what the state names as its `remedy` (`lcx.inference.overflow`).
+Chunks of any sizes, appended one after the other, give what one pass over the whole row gives, but for what a cache rounds or
+leaves out on purpose. Padding consumes no slot and is never seen. Tokens that find no slot are counted in the state's `overflow
+[B]`, never dropped unseen: whoever generates looks at it, and says what the state names as its `remedy`
+(`lcx.inference.overflow`).
 """
 
 import abc
@@ -106,7 +107,7 @@ class Cache(Spec, abc.ABC):
         return True
 
     def placed(self, state: Any, rules: Rules) -> Any:
-        """The empty state with its key heads shared out over the ambient mesh; its rows are by whoever holds it."""
+        """The empty state with its rows, key heads and slots on the ambient mesh, as far as the cache shares them out."""
         return state
 
     def rewrite(self, state: Any, before: Any, keys: Callable) -> Any:
@@ -133,7 +134,7 @@ class Cache(Spec, abc.ABC):
     ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T H"]]:
         """(out, lse) of rotated queries, whose own keys are already appended; with `distances` queries and keys are raw.
 
-        rules: how rows and heads lie on the ambient mesh; a device has whole rows."""
+        rules: how rows, heads and slots lie on the ambient mesh; a row's queries are on one device."""
 
     def prune(
         self,

@@ -43,8 +43,8 @@ class KVState:
     """length: that it was made for. share: of the mean budget, the layer's. held: slots, within a scan over layers those of
     all. used: slots taken, with those that a block leaves empty. seen: tokens read. newest: the last queries, if a policy or a
     selector reads them; watched: what a policy made of all; known: what it knew beforehand. tables: what the codec did.
-    overflow: tokens that found no slot. selects: whether the layer's selector chooses. repeats: in a second reading, the index
-    from which on the pass repeats tokens, of which it is none."""
+    overflow: tokens that found no slot. selects: whether the layer's selector chooses. repeats: in a second reading, whose
+    passes are not kept, the index of the first token that a pass repeats."""
 
     in_place: ClassVar[tuple[str, ...]] = ("held",)
     remedy: ClassVar[str] = "rows of fewer tokens, or, behind a policy that drops in prefill alone, a larger policy.every"

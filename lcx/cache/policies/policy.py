@@ -86,7 +86,7 @@ class Policy(Reads, Spec, abc.ABC):
         return jnp.maximum(1, jnp.floor(seen * (self.keep * share) + 1e-4).astype(jnp.int32))
 
     def full(self, used: Int[Array, "B G"], seen: Int[Array, "B"], share: float, known: Any) -> Bool[Array, "B"]:
-        """Whether it acts in decoding, before so many slots are used."""
+        """Whether it acts on a row in decoding. used: slots with the tokens that are about to move in. known: of `tables`."""
         return used.max(axis=1) > self.budget(seen, share) + self.every
 
     @property
