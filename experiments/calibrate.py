@@ -11,6 +11,8 @@ Without --text it reads the standard library's source code. What it wrote is rea
     QFilters        KVCache(policy=Evict(score=QFilters(directions='filters.npz'),keep=0.2))
     DuoAttention    KVCache(policy=DuoAttention(gates='gates.npz'))
 
+In a model's folder as kvquant.npz, qfilters.npz or duo_attention.npz it is found by the folder's name, as a shipped model's:
+--to=models/llama-3.1-8b/kvquant.npz. A model with several kinds of layers has a cache of each: pattern[0], pattern[1], ...
 A file says of which parameters it is, and other ones refuse it. --outliers and --sinks are of KVQuant.
 Exit status: 0 written, 2 refused.
 """

@@ -27,8 +27,10 @@ each head its best clusters 1.180 (a difference within its noise), clusters by c
 """
 
 import dataclasses
+import functools
+import math
 
-from configs.ablations.arms import chosen
+from configs.ablations.cache_places import WHOLE, Places, divisor
 from lcx.cache.cache import Cache
 from lcx.cache.codecs.codec import Codec
 from lcx.cache.codecs.groups import KIVI, IntGroups
@@ -42,7 +44,7 @@ from lcx.cache.policies.chelsea import Chelsea
 from lcx.cache.policies.duo_attention import DuoAttention
 from lcx.cache.policies.evict import Evict
 from lcx.cache.policies.fold import Fold
-from lcx.cache.policies.kvzip import KVzip
+from lcx.cache.policies.kvzip import FIRST, LATER, KVzip
 from lcx.cache.policies.policy import Policy
 from lcx.cache.policies.simlayerkv import SimLayerKV
 from lcx.cache.policies.think import ThinK
@@ -69,62 +71,65 @@ from lcx.cache.selectors.selector import Selector
 from lcx.cache.selectors.squeezed import Coarse, Squeezed, SqueezedHeads
 from lcx.data.recall import Needles
 from lcx.data.sources import StandardLibrary
-from lcx.evaluation.ablation import Ablation, Arm, Variant
+from lcx.evaluation.ablation import Ablation, Variant
 from lcx.evaluation.panels import Panel
 from lcx.evaluation.tasks.perplexity import Perplexity
 from lcx.evaluation.tasks.retrieval import Retrieval
+from lcx.spec import SpecError
 
-CACHE = "model.pattern[0].mixer.cache"
 SHARES = (0.12, 0.2, 0.5)
 SINKS = 4
 READ = (0.1, 0.2, 0.3)
 
 
 def bits(model: str = "reader_2k", length: int = 2048, calibration: str | None = None, only: str | None = None) -> Ablation:
-    """Codecs, all tokens kept. calibration: of KVQuant, for this model, by default a shipped model's own; "" leaves it out."""
-    calibration = model if calibration is None else calibration
+    """Codecs, all tokens kept. calibration: of KVQuant, for this model, by default what its folder holds; "" leaves it out."""
+    at = Places(model, length)
+    calibration = at.known("calibration", calibration, KVQuant, _asked(only, "KVQuant"))
     arms = {name: _cache(codec) for name, codec in _codecs(calibration).items()}
-    return _ablation(model, {"full precision": DenseCache()} | arms, (_variant("as read", length),), only)
+    return _ablation(at, {WHOLE: DenseCache()} | arms, (_variant("as read", length),), only)
 
 
 def kept(
     model: str = "reader_2k", length: int = 2048, chunk: int = 512, measured: str | None = None, only: str | None = None
 ) -> Ablation:
     """Policies at shares of the tokens. chunk: of a prompt, behind each of which they choose; at `length` they choose once, the
-    question at the end of the prompt read. measured: directions of Q-Filters, for this model, by default a shipped model's own;
+    question at the end of the prompt read. measured: directions of Q-Filters, for this model, by default what its folder holds;
     "" leaves them out."""
-    measured = model if measured is None else measured
-    edits = lambda share: ((f"{CACHE}.policy.keep", share),)
+    at = Places(model, length)
+    measured = at.known("measured", measured, QFilters, _asked(only, "Q-Filters"))
     name = "{:g} kept" if chunk < length else "{:g} kept, read at once"
-    variants = tuple(_variant(name.format(share), length, edits(share), chunk) for share in SHARES)
-    policies = _policies(measured).items()
-    arms = {name: KVCache(keys="raw" if policy.raw else "rotated", policy=policy) for name, policy in policies}
-    return _ablation(model, arms, variants, only)
+    variants = tuple(_variant(name.format(share), length, at.keeps(share), chunk) for share in SHARES)
+    policies = _policies(measured, at)
+    _check_room(policies, length)
+    arms = {name: KVCache(keys="raw" if policy.raw else "rotated", policy=policy) for name, policy in policies.items()}
+    return _ablation(at, arms, variants, only)
 
 
 def streams(model: str = "reader_2k", length: int = 2048, measured: str | None = None, only: str | None = None) -> Ablation:
     """Policies that choose layers, heads or channels, which say themselves how many. measured: gates of this model, by default
-    a shipped model's own."""
-    measured = model if measured is None else measured
+    what its folder holds; "" leaves them out."""
+    at = Places(model, length)
+    measured = at.known("measured", measured, DuoAttention, _asked(only, "DuoAttention"))
     duo = lambda share: DuoAttention(gates=measured, streaming=share, sinks=4, recent=256)
     lazy = lambda threshold: SimLayerKV(threshold=threshold, recent=256)
-    policies: dict[str, Policy] = {
-        "DuoAttention, a quarter of heads": duo(0.25),
-        "DuoAttention": duo(0.5),
-        "DuoAttention, three quarters of heads": duo(0.75),
+    heads = {"DuoAttention, a quarter of heads": 0.25, "DuoAttention": 0.5, "DuoAttention, three quarters of heads": 0.75}
+    policies: dict[str, Policy] = {name: duo(share) for name, share in heads.items()} if measured else {}
+    policies |= {
         "SimLayerKV, 0.9": lazy(0.9),
         "SimLayerKV": lazy(0.65),
         "ThinK": ThinK(),
         "ThinK, 0.6 of channels": ThinK(channels=0.6),
     }
     arms = {name: KVCache(policy=policy) for name, policy in policies.items()}
-    return _ablation(model, {"full precision": DenseCache()} | arms, (_variant("as read", length),), only)
+    return _ablation(at, {WHOLE: DenseCache()} | arms, (_variant("as read", length),), only)
 
 
 def prefixes(model: str = "reader_2k", length: int = 2048, scored: int = 128, only: str | None = None) -> Ablation:
     """What queries behind a prompt read of it: a share of all but its last 100 tokens, and these. scored: tokens behind it,
     read one by one. Quest's pages hold as many at the last of them, those behind the prompt among them, and more before."""
-    arms: dict[str, Cache] = {"full precision": DenseCache()}
+    at = Places(model, length)
+    arms: dict[str, Cache] = {WHOLE: DenseCache()}
     for share in READ:
         pages = Quest(page=16, dense_layers=0, budget=int(share * (length - scored - 100)) + 100 + scored)
         selectors: dict[str, Selector] = {
@@ -137,8 +142,8 @@ def prefixes(model: str = "reader_2k", length: int = 2048, scored: int = 128, on
         }
         arms |= {f"{name}, {share:g}": KVCache(selector=selector) for name, selector in selectors.items()}
     text = Perplexity(source=StandardLibrary(split="heldout"), windows=16, fewer="take", buckets=2, prompt=length - scored)
-    panels = (Panel(title="code behind a prompt, nats a byte", task="text", metric="nll", where=(("bucket", "all"),)),)
-    return dataclasses.replace(_ablation(model, arms, (_variant("as read", length),), only), tasks=(text,), panels=panels)
+    panels = (Panel(title=f"code behind a prompt, nats a {at.unit}", task="text", metric="nll", where=(("bucket", "all"),)),)
+    return dataclasses.replace(_ablation(at, arms, (_variant("as read", length),), only), tasks=(text,), panels=panels)
 
 
 def _codecs(calibration: str) -> dict[str, Codec]:
@@ -168,7 +173,10 @@ def _codecs(calibration: str) -> dict[str, Codec]:
     }
 
 
-def _policies(measured: str) -> dict[str, Policy]:
+def _policies(measured: str, at: Places) -> dict[str, Policy]:
+    encode, depth = at.experiment.data.tokenizer.encode, at.experiment.model.depth
+    asks = {name: tuple(encode(text).tolist()) for name, text in (("first", FIRST), ("later", LATER), ("suffix", "\n"))}
+    twice = functools.partial(KVzip, keep=1.0, every=at.length, **asks)  # room for all that answers and held-out text take
     evict = lambda score, **options: Evict(score=score, keep=1.0, **options)
     snap: Scorer = SnapKV(window=32)
     known: dict[str, Policy] = {"Q-Filters": evict(QFilters(directions=measured), sinks=SINKS)} if measured else {}
@@ -195,10 +203,10 @@ def _policies(measured: str) -> dict[str, Policy]:
         "Compactor": evict(Compactor(sketch=16)),
         "SnapKV, ThinK": ThinK(score=snap, keep=1.0),
         "SnapKV, CaM": CaM(score=snap, keep=1.0),
-        "KVzip": KVzip(keep=1.0, every=2048, spread=8.0),  # all that answers and held-out text take
-        "KVzip, at most twice the mean": KVzip(keep=1.0, every=2048),
-        "KVzip, each layer": KVzip(keep=1.0, every=2048, over="layer", spread=4.0),
-        "WindowKV": WindowKV(keep=1.0, layers=Pyramid(beta=6.0, group=3)),
+        "KVzip": twice(spread=8.0),
+        "KVzip, at most twice the mean": twice(),
+        "KVzip, each layer": twice(over="layer", spread=4.0),
+        "WindowKV": WindowKV(keep=1.0, layers=Pyramid(beta=14.0, group=divisor(depth, 8))),
         "Chelsea": Chelsea(keep=1.0),
         "Chelsea, each counts one": Chelsea(keep=1.0, mass="one"),
     }
@@ -212,10 +220,22 @@ def _variant(method: str, length: int, edits: tuple = (), chunk: int = 512) -> V
     return Variant(method=method, lengths=(length,), edits=edits, chunk=chunk)
 
 
-def _ablation(model: str, caches: dict[str, Cache], variants: tuple[Variant, ...], only: str | None) -> Ablation:
-    arms = {name: Arm(name=name, model=model, edits=((CACHE, cache),)) for name, cache in caches.items()}
+def _asked(only: str | None, part: str) -> bool:
+    """Whether an arm of the part is to be measured."""
+    return only is None or only.startswith(part)
+
+
+def _check_room(policies: dict[str, Policy], length: int) -> None:
+    """Raises SpecError where the smallest share of a text is less than what policies keep in any case."""
+    least = max(getattr(policy, "sinks", 0) + getattr(policy, "recent", 0) for policy in policies.values()) / min(SHARES)
+    if length < least:
+        held = f"of which {min(SHARES):.0%} hold the first and newest tokens that policies always keep"
+        raise SpecError(f"length = {length}: expected at least {math.ceil(least)}, {held}")
+
+
+def _ablation(at: Places, caches: dict[str, Cache], variants: tuple[Variant, ...], only: str | None) -> Ablation:
     return Ablation(
-        arms=tuple(chosen(arms, only).values()),
+        arms=at.arms(caches, only),
         variants=variants,
         tasks=(
             Perplexity(name="text", source=StandardLibrary(split="heldout"), windows=8, fewer="take"),
@@ -223,7 +243,7 @@ def _ablation(model: str, caches: dict[str, Cache], variants: tuple[Variant, ...
             Retrieval(name="multi_key", generator=Needles(needles=8, queries=1), examples_each=40, mode="greedy"),
         ),
         panels=(
-            Panel(title="held-out code, nats a byte", task="text", metric="nll", where=(("bucket", "all"),)),
+            Panel(title=f"held-out code, nats a {at.unit}", task="text", metric="nll", where=(("bucket", "all"),)),
             Panel(title="one of eight keys, exact", task="multi_key", metric="exact"),
         ),
     )

@@ -1,4 +1,4 @@
-"""What is measured of a model beforehand: a file of `experiments.calibrate`, or one that comes with a shipped model.
+"""What is measured of a model beforehand: a file of `experiments.calibrate`, or the one in the folder of a model.
 
 A file says which parameters it was measured on (`model`, their words: `lcx.models.words`), as tables of another model of the
 same shape would be read without a fault.
@@ -18,7 +18,7 @@ MODEL = "model"  # beside the arrays of a file
 
 
 class Measured:
-    """A part that has such a file. MEASURED: the field that names it, and what it is called in a shipped model's folder.
+    """A part that has such a file. MEASURED: the field that names it, and what it is called in a model's folder.
     ARRAYS: what names of its arrays begin with."""
 
     MEASURED: ClassVar[tuple[str, str]]
@@ -36,18 +36,21 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], int | None]:
 def _held(part: Measured) -> tuple[dict[str, np.ndarray], int | None]:
     field, file = part.MEASURED
     name = getattr(part, field)
-    for path in (Path(name), SHIPPED / name / file):
+    for path in (Path(name), Path(name) / file, SHIPPED / name / file):
         if path.is_file():
             try:
                 return _read(path)
             except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile):
                 part.fail(field, name, "a file that experiments.calibrate wrote, which this one is not, or no longer")
+    if Path(name).is_dir():
+        command = f"experiments.calibrate --run_dir={name} --method={type(part).__name__} --to={name}/{file}"
+        part.fail(field, name, f"a folder with {file}, which python -m {command} makes")
     shipped = ", ".join(sorted(path.parent.name for path in SHIPPED.glob(f"*/{file}"))) or "none"
-    part.fail(field, name, f"a file of experiments.calibrate, or a shipped model: {shipped}")
+    part.fail(field, name, f"a file of experiments.calibrate, a model's folder with {file}, or a shipped model: {shipped}")
 
 
 def arrays_of(part: Measured) -> dict[str, np.ndarray]:
-    """The arrays of the path or the shipped model that a part names. Raises SpecError that says what there is, and for a file
+    """The arrays of the file or the model that a part names. Raises SpecError that says what there is, and for a file
     that has no array of this part."""
     held = _held(part)[0]
     field, prefix = part.MEASURED[0], part.ARRAYS
