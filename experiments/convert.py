@@ -77,8 +77,9 @@ def main(arguments: Arguments) -> None:
             size = peft.write(model, base, Path(target))
         else:
             tokenizer = experiment.data.tokenizer
-            like = Path(tokenizer.path).parent if isinstance(tokenizer, HFTokenizer) else None
-            options = {"like": like, "dtype": asked.dtype or experiment.model.compute}
+            theirs = isinstance(tokenizer, HFTokenizer)
+            options = {"like": Path(tokenizer.path).parent, "ends": tokenizer.stops} if theirs else {}
+            options["dtype"] = asked.dtype or experiment.model.compute
             whole = merged(model)
             size = hf.write(whole, whole.spec, window, Path(target), **options)
     except OSError as error:

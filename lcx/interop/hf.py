@@ -9,7 +9,7 @@ import functools
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +76,28 @@ def restore(folder: Folder, target: Any) -> Any:
     return jax.tree_util.tree_unflatten(structure, [held[_path(path)] for path, _ in leaves])
 
 
-def write(model: nnx.Module, spec: Decoder, window: int, target: Path, *, like: Path | None = None, dtype: str) -> int:
+def write(
+    model: nnx.Module,
+    spec: Decoder,
+    window: int,
+    target: Path,
+    *,
+    like: Path | None = None,
+    dtype: str,
+    ends: Sequence[int] = (),
+) -> int:
     """A checkpoint folder of a model in a new folder `target`, which is there as a whole or not at all; the bytes of tensors.
 
     like: a folder whose tokenizer and generation files are copied, and whose config.json stays where it says the same model.
-    dtype: of all tensors. Raises SpecError for a model that no family can say.
+    dtype: of all tensors. ends: ids that end an answer, said in config.json where no folder has one. Raises SpecError for a
+    model that no family can say.
     """
     source = Folder(like) if like is not None and is_folder(like) else None
     family, entries = _said(spec, window, source)
     entries = entries | {"dtype": dtype}
     entries.pop("torch_dtype", None)
+    if source is None and ends:
+        entries["eos_token_id"] = ends[0] if len(ends) == 1 else list(ends)
     with written_whole(target) as made:
         _write_tensors(made, family.tensors(spec), _numbers(model), NUMBERS[dtype])
         (made / CONFIG).write_text(json.dumps(entries, indent=2) + "\n")

@@ -49,7 +49,7 @@ def test_codecs_are_in_every_layer_and_policies_where_all_tokens_are_seen(tmp_pa
     some, policies = ("SnapKV", "KVzip", "WindowKV"), cache._policies
     monkeypatch.setattr(cache, "_policies", lambda *known: {name: policies(*known)[name] for name in some})
     gemma = folder("gemma3", tmp_path)  # two layers that see seven tokens, then one that sees all
-    coded = bits(gemma, WINDOW, calibration="")
+    coded = bits(gemma, WINDOW, only="KIVI, 2 bits")
     assert [one.codec.bits for one in caches(coded, "KIVI, 2 bits")] == [2, 2, 2]
     assert coded.panels[0].title == "held-out code, nats a token"
     with caplog.at_level(logging.INFO, "lcx"):

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lcx.attention.mask import Window
 from lcx.cache.codecs.kvquant import KVQuant
+from lcx.cache.dense import DenseCache
 from lcx.cache.kv_cache import KVCache
 from lcx.channels.glu import GLU
-from lcx.inference.calibration import codebook, tables
+from lcx.inference.calibration import codebook, tables, whole_texts
 from lcx.inference.generate import generate
 from lcx.mixers.attention import Attention
 from lcx.mixers.delta_net import GatedDeltaNet
@@ -18,8 +20,9 @@ from lcx.models.layer import Layer
 from lcx.parallel.mesh import MeshSpec
 from lcx.parallel.rules import Rules
 from lcx.positions.clex import CLEX
+from lcx.positions.rope import Rope
 from lcx.positions.rotate import rotate
-from lcx.spec import SpecError, edit
+from lcx.spec import SpecError, edit, edits
 from tests.inference.test_sharded_generation import shared_out
 
 MODEL = Decoder(
@@ -108,3 +111,16 @@ def test_on_a_mesh_as_on_one_device(mesh, rules, model):
     assert found.keys() == wanted.keys()
     for name in wanted:
         np.testing.assert_allclose(found[name], wanted[name], atol=5e-5)
+
+
+def test_layers_of_several_kinds_have_tables_of_their_own_keys():
+    near = edits(MODEL.pattern[0], [("mixer.mask", Window(size=3)), ("mixer.rope", Rope(base=100.0))])
+    model = edits(MODEL, [("pattern", (near, MODEL.pattern[0]))]).build(rngs=nnx.Rngs(0))
+    made = tables(model, ROWS, outliers=(0.0,), bits=(2,), sinks=0)
+    tokens = jnp.asarray(ROWS)
+    caches = [(f"pattern[{n}].mixer.cache", DenseCache(keys="raw")) for n in range(2)]
+    reader = rebuild(model, edits(model.spec, caches))
+    held = reader(whole_texts(tokens), reader.init_state(*tokens.shape))[1]["layers"]
+    for layer in range(4):
+        period, slot = divmod(layer, 2)
+        np.testing.assert_allclose(made["raw/0/upper"][layer], held[slot].k[period].max(axis=(0, 1)), atol=2e-5)

@@ -73,7 +73,7 @@ def test_caches_read_what_was_measured(model, made, tmp_path):
             policy.tables(2, 2, 8)
         with pytest.raises(SpecError, match="of layer 0 of this model"):
             policy.tables(0, 3, 8)
-    with pytest.raises(SpecError, match=r"expected a file of experiments\.calibrate, or a shipped model: reader"):
+    with pytest.raises(SpecError, match=r"a model's folder with qfilters\.npz, or a shipped model: reader"):
         QFilters(directions="nowhere").tables(0, 2, 8)
 
 

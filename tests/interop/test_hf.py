@@ -1,5 +1,7 @@
 """Checkpoint folders of `transformers` as decoders: logits, greedy tokens, and the same folder written back."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from lcx.batch import Batch, causal_info
 from lcx.inference.generate import generate
 from lcx.interop import hf
 from lcx.parallel.mesh import MeshSpec
+from lcx.training.pretrained import pretrained
 
 LOGITS = jax.jit(lambda model, tokens, info: model.logits(model(Batch(tokens=tokens, info=info))[0]))
 
@@ -57,6 +60,17 @@ def test_a_folder_is_written_back_as_it_was(given, tmp_path):
     assert before.tensors.keys() == after.tensors.keys()
     for tensor in before.tensors:
         np.testing.assert_array_equal(before.read(tensor), after.read(tensor))
+
+
+def test_a_tokenizer_alone_is_read_back_with_the_token_that_ends_answers(tmp_path):
+    """As a run has it whose tokenizer was of no checkpoint folder."""
+    spec, model = loaded(GOLDEN / "llama3.1", MeshSpec().build(jax.devices()[:1]))
+    (tmp_path / "words").mkdir()
+    shutil.copyfile(GOLDEN / "llama3.1" / "tokenizer.json", tmp_path / "words" / "tokenizer.json")
+    for ends in ((3,), (5, 3)):
+        made = tmp_path / f"made{len(ends)}"
+        hf.write(model, spec, 192, made, like=tmp_path / "words", dtype="float32", ends=ends)
+        assert pretrained(made).data.tokenizer.stops == ends
 
 
 def test_a_config_of_its_own_says_the_same_model(given, tmp_path):
