@@ -4,7 +4,15 @@
     python -m experiments.ablate --config='config:ablations.cache.kept(only="SnapKV")'             # at 12, 20 and 50 %
     python -m experiments.ablate --config='config:ablations.cache.streams(only="DuoAttention")'    # heads, layers, channels
     python -m experiments.ablate --config='config:ablations.cache.prefixes(only="Squeezed, 0.1")'  # clusters of a long prompt
+
+A run or a folder of `transformers` is measured as a shipped model is. Tables of KVQuant, directions of Q-Filters and gates of
+DuoAttention are looked for in its folder, and left out where calibration="" or measured="" says so:
+
+    python -m experiments.calibrate --run_dir=models/my-folder --to=models/my-folder/kvquant.npz
     python -m experiments.ablate --config='config:ablations.cache.bits(model="models/my-folder", length=4096)'
+
+Codecs go into every layer of attention, policies and selectors into those that see all tokens. Arms that the model's layers
+refuse are left out, and logged; asked for with only=, they are refused with the reason.
 
 Models are measured as a server reads: prompts in chunks of 512, each compressed before the next comes, answers token by token;
 held-out text 32 tokens a pass. So a policy sees the question, which is the end of the prompt, before it drops.
@@ -30,7 +38,7 @@ import dataclasses
 import functools
 import math
 
-from configs.ablations.cache_places import WHOLE, Places, divisor
+from configs.ablations.arms import chosen
 from lcx.cache.cache import Cache
 from lcx.cache.codecs.codec import Codec
 from lcx.cache.codecs.groups import KIVI, IntGroups
@@ -72,6 +80,7 @@ from lcx.cache.selectors.squeezed import Coarse, Squeezed, SqueezedHeads
 from lcx.data.recall import Needles
 from lcx.data.sources import StandardLibrary
 from lcx.evaluation.ablation import Ablation, Variant
+from lcx.evaluation.cache_places import WHOLE, Places
 from lcx.evaluation.panels import Panel
 from lcx.evaluation.tasks.perplexity import Perplexity
 from lcx.evaluation.tasks.retrieval import Retrieval
@@ -175,6 +184,7 @@ def _codecs(calibration: str) -> dict[str, Codec]:
 
 def _policies(measured: str, at: Places) -> dict[str, Policy]:
     encode, depth = at.experiment.data.tokenizer.encode, at.experiment.model.depth
+    group = max(n for n in range(1, 9) if depth % n == 0)  # the authors' 8, or what divides the layers
     asks = {name: tuple(encode(text).tolist()) for name, text in (("first", FIRST), ("later", LATER), ("suffix", "\n"))}
     twice = functools.partial(KVzip, keep=1.0, every=at.length, **asks)  # room for all that answers and held-out text take
     evict = lambda score, **options: Evict(score=score, keep=1.0, **options)
@@ -206,7 +216,7 @@ def _policies(measured: str, at: Places) -> dict[str, Policy]:
         "KVzip": twice(spread=8.0),
         "KVzip, at most twice the mean": twice(),
         "KVzip, each layer": twice(over="layer", spread=4.0),
-        "WindowKV": WindowKV(keep=1.0, layers=Pyramid(beta=14.0, group=divisor(depth, 8))),
+        "WindowKV": WindowKV(keep=1.0, layers=Pyramid(beta=14.0, group=group)),
         "Chelsea": Chelsea(keep=1.0),
         "Chelsea, each counts one": Chelsea(keep=1.0, mass="one"),
     }
@@ -235,7 +245,7 @@ def _check_room(policies: dict[str, Policy], length: int) -> None:
 
 def _ablation(at: Places, caches: dict[str, Cache], variants: tuple[Variant, ...], only: str | None) -> Ablation:
     return Ablation(
-        arms=at.arms(caches, only),
+        arms=at.arms(chosen(caches, only), refused="left out" if only is None else "raised"),
         variants=variants,
         tasks=(
             Perplexity(name="text", source=StandardLibrary(split="heldout"), windows=8, fewer="take"),

@@ -4,8 +4,8 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Mapping
+from typing import Literal
 
-from configs.ablations.arms import chosen
 from lcx.cache.cache import Cache
 from lcx.cache.known import Measured
 from lcx.cache.kv_cache import KVCache
@@ -70,20 +70,18 @@ class Places:
             raise SpecError(f"length = {self.length}: expected {most}, or codecs alone")
         return found
 
-    def arms(self, caches: Mapping[str, Cache], only: str | None) -> tuple[Arm, ...]:
-        """The model with each of the caches, or with that of the arm that is named. Those that the rules refuse for this model
-        are left out, and logged, unless one is named. Raises SpecError if there is none but full precision then."""
-        if only is not None:
-            caches = chosen(dict(caches), only)
+    def arms(self, caches: Mapping[str, Cache], *, refused: Literal["left out", "raised"]) -> tuple[Arm, ...]:
+        """The model with each of the caches. Those that the rules refuse for this model are left out, and logged; or the first
+        that cannot be made raises SpecError, as it does if all but full precision are left out."""
         arms, out = [], {}
         for name, cache in caches.items():
             try:
                 arm = Arm(name=name, model=self.model, edits=self.edits(cache))
-                if only is None and (said := next(broken(used(self.experiment, arm.edits, "Arm.edits")), None)):
+                if refused == "left out" and (said := next(broken(used(self.experiment, arm.edits, "Arm.edits")), None)):
                     raise SpecError(said)
                 arms.append(arm)
             except SpecError as error:
-                if only is not None:
+                if refused == "raised":
                     raise SpecError(f"{name}: {error}") from None
                 out.setdefault(str(error), []).append(name)
         for said, names in out.items():
@@ -145,8 +143,3 @@ class Places:
         except SpecError:  # the rules refuse it
             return False
         return len(shares) > 1 or {cache.leads(n) for n in range(depth)} != {None}
-
-
-def divisor(depth: int, most: int) -> int:
-    """The largest divisor of `depth` that is at most `most`."""
-    return max(n for n in range(1, most + 1) if depth % n == 0)
