@@ -88,14 +88,14 @@ def serving_compiled(serving: Serving, devices: Sequence[jax.Device]) -> dict[st
     return found
 
 
-def answers_program(serving: Serving, devices: Sequence[jax.Device]) -> tuple[jax.stages.Compiled, Any]:
-    """The loop of the answers, compiled, and the shapes of the states that it carries."""
+def program(serving: Serving, devices: Sequence[jax.Device], *, answers: bool = True) -> tuple[jax.stages.Compiled, Any]:
+    """The loop of the answers, or a step of the prefill, compiled, and the shapes of the states that it carries."""
     mesh = serving.mesh.build(devices)
     with jax.set_mesh(mesh):
         model = _abstract_model(serving, mesh)
         read = _abstract_read(serving, model)
-        *_, (_, lowered) = _programs(serving, model, read)
-        return lowered.compile(), read.state
+        (_, prefill), (_, loop) = _programs(serving, model, read)
+        return (loop if answers else prefill).compile(), read.state
 
 
 def _programs(serving: Serving, model: DecoderModel, read: Consumed) -> Iterator[tuple[str, jax.stages.Lowered]]:

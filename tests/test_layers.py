@@ -28,7 +28,18 @@ LCX = (
     ("models",),
     ("objectives", "data", "interop"),
     ("training", "inference"),
-    ("support_rules", "support", "support_table", "plan", "serving_plan", "bench_serving", "evaluation", "agents", "serving"),
+    (
+        "support_rules",
+        "support",
+        "support_table",
+        "plan",
+        "serving_plan",
+        "bench_serving",
+        "bench_writing",
+        "evaluation",
+        "agents",
+        "serving",
+    ),
 )
 FILES = sorted(file for folder in HOUSE for file in (ROOT / folder).rglob("*.py"))
 

@@ -46,3 +46,27 @@ def on_own_heads(run: Callable[..., Any], *trees: Any, rules: Rules) -> Any:
     heads = jax.tree.leaves(trees)[0].shape[1]
     spec = rules.partition(("batch", "kv_heads" if heads > 1 else None))
     return jax.shard_map(run, in_specs=(spec,) * len(trees), out_specs=spec, check_vma=False)(*trees)
+
+
+def by_parts(run: Callable[..., Any], *trees: Any, size: int) -> Any:
+    """run(*trees) of arrays [B, G, N, ...], of each token by itself, so many tokens at a time: what it makes of some of them
+    beside all others need not be there at once."""
+    N = jax.tree.leaves(trees)[0].shape[2]
+    if N <= size:
+        return run(*trees)
+
+    def whole(x):
+        x = jnp.moveaxis(x, 0, 2)
+        return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, :N]
+
+    return jax.tree.map(whole, jax.lax.map(lambda parts: run(*parts), cut_up(trees, size=size)))
+
+
+def cut_up(tree: Any, size: int) -> Any:
+    """Arrays [B, G, N, ...] as [parts, B, G, size, ...], zeros behind the last."""
+
+    def cut(x):
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % size), *((0, 0),) * (x.ndim - 3)))
+        return jnp.moveaxis(x.reshape(*x.shape[:2], -1, size, *x.shape[3:]), 2, 0)
+
+    return jax.tree.map(cut, tree)

@@ -11,10 +11,12 @@ more evicted than came since the last time those of highest score are merged alo
 import dataclasses
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lcx.cache.kv_state import taken
+from lcx.cache.picking import by_parts, cut_up
 from lcx.cache.policies.evict import Evict
 from lcx.cache.scorers.chance import Chance
 from lcx.cache.scorers.scorer import Scored, received
@@ -52,18 +54,27 @@ class CaM(Evict):
         by_all = lambda x: jnp.broadcast_to(x, (B, K, *x.shape[2:]))
         rows, heads = jnp.arange(B)[:, None, None], jnp.arange(G)[:, None]
         stays = jnp.zeros((B, G, N), bool).at[rows, heads, jnp.where(kept.there, kept.index, N)].set(True, mode="drop")
-        start = jnp.cumsum(stays, axis=2)[..., None]  # of those that stay, the first behind
-        place = jnp.arange(C)
-        behind = (place >= start) & (place < start + self.window) & kept.there[:, :, None]
-        behind = behind & (now.info.segments[..., None] == taken(now.info.segments, kept.index, axis=2)[:, :, None])
-        behind = by_all(behind.astype(jnp.float32))  # [B, K, N, C]
-        several = behind.sum(axis=3)
         values, marks = taken((now.v, now.marks), by_all(kept.index), axis=2)
-        mean = jnp.einsum("bknc,bkc->bkn", behind, marks, precision="highest") / jnp.maximum(several, 1)
+        place, segments = jnp.arange(C), taken(now.info.segments, kept.index, axis=2)[:, :, None]
+
+        def behind(start, own):
+            """Which of those that stay tokens may join [B, K, n, C]."""
+            near = (place >= start[..., None]) & (place < start[..., None] + self.window) & kept.there[:, :, None]
+            return by_all((near & (own[..., None] == segments)).astype(jnp.float32))
+
+        def seen(start, own):
+            found = behind(start, own)
+            several = found.sum(axis=3)
+            return several, jnp.einsum("bknc,bkc->bkn", found, marks, precision="highest") / jnp.maximum(several, 1)
+
+        start = jnp.cumsum(stays, axis=2)  # of those that stay, the first behind
+        several, mean = by_parts(seen, start, now.info.segments, size=128)
         chance = jnp.where(mean > 0, now.marks / jnp.where(mean > 0, mean, 1), now.marks > 0)
         merged = by_all(now.there & ~stays) & (several > 0) & (self.draws(now) < chance)
-        share = merged / jnp.maximum(several, 1)
-        sums = jnp.einsum("bknc,bkn,bkne->bkce", behind, share, now.v, precision="highest")
+        leaves = (merged / jnp.maximum(several, 1))[..., None] * now.v
+        add = lambda sums, part: (sums + jnp.einsum("bknc,bkne->bkce", behind(*part[:2]), part[2], precision="highest"), None)
+        parts = cut_up((start, now.info.segments, leaves), size=128)
+        sums, _ = jax.lax.scan(add, jnp.zeros_like(values), parts)
         return dataclasses.replace(kept, v=values + sums)
 
     @classmethod

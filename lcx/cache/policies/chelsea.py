@@ -19,9 +19,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lcx.cache.kv_state import taken
+from lcx.cache.picking import places
 from lcx.cache.policies.policy import Kept, Policy
 from lcx.cache.scorers.key_difference import unit
 from lcx.record import record
+from pallas_kernels.token_gather.op import gathered
 
 
 @record
@@ -111,8 +113,7 @@ class Chelsea(Policy):
         join = lambda old, new: jnp.concatenate([old[:, :, :begin], back(new)], axis=2)
         gone = jnp.stack([joins, jnp.zeros_like(joins)], axis=4)
         there = (place < now.count[..., None]) & ~join(jnp.zeros((B, K, N), bool), gone)
-        order = jnp.argsort(~there, axis=2, stable=True)
-        take = lambda x: jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 3)), axis=2)
+        take = functools.partial(gathered, index=places(there, N), growing=True)
         return Merged(
             k=take(join(now.k, merged(keys))),
             v=take(join(now.v, merged(values))),

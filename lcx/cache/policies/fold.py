@@ -8,6 +8,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from lcx.cache.kv_state import taken
+from lcx.cache.picking import by_parts
 from lcx.cache.policies.evict import Evict
 from lcx.cache.scorers.key_difference import unit
 
@@ -30,11 +31,15 @@ class Fold(Evict):
         keys, values = (taken(x, index, axis=2) for x in (unit(now.k), now.v))
         rows, heads = jnp.arange(B)[:, None, None], jnp.arange(K)[:, None]
         stays = jnp.zeros((B, K, N), bool).at[rows, heads, jnp.where(there, index, N)].set(True, mode="drop")
-        alike = jnp.einsum("bknd,bkcd->bknc", unit(now.k), keys, precision="highest")
         segments = by_all(now.info.segments)
-        same = segments[..., None] == taken(segments, index, axis=2)[:, :, None]
-        alike = jnp.where(there[:, :, None] & same, alike, -jnp.inf)
-        best, target = alike.max(axis=3), alike.argmax(axis=3)
+        kept_segments = taken(segments, index, axis=2)[:, :, None]
+
+        def likest(k, segments):
+            alike = jnp.einsum("bknd,bkcd->bknc", k, keys, precision="highest")
+            alike = jnp.where(there[:, :, None] & (segments[..., None] == kept_segments), alike, -jnp.inf)
+            return alike.max(axis=3), alike.argmax(axis=3)
+
+        best, target = by_parts(likest, unit(now.k), segments, size=128)
         size = jnp.linalg.norm(now.v, axis=-1)
         met = jnp.take_along_axis(jnp.linalg.norm(values, axis=-1), target, axis=2)
         weight = jnp.maximum(best, 0) * size / (size + met + EPSILON)

@@ -7,6 +7,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from lcx.cache.picking import by_parts
+from lcx.cache.policies.top import largest
 from lcx.cache.scorers.scorer import Wrapper, scores_of
 
 
@@ -23,13 +25,13 @@ class Critical(Wrapper):
 
     def score(self, now):
         scores = jnp.where(now.there, scores_of(self.of, now), -jnp.inf)
-        rank = jnp.argsort(jnp.argsort(-scores, axis=2, stable=True), axis=2)
-        first = (now.budget * self.first).astype(jnp.int32)[:, None, None]
+        first = (now.budget * self.first).astype(jnp.int32).reshape(len(scores), -1)
+        first = largest(scores, jnp.broadcast_to(first, scores.shape[:2]))
         K, output = now.v.shape[1], now.output.astype(jnp.float32)
         weights = output.reshape(K, -1, *output.shape[1:])
-        norm = lambda n: jnp.abs(jnp.einsum("bkne,kem->bknm", now.v, weights[:, n], precision="highest")).sum(axis=3)
-        norms = sum(map(norm, range(weights.shape[1]))) / weights.shape[1]
-        return jnp.where((rank < first) | jnp.isposinf(scores), jnp.inf, (scores + self.epsilon) * norms)
+        norm = lambda v, n: jnp.abs(jnp.einsum("bkne,kem->bknm", v, weights[:, n], precision="highest")).sum(axis=3)
+        norms = by_parts(lambda v: sum(norm(v, n) for n in range(weights.shape[1])) / weights.shape[1], now.v, size=256)
+        return jnp.where(first | jnp.isposinf(scores), jnp.inf, (scores + self.epsilon) * norms)
 
     @classmethod
     def examples(cls):

@@ -12,6 +12,7 @@ from typing import Literal
 import jax.numpy as jnp
 
 from lcx.batch import PADDING
+from lcx.cache.picking import by_parts
 from lcx.cache.scorers.scorer import Scorer, mean_of_group
 from lcx.positions.rotate import tables, turned_by
 
@@ -57,9 +58,13 @@ class ExpectedAttention(Scorer):
             mean = turn(mean[:, None])[:, 0]
             spread = turn(jnp.swapaxes(turn(spread), 2, 3))
         by_group = lambda x: x.reshape(B, K, -1, *x.shape[2:])
-        along = jnp.einsum("bkgd,bknd->bkgn", by_group(mean), now.k, precision="highest")
-        around = jnp.einsum("bknd,bkgde,bkne->bkgn", now.k, by_group(spread), now.k, precision="highest")
-        logit = scale * along + scale**2 / 2 * around
+
+        def logits(k):
+            along = jnp.einsum("bkgd,bknd->bkng", by_group(mean), k, precision="highest")
+            around = jnp.einsum("bknd,bkgde,bkne->bkng", k, by_group(spread), k, precision="highest")
+            return scale * along + scale**2 / 2 * around
+
+        logit = jnp.moveaxis(by_parts(logits, now.k, size=2048), 3, 2)
         sink = now.info.index < self.sinks
         logit = jnp.where((now.there & ~sink)[:, :, None], logit, -jnp.inf)
         top = logit.max(axis=-1, keepdims=True)
