@@ -52,7 +52,7 @@ def by_parts(run: Callable[..., Any], *trees: Any, size: int) -> Any:
     """run(*trees) of arrays [B, G, N, ...], of each token by itself, so many tokens at a time: what it makes of some of them
     beside all others need not be there at once."""
     N = jax.tree.leaves(trees)[0].shape[2]
-    if N <= size:
+    if size >= N:
         return run(*trees)
 
     def whole(x):

@@ -39,34 +39,38 @@ def pairs(index: Int[Array, "R M"], tokens: int, block: int, tile: int) -> Pairs
     return Pairs(at, jnp.minimum(own(high), own(high - ends + 1) + step), ends[:, -1])
 
 
+def all_pairs(index: Int[Array, "R M"], tokens: int, block: int, tile: int) -> Pairs:
+    """Of places in any order: every tile meets every block."""
+    R, blocks = len(index), -(-tokens // block)
+    steps = -(-index.shape[1] // tile) * blocks
+    step = jnp.broadcast_to(jnp.arange(steps), (R, steps))
+    return Pairs(step // blocks, step % blocks, jnp.full(R, steps))
+
+
 def gathered(
-    wide: list[Array], narrow: list[Array], index: Int[Array, "R M"], *, interpret: Any = False
+    wide: list[Array], narrow: list[Array], index: Int[Array, "R M"], *, growing: bool = True, interpret: Any = False
 ) -> tuple[list[Array], list[Array]]:
-    """(arrays [R, M, D], arrays [R, M]): what arrays [R, N, D] and [R, N], of types of one, two or four bytes, hold at growing
-    places of their tokens."""
+    """(arrays [R, M, D], arrays [R, M]): what arrays [R, N, D] and [R, N], of types of one, two or four bytes, hold at places
+    of their tokens, which grow or may come in any order."""
     (R, M), N = index.shape, (wide or narrow)[0].shape[1]
     block, tile = min(BLOCK, N), min(TILE, M)
-    turns = pairs(index, N, block, tile)
-    given = list(wide)
-    read = [pl.BlockSpec((None, block, x.shape[2]), lambda r, p, tiles, blocks, _: (r, blocks[r, p], 0)) for x in given]
-    made = [pl.BlockSpec((None, tile, x.shape[2]), lambda r, p, tiles, blocks, _: (r, tiles[r, p], 0)) for x in given]
-    out = [jax.ShapeDtypeStruct((R, M, x.shape[2]), x.dtype) for x in given]
-    sums = [pltpu.VMEM((tile, x.shape[2]), jnp.int32) for x in given]
-    if narrow:
-        n = len(narrow)
-        given = [*given, jnp.stack([_integers(x).astype(jnp.int32) for x in narrow], axis=1)]
-        read = [*read, pl.BlockSpec((None, n, block), lambda r, p, tiles, blocks, _: (r, 0, blocks[r, p]))]
-        made = [*made, pl.BlockSpec((None, n, tile), lambda r, p, tiles, blocks, _: (r, 0, tiles[r, p]))]
-        out = [*out, jax.ShapeDtypeStruct((R, n, M), jnp.int32)]
-        sums = [*sums, pltpu.VMEM((n, tile), jnp.int32)]
+    turns = (pairs if growing else all_pairs)(index, N, block, tile)
+    given = [*wide, *(x[:, None] if x.dtype.itemsize == 4 else _integers(x).astype(jnp.int32)[:, None] for x in narrow)]
+    out = [jax.ShapeDtypeStruct((R, M, x.shape[2]), x.dtype) for x in wide]
+    out += [jax.ShapeDtypeStruct((R, 1, M), x.dtype) for x in given[len(wide) :]]
+    rows = lambda size, x, of: pl.BlockSpec((None, size, x.shape[2]), lambda r, p, *at: (r, at[of][r, p], 0))
+    row = lambda size, of: pl.BlockSpec((None, 1, size), lambda r, p, *at: (r, 0, at[of][r, p]))
+    sums = [*((tile, x.shape[2]) for x in wide), (max(1, len(narrow)), tile)]
     found = pl.pallas_call(
         functools.partial(_body, wide=len(wide), block=block),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(R, turns.tile.shape[1]),
-            in_specs=[pl.BlockSpec((None, 1, tile), lambda r, p, tiles, blocks, _: (r, 0, tiles[r, p])), *read],
-            out_specs=made,
-            scratch_shapes=sums,
+            in_specs=[row(tile, 0), *(rows(block, x, 1) for x in wide), *[row(block, 1)] * len(narrow)],
+            out_specs=[*(rows(tile, x, 0) for x in wide), *[row(tile, 0)] * len(narrow)],
+            scratch_shapes=[
+                pltpu.VMEM(n, jnp.int32) for n in (*((tile, x.shape[2]) for x in wide), (max(1, len(narrow)), tile))
+            ],
         ),
         out_shape=out,
         cost_estimate=pl.CostEstimate(
@@ -77,8 +81,8 @@ def gathered(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
     )(*turns, index[:, None], *given)
-    back = lambda x, like: jax.lax.bitcast_convert_type(x.astype(INTEGER[like.dtype.itemsize]), like.dtype)
-    return list(found[: len(wide)]), [back(found[-1][:, n], like) for n, like in enumerate(narrow)]
+    back = lambda x, like: x if x.dtype == like.dtype else _of_integers(x, like.dtype)
+    return list(found[: len(wide)]), [back(x[:, 0], like) for x, like in zip(found[len(wide) :], narrow, strict=True)]
 
 
 def _integers(x: Shaped[Array, "*n"]) -> Int[Array, "*n"]:
@@ -86,8 +90,14 @@ def _integers(x: Shaped[Array, "*n"]) -> Int[Array, "*n"]:
     return jax.lax.bitcast_convert_type(x, INTEGER[x.dtype.itemsize])
 
 
+def _of_integers(x: Int[Array, "*n"], dtype: Any) -> Array:
+    """The numbers of bits."""
+    return jax.lax.bitcast_convert_type(x.astype(INTEGER[jnp.dtype(dtype).itemsize]), dtype)
+
+
 def _body(tiles, blocks, count, index, *refs, wide: int, block: int):
-    given, out, sums = (refs[n * len(refs) // 3 : (n + 1) * len(refs) // 3] for n in range(3))
+    several = (len(refs) - wide - 1) // 2
+    given, out, sums = refs[:several], refs[several : 2 * several], refs[2 * several :]
     r, p = pl.program_id(0), pl.program_id(1)
 
     @pl.when((p == 0) | (tiles[r, p] != tiles[r, jnp.maximum(p - 1, 0)]))
@@ -100,12 +110,22 @@ def _body(tiles, blocks, count, index, *refs, wide: int, block: int):
         place = index[...] - blocks[r, p] * block
         ones = jax.lax.broadcasted_iota(jnp.int32, (block, place.shape[1]), 0) == place
         ones = ones.astype(jnp.float32).astype(jnp.bfloat16)
-        for n, (ref, made, total) in enumerate(zip(given, out, sums, strict=True)):
-            x, found = _integers(ref[...]).astype(jnp.int32), total[...]
-            for byte in range(ref.dtype.itemsize):
-                part = (x >> 8 * byte & 255).astype(jnp.float32).astype(jnp.bfloat16)
-                operands, axes = ((ones, part), ((0,), (0,))) if n < wide else ((part, ones), ((1,), (0,)))
-                one = jax.lax.dot_general(*operands, (axes, ((), ())), preferred_element_type=jnp.float32)
-                found = found | one.astype(jnp.int32) << 8 * byte
+
+        def more(total, x, size, product):
+            """With what the block adds, byte by byte."""
+            found = total[...]
+            for shift in range(0, 8 * size, 8):
+                part = (x >> shift & 255).astype(jnp.float32).astype(jnp.bfloat16)
+                found = found | product(part).astype(jnp.int32) << shift
             total[...] = found
-            made[...] = jax.lax.bitcast_convert_type(found.astype(INTEGER[made.dtype.itemsize]), made.dtype)
+
+        dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+        fetch = lambda x: dot(ones, x, (((0,), (0,)), ((), ())))
+        for ref, made, total in zip(given[:wide], out, sums, strict=False):
+            more(total, _integers(ref[...]).astype(jnp.int32), ref.dtype.itemsize, fetch)
+            made[...] = _of_integers(total[...], made.dtype)
+        if several > wide:
+            x = jnp.concatenate([_integers(ref[...]) for ref in given[wide:]], axis=0)
+            more(sums[-1], x, 4, lambda x: dot(x, ones, (((1,), (0,)), ((), ()))))
+            for n, made in enumerate(out[wide:]):
+                made[...] = _of_integers(sums[-1][n : n + 1], made.dtype)
