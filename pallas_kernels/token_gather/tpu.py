@@ -60,7 +60,7 @@ def gathered(
     out += [jax.ShapeDtypeStruct((R, 1, M), x.dtype) for x in given[len(wide) :]]
     rows = lambda size, x, of: pl.BlockSpec((None, size, x.shape[2]), lambda r, p, *at: (r, at[of][r, p], 0))
     row = lambda size, of: pl.BlockSpec((None, 1, size), lambda r, p, *at: (r, 0, at[of][r, p]))
-    sums = [*((tile, x.shape[2]) for x in wide), (max(1, len(narrow)), tile)]
+    [*((tile, x.shape[2]) for x in wide), (max(1, len(narrow)), tile)]
     found = pl.pallas_call(
         functools.partial(_body, wide=len(wide), block=block),
         grid_spec=pltpu.PrefetchScalarGridSpec(
