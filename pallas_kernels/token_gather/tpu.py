@@ -60,7 +60,7 @@ def gathered(
     out += [jax.ShapeDtypeStruct((R, 1, M), x.dtype) for x in given[len(wide) :]]
     rows = lambda size, x, of: pl.BlockSpec((None, size, x.shape[2]), lambda r, p, *at: (r, at[of][r, p], 0))
     row = lambda size, of: pl.BlockSpec((None, 1, size), lambda r, p, *at: (r, 0, at[of][r, p]))
-    [*((tile, x.shape[2]) for x in wide), (max(1, len(narrow)), tile)]
+    sums = [*((tile, x.shape[2]) for x in wide), (max(1, len(narrow)), tile)]
     found = pl.pallas_call(
         functools.partial(_body, wide=len(wide), block=block),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -68,9 +68,7 @@ def gathered(
             grid=(R, turns.tile.shape[1]),
             in_specs=[row(tile, 0), *(rows(block, x, 1) for x in wide), *[row(block, 1)] * len(narrow)],
             out_specs=[*(rows(tile, x, 0) for x in wide), *[row(tile, 0)] * len(narrow)],
-            scratch_shapes=[
-                pltpu.VMEM(n, jnp.int32) for n in (*((tile, x.shape[2]) for x in wide), (max(1, len(narrow)), tile))
-            ],
+            scratch_shapes=[pltpu.VMEM(shape, jnp.int32) for shape in sums],
         ),
         out_shape=out,
         cost_estimate=pl.CostEstimate(
