@@ -40,10 +40,10 @@ CACHES: dict[str, Cache] = {
 }
 
 
-def served(cache: Cache, slots: int, chunk: int, layers: int = 16) -> Serving:
+def served(cache: Cache, slots: int, chunk: int) -> Serving:
     """The model with this cache, one row of so many tokens, 4,096 of them its answer."""
     layer = Layer(mixer=Attention(heads=32, kv_heads=8, head_dim=128, cache=cache), channel=GLU(hidden=4096))
-    model = Decoder(vocab=1024, width=4096, pattern=(layer,), periods=layers, compute="bfloat16")
+    model = Decoder(vocab=1024, width=4096, pattern=(layer,), periods=16, compute="bfloat16")
     return Serving(model=model, rows=1, prompt=slots - 4096, answer=4096, chunk=chunk)
 
 

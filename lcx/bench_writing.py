@@ -7,8 +7,7 @@
 encode: 65,536 tokens of 8 key heads on one chip, a token and head, by the kernel and as XLA codes (all but the packing), beside
 what is needed: tokens in bfloat16 read once and codes written once. gather: a quarter of as many tokens fetched, a token that
 stays and head, by the kernel and by XLA, beside all read once and a quarter written once. Of kernels the compiler is told what
-they move: all arrays once. prefill: a chunk of 512 of one layer of the model of `bench_serving`, a slot, by the slots of two
-prompts; of a loop it counts a turn, of a choice both branches, so that attention to slots is left out.
+they move: all arrays once. prefill: what a chunk of 512 of the model of `bench_serving` needs beside parameters and states.
 """
 
 import sys
@@ -25,6 +24,8 @@ from lcx.cache.codecs.plain import Plain
 from lcx.cache.kv_cache import KVCache
 from lcx.cache.policies.chelsea import Chelsea
 from lcx.cache.policies.evict import Evict
+from lcx.cache.policies.fold import Fold
+from lcx.cache.scorers.critical import Critical
 from lcx.cache.scorers.expected_attention import ExpectedAttention
 from lcx.cache.scorers.snapkv import SnapKV
 from lcx.parallel.topology import topology_devices
@@ -32,13 +33,15 @@ from lcx.serving_plan import program
 from pallas_kernels.token_gather import op
 
 TOKENS, HEADS, SIZE = 1 << 16, 8, 128
-PROMPTS = 65536, 131072
+PROMPT = 131072
 POLICIES = {
     "all tokens": KVCache(),
     "SnapKV": KVCache(policy=Evict(score=SnapKV(), keep=0.2)),
     "expected attention": KVCache(policy=Evict(score=ExpectedAttention(), keep=0.2)),
     "SnapKV, int4 groups": KVCache(codec=IntGroups(), policy=Evict(score=SnapKV(), keep=0.2)),
     "Chelsea": KVCache(policy=Chelsea(keep=0.2)),
+    "SnapKV, folded": KVCache(policy=Fold(score=SnapKV(), keep=0.2)),
+    "SnapKV, CriticalKV": KVCache(policy=Evict(score=Critical(of=SnapKV()), keep=0.2)),
 }
 
 
@@ -50,7 +53,7 @@ def moved(run: Callable[..., Any], device: jax.Device, *given: tuple[tuple[int, 
     return made.cost_analysis()["bytes accessed"], sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(made.out_info))
 
 
-def encoding(chip: str) -> Iterator[tuple[str, float, float, float]]:
+def encoding(chip: str) -> Iterator[tuple[Any, ...]]:
     for name, cache in CACHES.items():
         if not isinstance(cache, KVCache) or cache.codec == Plain():
             continue
@@ -67,7 +70,7 @@ def encoding(chip: str) -> Iterator[tuple[str, float, float, float]]:
         yield name, *both, codes / (TOKENS * HEADS) + 4 * SIZE
 
 
-def fetching(chip: str) -> Iterator[tuple[str, float, float, float]]:
+def fetching(chip: str) -> Iterator[tuple[Any, ...]]:
     stays = TOKENS // 4
     for dtype in (jnp.bfloat16, jnp.int8, jnp.float32):
         given = ((1, HEADS, TOKENS, SIZE), dtype), ((1, HEADS, stays), jnp.int32)
@@ -76,24 +79,18 @@ def fetching(chip: str) -> Iterator[tuple[str, float, float, float]]:
         yield jnp.dtype(dtype).name, *both, 5 * SIZE * jnp.dtype(dtype).itemsize + 4
 
 
-def prefilling(chip: str) -> Iterator[tuple[str, float, float, float]]:
+def prefilling(chip: str) -> Iterator[tuple[Any, ...]]:
     for name, cache in POLICIES.items():
-        found = []
-        for prompt in PROMPTS:
-            step, states = program(served(cache, prompt, chunk=512, layers=1), topology_devices(CHIPS[chip]), answers=False)
-            held = states["layers"][0].held
-            codes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((held.k, held.v)))
-            slots = held.info.segments.shape[3]
-            temporary = step.memory_analysis().temp_size_in_bytes
-            found.append((slots, step.cost_analysis()["bytes accessed"], temporary, codes / held.info.segments.shape[0]))
-        few, many = found
-        yield name, *((b - a) / (many[0] - few[0]) for a, b in zip(few[1:], many[1:], strict=True))
+        step, states = program(served(cache, PROMPT, chunk=512), topology_devices(CHIPS[chip]), answers=False)
+        held = jax.tree.leaves((states["layers"][0].held.k, states["layers"][0].held.v))
+        layer = sum(x.size * x.dtype.itemsize for x in held) / len(held[0])
+        yield name, step.memory_analysis().temp_size_in_bytes / 1e6, layer / 1e6
 
 
 MODES = {
     "encode": (encoding, "| chip | cache | moved | by XLA | needed |"),
     "gather": (fetching, "| chip | of | moved | by XLA | needed |"),
-    "prefill": (prefilling, "| chip | cache | moved | temporaries | codes |"),
+    "prefill": (prefilling, "| chip | cache | MB of temporaries | MB of a layer's codes |"),
 }
 
 
@@ -102,7 +99,7 @@ def main(arguments: list[str]) -> None:
     if mode not in MODES or not chips or not set(chips) <= set(CHIPS):
         sys.exit(__doc__)
     rows, head = MODES[mode]
-    print(head + "\n|---|---|---:|---:|---:|")
+    print(head + "\n|---|---" + "|---:" * (head.count("|") - 3) + "|")
     for chip in chips:
         for name, *numbers in rows(chip):
             print(f"| {chip} | {name} | {' | '.join(f'{n:.0f}' for n in numbers)} |", flush=True)
