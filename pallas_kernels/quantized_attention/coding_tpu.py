@@ -12,11 +12,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.quantized_attention import packing_tpu
+from pallas_kernels.quantized_attention.packing import BLOCK, PLANES, pack
+from pallas_kernels.quantized_attention.packing_tpu import write_words
 from pallas_kernels.tpu_chips import LANES
 
 TILES = 512, 256, 128  # tokens
-PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 
 
 def taken(coding: Any, x: Array) -> bool:
@@ -48,7 +48,7 @@ def coded(coding: Any, x: Array, by_channel: tuple = (), by_head: tuple = (), *,
         if planes:
             *out, wide = out
             wide[...] = codes.astype(jnp.int32)
-            packing_tpu.write_words(wide, out[: len(planes)], planes)
+            write_words(wide, out[: len(planes)], planes)
         else:
             out[0][...] = cast(codes, coding.dtype)
         for ref, s in zip(out[max(1, len(planes)) :], shared, strict=True):
@@ -58,7 +58,7 @@ def coded(coding: Any, x: Array, by_channel: tuple = (), by_head: tuple = (), *,
     rows = lambda n, D=D: pl.BlockSpec((None, n, D), lambda r, i: (r, i, 0))
     whole = lambda k: pl.BlockSpec((None, *k.shape[1:]), lambda r, i: (r, 0, 0))
     if planes:
-        codes = [((T // 32 * width, D), jnp.uint32, rows(tile // 32 * width)) for width in planes]
+        codes = [((T // BLOCK * width, D), jnp.uint32, rows(tile // BLOCK * width)) for width in planes]
     else:
         codes = [((T, D), coding.dtype, rows(tile))]
     if coding.tokens is None:
@@ -83,7 +83,7 @@ def coded(coding: Any, x: Array, by_channel: tuple = (), by_head: tuple = (), *,
     of = tuple(y.reshape(*lead, *by) for y in found[len(codes) :])
     if planes or coding.bits is None:
         return made if planes else made[0], of
-    return packing_tpu.pack(made[0], PLANES[coding.bits], interpret=interpret), of
+    return pack(made[0], coding.bits), of
 
 
 def cast(codes: Float[Array, "..."], dtype: Any) -> Array:
