@@ -100,9 +100,10 @@ def rounded_up(length: int, multiple: int) -> int:
 
 
 def whole_tiles(slots: int, multiple: int) -> int:
-    """So many slots, or some more: a multiple, and where they are many, whole tiles of a TPU too, which would else lay all of
-    them out in another way at every pass."""
-    return rounded_up(slots, multiple if slots < 8 * TILE else math.lcm(multiple, TILE))
+    """So many slots, or some more: a multiple, and where that adds at most an eighth, whole tiles of a TPU too, which would
+    else lay all of them out in another way at every pass."""
+    whole = math.lcm(multiple, TILE)
+    return rounded_up(slots, multiple if slots < 8 * whole else whole)
 
 
 def taken(tree: Any, place: Int[Array, "*n C"], axis: int = 1) -> Any:

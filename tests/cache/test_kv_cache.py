@@ -13,6 +13,7 @@ from lcx.cache.codecs.groups import KIVI, IntGroups
 from lcx.cache.codecs.plain import Plain
 from lcx.cache.codecs.scaled import Fp8, Int8
 from lcx.cache.kv_cache import KVCache
+from lcx.cache.kv_state import whole_tiles
 from lcx.cache.policies.cam import CaM
 from lcx.cache.policies.chelsea import Chelsea
 from lcx.cache.policies.duo_attention import DuoAttention
@@ -145,6 +146,13 @@ def test_blocks_leave_an_answer_its_room():
     cache = KVCache(codec=IntGroups(group=2), policy=Evict(score=KeyNorm(), keep=33, scope="prefill", every=16))
     state = run(cache, passes([95, *[1] * 16]), length=128)
     assert state.overflow.tolist() == [0, 0] and state.held.info.index.max() == 95
+
+
+@pytest.mark.parametrize(
+    ("slots", "multiple", "held"), [(1000, 32, 1024), (1025, 1, 1152), (1025, 32, 1152), (1500, 100, 1500), (26000, 100, 28800)]
+)
+def test_many_slots_are_whole_tiles_where_that_adds_few(slots, multiple, held):
+    assert whole_tiles(slots, multiple) == held
 
 
 def test_slots_side_by_side():

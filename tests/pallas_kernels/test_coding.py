@@ -14,6 +14,7 @@ CODECS = (
     scaled.Fp8(),
     groups.IntGroups(),
     groups.IntGroups(bits=3, group=128),
+    groups.IntGroups(bits=1, group=64),
     groups.KIVI(),
     kvquant.KVQuant(codebook="uniform"),
     kvquant.KVQuant(codebook="uniform", bits=2, outliers=0.1),
@@ -50,7 +51,8 @@ def test_heads_wider_than_a_register_are_packed_in_a_second_pass():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 256, 256)), jnp.float32)
     found, wanted = coding_tpu.coded(how, x, interpret=True), coding.coded(how, x)
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
-    assert coding_tpu.taken(how, x) and not coding_tpu.taken(how, x[:, :, :100])
+    taken = lambda tokens: coding_tpu.taken(how, jnp.zeros((1, 1, tokens, 256)))
+    assert taken(256) and taken(1280) and not taken(100) and not taken(1152)  # the last are packed in no tiles
 
 
 def test_half_precision_by_integers():
