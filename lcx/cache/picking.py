@@ -39,13 +39,15 @@ def picked(tree: Any, index: Int[Array, "B G C"], *, rules: Rules = Rules(), gro
     return jax.tree.unflatten(structure, [next(found[kind]) for kind in kinds])
 
 
-def on_own_heads(run: Callable[..., Any], *trees: Any, rules: Rules) -> Any:
-    """run(*trees) of arrays [B, K, ...], which gives such ones: on a mesh each device for the rows and heads that it holds."""
+def on_own_heads(run: Callable[..., Any], tokens: Any, *trees: Any, rules: Rules, axis: str | None = None) -> Any:
+    """run(tokens, *trees) of arrays [B, K, ...], which gives such ones: on a mesh each device for the rows and heads that it
+    holds. axis: of `tokens` [B, K, C, ...] and of what is made of them, which blocks of C are shared out by too."""
     if ambient_mesh() is None:
-        return run(*trees)
-    heads = jax.tree.leaves(trees)[0].shape[1]
-    spec = rules.partition(("batch", "kv_heads" if heads > 1 else None))
-    return jax.shard_map(run, in_specs=(spec,) * len(trees), out_specs=spec, check_vma=False)(*trees)
+        return run(tokens, *trees)
+    several = jax.tree.leaves(tokens)[0].shape[1] > 1
+    by = lambda *more: rules.partition(("batch", "kv_heads" if several else None, *more))
+    specs = by(axis), *(by() for _ in trees)
+    return jax.shard_map(run, in_specs=specs, out_specs=by(axis), check_vma=False)(tokens, *trees)
 
 
 def by_parts(run: Callable[..., Any], *trees: Any, size: int) -> Any:

@@ -206,7 +206,7 @@ class Pruning:
         codes = []
         for coder, old, new, known in zip(self.cache.coders, loose, (kept.k, kept.v), state.tables, strict=True):
             stays = pick(old, origin) if new is None else coder.loose(new, known)
-            codes.append(on_own_heads(coder.tightened, stays, known, rules=self.rules))
+            codes.append(on_own_heads(coder.tightened, stays, known, rules=self.rules, axis="slots"))
         block, some = self.cache.codec.block, kept.there.sum(axis=2)
         info, marks, counts = pick((info, marks, counts), origin)
         like = lambda new, old: new.astype(old.dtype)
