@@ -173,6 +173,9 @@ def caches_fit_their_layers(experiment: Experiment) -> Iterator[str]:
         except (SpecError, ValueError) as error:
             yield _at_its_part(str(error), cache, f"{path}.cache")
             continue
+        for at, part in (("policy", cache.policy), ("selector", cache.selector)):
+            if part is not None and part.queries > (length := experiment.data.length):
+                yield f"{path}.cache.{at}: it reads the newest {part.queries} queries: expected at most {length}, a row's tokens"
         if isinstance(policy := cache.policy, Evict | Chelsea):
             stays, most = policy.sinks + policy.recent, min(policy.most(experiment.data.length, share) for share in shares)
             if stays > most:

@@ -38,7 +38,8 @@ def coded(
     by_channel: tuple[Float[Array, "B K D"], ...] = (),
     by_head: tuple[Float[Array, "B K"], ...] = (),
 ) -> tuple[Any, tuple[Shaped[Array, "..."], ...]]:
-    """(codes, planes of words if they are packed; what is shared): of each token [B, K, T], or of some tokens [B, K, n, D]."""
+    """(codes, planes of words if they are packed; what is shared): of each token [B, K, T], or of some tokens [B, K, n, D]. No
+    gradient."""
     if platform() == "tpu" and on_one_device() and coding_tpu.taken(coding, x):
         return coding_tpu.coded(coding, x, by_channel, by_head)
     codes, shared = plainly(coding, x, by_channel, by_head)

@@ -26,7 +26,9 @@ def half_bits(x: Float[Array, "*n"]) -> UInt16[Array, "*n"]:
 
 def halves_of(bits: Shaped[Array, "*n"]) -> Float[Array, "*n"]:
     """`halves` by integers."""
-    return float_of_bits(bits.astype(jnp.int32), exponent=5, mantissa=10)
+    bits = bits.astype(jnp.int32)
+    x = float_of_bits(bits, exponent=5, mantissa=10)
+    return jnp.where(bits & 0x7FFF > 0x7C00, jnp.nan, x)  # so that what is no number is not hidden by its code
 
 
 def float_of_bits(bits: Int[Array, "*n"], *, exponent: int, mantissa: int) -> Float[Array, "*n"]:
@@ -41,11 +43,12 @@ def float_of_bits(bits: Int[Array, "*n"], *, exponent: int, mantissa: int) -> Fl
 
 
 def bits_of_float(x: Float[Array, "*n"]) -> Int[Array, "*n"]:
-    """The bits in half precision of finite float32 that it holds, rounded to nearest, of two as near to the even one. Of what
-    is below its normal numbers a sum with 1/2, whose last bit is worth as much as the last of those, makes the bits."""
+    """The bits in half precision of NaN and of float32 that it holds, rounded to nearest, of two as near to the even one. Of
+    what is below its normal numbers a sum with 1/2, whose last bit is worth as much as the last of those, makes the bits."""
     word = jax.lax.bitcast_convert_type(x, jnp.int32)
     size = word & 0x7FFFFFFF
     normal = (size - (112 << 23) + 0xFFF + (size >> 13 & 1)) >> 13
     half = jax.lax.bitcast_convert_type(jnp.float32(0.5), jnp.int32)
     small = jax.lax.bitcast_convert_type(jnp.abs(x) + 0.5, jnp.int32) - half
-    return jnp.where(size < 113 << 23, small, normal) | (word >> 16 & 0x8000)
+    found = jnp.where(size < 113 << 23, small, normal)
+    return jnp.where(size > 0x7F800000, 0x7E00, found) | (word >> 16 & 0x8000)

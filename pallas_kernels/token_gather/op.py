@@ -18,7 +18,7 @@ def gathered(tree: Any, index: Int[Array, "*n M"], *, growing: bool = False) -> 
     """Arrays [*n, M, ...] of what arrays [*n, N, ...] hold at places from 0 to N - 1.
 
     growing: says that no place is before the one to its left, for which the kernel for TPUs is meant; else it is looked at as
-    the program runs, and of other places the kernel takes as many times as long as there are blocks of tokens.
+    the program runs, and of other places the kernel takes as many times as long as there are blocks of tokens. No gradient.
     """
     many = all(x.shape[index.ndim - 1] >= tpu.BLOCK and x.dtype.itemsize <= 4 for x in jax.tree.leaves(tree))
     if not (many and platform() == "tpu" and on_one_device()):

@@ -25,7 +25,7 @@ CODECS = (
 @pytest.mark.parametrize("codec", CODECS, ids=repr)
 def test_codes_as_xla_does(codec, monkeypatch):
     random = np.random.default_rng(0)
-    x = random.standard_t(3, size=(1, 2, 512, 128)).round(1)  # among them alike ones, which outliers are chosen of
+    x = random.standard_t(3, size=(1, 2, 1024, 128)).round(1)  # among them alike ones, which outliers are chosen of
     x[:, :, 100] = 0
     tables = jax.tree.map(lambda x: jnp.asarray(x)[None], codec.tables(0, 2, 128, 128))
 
@@ -65,3 +65,4 @@ def test_half_precision_by_integers():
     between = (ordered[1:] + ordered[:-1]) / 2
     x = np.concatenate([numbers, between, np.nextafter(between, np.inf), np.nextafter(between, -np.inf)]).astype(np.float32)
     np.testing.assert_array_equal(bits_of_float(jnp.asarray(x)), x.astype(np.float16).view(np.uint16))
+    assert np.isnan(halves_of(bits_of_float(jnp.asarray([np.nan, -np.nan], jnp.float32)))).all()

@@ -143,7 +143,7 @@ class TokenGroups(Quantizer):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IntGroups(Codec):
-    """bits: of a number, 2, 3, 4 or 8. group: channels that share a scale and a zero point, at most all
+    """bits: of a number, 1, 2, 3, 4 or 8. group: channels that share a scale and a zero point, at most all
     of a head."""
 
     bits: int = 4
