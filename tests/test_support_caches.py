@@ -58,6 +58,11 @@ def refusals(cache, *more):
 @pytest.mark.parametrize(
     "cache, more, words",
     [
+        (
+            KVCache(policy=Evict(score=SnapKV(window=5000), keep=0.5)),
+            [],
+            f"{MIXER}.cache.policy reads the newest 5000 queries: expected at most the",
+        ),
         (KVCache(), [(f"{MIXER}.distances", LongHeads(chunk=8, chunks=4))], "expected a DenseCache beside"),
         (KVCache(policy=SNAP), [(f"{MIXER}.distances", SelfExtend(group=2, window=4))], "has no single logit"),
         (KVCache(policy=Chelsea(keep=0.5)), [(f"{MIXER}.softcap", 5.0)], "weighs no tokens, such as Chelsea(mass='one')"),

@@ -175,7 +175,7 @@ def caches_fit_their_layers(experiment: Experiment) -> Iterator[str]:
             continue
         for at, part in (("policy", cache.policy), ("selector", cache.selector)):
             if part is not None and part.queries > (length := experiment.data.length):
-                yield f"{path}.cache.{at}: it reads the newest {part.queries} queries: expected at most {length}, a row's tokens"
+                yield f"{path}.cache.{at} reads the newest {part.queries} queries: expected at most the {length} of a row"
         if isinstance(policy := cache.policy, Evict | Chelsea):
             stays, most = policy.sinks + policy.recent, min(policy.most(experiment.data.length, share) for share in shares)
             if stays > most:
