@@ -27,8 +27,8 @@ KVQuant-4 0.0007, -3 0.0056 (equally spaced 0.0105, no outliers 0.0084, keys rot
 0.0190): rotation, sinks and Q-Norm make no difference on this model. At 20 % of the tokens, nats a byte, passkey, one of eight:
 WindowKV 1.155 0.53 0.45, newest 1.171 0.20 0.23, Chelsea 1.178 0.27 0.03, SnapKV 1.179 0.50 0.33, TOVA 1.181 0.00 0.03, H2O
 1.235 0.77 0.15, expected attention 1.263 0.93 0.93, KeyDiff 1.271 0.67 0.40, chance 1.277 0.20 0.03.
-At 512 on `reader` (`model="reader", length=512`), of 1.278: KVQuant-3 0.0008, keys rotated 0.0051, no outliers 0.0037, KIVI-2 0.0068,
-KVQuant-2 0.0112; policies as at 2,048 read at once.
+At 512 on `reader` (`model="reader", length=512`), of 1.278: KVQuant-3 0.0008, keys rotated 0.0051, no outliers 0.0037, -2
+0.0112, KIVI-2 0.0068; policies as at 2,048 read at once.
 Read in one chunk, so that policies choose once with the question before them (`kept(chunk=2048)`), passkey and one of eight at
 20 %: WindowKV 0.73 0.70, SnapKV 0.83 0.47, expected attention 0.93 0.95, Chelsea 0.20 0.00. KVzip, which reads all
 twice: 1.00 0.88.
