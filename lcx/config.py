@@ -182,11 +182,19 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
-def _others(cls: type[Spec], field: str) -> str:
-    """'; of KVCache it is one', of the parts that may stand where this one does."""
+def others(cls: type[Spec], field: str) -> str:
+    """'; KVCache has it', of the parts that may stand where this one does; if there is none, of one that this one is a part of:
+    '; Evict(score=SnapKV(), keep=...) has it'."""
     kind = next((base for base in cls.__mro__ if is_spec_class(base) and inspect.isabstract(base)), None)
     held = [] if kind is None else [part.__name__ for part in parts(kind) if field in part.__dataclass_fields__]
-    return f"; {' and '.join(held)} {'has' if len(held) == 1 else 'have'} it" if held else ""
+    if held:
+        return f"; {' and '.join(held)} {'has' if len(held) == 1 else 'have'} it"
+    for owner in sorted(parts(), key=lambda owner: len(owner.__mro__)):
+        if field in owner.__dataclass_fields__:
+            for name, hint in typing.get_type_hints(owner).items():
+                if any(issubclass(cls, kind) for kind in kinds(hint)):
+                    return f"; {owner.__name__}({name}={written(cls)}, {field}=...) has it"
+    return ""
 
 
 def _assign(node: Tree, keys: tuple[str, ...], value: Any, above: str) -> Tree:
@@ -204,7 +212,7 @@ def _assign(node: Tree, keys: tuple[str, ...], value: Any, above: str) -> Tree:
     names = [field.name for field in dataclasses.fields(cls)]
     where = f"{above}: {cls.__name__}" if above else cls.__name__
     if key not in names:
-        raise SpecError(f"{where} has no field {key!r}.{suggestion(key, names)} It has {', '.join(names)}{_others(cls, key)}")
+        raise SpecError(f"{where} has no field {key!r}.{suggestion(key, names)} It has {', '.join(names)}{others(cls, key)}")
     given = fiddle.ordered_arguments(node)
     if rest and key not in given:
         raise SpecError(f"{where}.{key} is not set yet: expected {accepted(cls, key)}")

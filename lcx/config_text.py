@@ -13,7 +13,7 @@ from typing import Any
 import fiddle
 
 from lcx.advice import required, written
-from lcx.config import Tree, accepted, expand, suggestion
+from lcx.config import Tree, accepted, expand, others, suggestion
 from lcx.parts import parts
 from lcx.spec import Spec, SpecError
 
@@ -111,7 +111,8 @@ def _part(node: ast.Call) -> Tree:
     for keyword in node.keywords:
         if keyword.arg not in known:
             wanted = suggestion(keyword.arg, known)
-            raise SpecError(f"{name} has no field {keyword.arg!r}.{wanted} It has {', '.join(known) or 'none'}")
+            more = others(cls, keyword.arg)
+            raise SpecError(f"{name} has no field {keyword.arg!r}.{wanted} It has {', '.join(known) or 'none'}{more}")
     return fiddle.Config(cls, **{keyword.arg: _of_field(cls, keyword) for keyword in node.keywords})
 
 

@@ -134,6 +134,8 @@ def test_one_part_in_two_places_is_set_in_one():
         ("pattern[0].mixer.cache", "KVCache(codec=Int8)", "'Int8': the part is written Int8()"),
         ("pattern[0].mixer.cache.codec", "Int8()", "DenseCache has no field 'codec'. It has keys; KVCache has it"),
         ("rope", "YaRN(factr=2.0)", "YaRN has no field 'factr'. Did you mean factor"),
+        ("pattern[0].mixer.cache", "PagedCache(codec=Int8())", "It has keys, page, pages; KVCache has it"),
+        ("pattern[0].mixer.cache", "KVCache(policy=SnapKV(keep=0.2))", "pool; Evict(score=SnapKV(), keep=...) has it"),
         ("rope", "YaRN(2.0)", "YaRN: fields are given by name, such as YaRN(factor=..., original_length=...)"),
         ("rope", "YaRN(factor=0.5, original_length=8)", "rope: YaRN.factor = 0.5: expected at least 1"),
         ("rope", "YaRN(original_length=8)", "rope: YaRN.factor is missing: expected float"),
