@@ -4,11 +4,11 @@ What tokens are (their `TokenInfo`) stays by row: it is small, and what a page h
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from lcx.batch import PADDING, TokenInfo
 from lcx.cache.cache import Pooled
@@ -19,15 +19,15 @@ from lcx.record import record, static
 
 @record
 class PagedState(Pooled):
-    """length: tokens a row that it was made for. k, v: the pool. table: the pages of each row in their order, P where there is
-    none. info: of each row's slots (segment 0: empty). used: slots a row. free: numbers of pages that nobody holds, the first
-    `left` of them. overflow: tokens that found no slot."""
+    """length: tokens a row that it was made for. k, v: the pool, codes of tokens [P, page, K, ...]. table: the pages of each
+    row in their order, P where there is none. info: of each row's slots (segment 0: empty). used: slots a row. free: numbers
+    of pages that nobody holds, the first `left` of them. overflow: tokens that found no slot."""
 
     remedy: ClassVar[str] = "a larger PagedCache.pages, or fewer and shorter rows"
 
     length: int = static()
-    k: Float[Array, "P page K D"]
-    v: Float[Array, "P page K E"]
+    k: Any
+    v: Any
     table: Int[Array, "B N"]
     info: TokenInfo
     used: Int[Array, "B"]
@@ -37,7 +37,7 @@ class PagedState(Pooled):
 
     @property
     def page(self) -> int:
-        return self.k.shape[1]
+        return jax.tree.leaves(self.k)[0].shape[1]
 
     def extended(self, count: Int[Array, "B"], most: int) -> "PagedState":
         """With room for `count` tokens more in each row, `most` at most; rows are served in their order."""
@@ -53,8 +53,8 @@ class PagedState(Pooled):
         table = self.table.at[row, place].set(number, mode="drop")
         return dataclasses.replace(self, table=table, left=jnp.maximum(self.left - need.sum(), 0))
 
-    def put(self, k: Float[Array, "B T K D"], v: Float[Array, "B T K E"], info: TokenInfo, by_length: bool) -> "PagedState":
-        """With the tokens of a pass that are no padding behind those of each row."""
+    def put(self, k: Any, v: Any, info: TokenInfo, by_length: bool) -> "PagedState":
+        """With the tokens of a pass that are no padding, coded [B, T, K, ...], behind those of each row."""
         real = info.segments != PADDING
         count = real.sum(axis=1)
         state = self.extended(count, real.shape[1])
@@ -65,26 +65,27 @@ class PagedState(Pooled):
         row = jnp.arange(len(slot))[:, None]
         slot = jnp.where(fits, slot, state.info.segments.shape[1])
         infos = jax.tree.map(lambda old, new: put(old, new.astype(old.dtype), row, slot), state.info, info)
-        write = putting(real.shape[1])
+        write = lambda old, new: putting(real.shape[1])(old, new.astype(old.dtype), number, place)
         return dataclasses.replace(
             state,
-            k=write(state.k, k.astype(state.k.dtype), number, place),
-            v=write(state.v, v.astype(state.v.dtype), number, place),
+            k=jax.tree.map(write, state.k, k),
+            v=jax.tree.map(write, state.v, v),
             info=grown(infos, info) if by_length else infos,
             used=jnp.minimum(state.used + count, state.length),
             overflow=state.overflow + (real & ~fits).sum(axis=1),
         )
 
-    def gathered(
-        self, first: Int[Array, ""] | int, pages: int
-    ) -> tuple[Float[Array, "B n K D"], Float[Array, "B n K E"], TokenInfo]:
-        """The slots of some pages of every row, zero where there is no token: a page may hold what others left in it."""
+    def gathered(self, first: Int[Array, ""] | int, pages: int) -> tuple[Any, Any, TokenInfo]:
+        """The slots [B, n, K, ...] of some pages of every row, zero where there is no token: a page holds what others left."""
         size = pages * self.page
         table = jax.lax.dynamic_slice_in_dim(self.table, first, pages, axis=1)
         info = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first * self.page, size, axis=1), self.info)
-        there = (info.segments != PADDING)[..., None, None]
-        rows = lambda x: x.at[table].get(mode="fill", fill_value=0).reshape(len(table), size, *x.shape[2:])
-        return jnp.where(there, rows(self.k), 0), jnp.where(there, rows(self.v), 0), info
+
+        def rows(x):
+            x = x.at[table].get(mode="fill", fill_value=0).reshape(len(table), size, *x.shape[2:])
+            return jnp.where((info.segments != PADDING).reshape(len(table), size, *(1,) * (x.ndim - 2)), x, jnp.zeros_like(x))
+
+        return jax.tree.map(rows, self.k), jax.tree.map(rows, self.v), info
 
     def released(self, rows):
         pages = len(self.free)
@@ -111,8 +112,8 @@ class PagedState(Pooled):
         lost = (number == len(state.free)) & (given < len(alone.free))
         return dataclasses.replace(
             state,
-            k=copied(state.k, alone.k),
-            v=copied(state.v, alone.v),
+            k=jax.tree.map(copied, state.k, alone.k),
+            v=jax.tree.map(copied, state.v, alone.v),
             info=jax.tree.map(rows, state.info, alone.info),
             used=rows(state.used, alone.used),
             overflow=rows(state.overflow, alone.overflow + lost.sum() * self.page),

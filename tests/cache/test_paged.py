@@ -12,6 +12,8 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ref_ragged_pa
 from lcx.attention.mask import Causal, Window
 from lcx.batch import causal_info
 from lcx.cache import paged
+from lcx.cache.codecs.groups import KIVI, IntGroups
+from lcx.cache.codecs.scaled import Fp8, Int8
 from lcx.cache.dense import DenseCache
 from lcx.cache.paged import PagedCache
 from lcx.spec import SpecError
@@ -109,6 +111,32 @@ def test_passes_find_what_a_dense_cache_finds(span, monkeypatch):
     for ours, wanted in zip(found["PagedCache"], found["DenseCache"], strict=True):
         for a, b in zip(ours, wanted, strict=True):
             np.testing.assert_allclose(a, b, atol=3e-6)
+
+
+@pytest.mark.parametrize("codec", [Int8(), Fp8()], ids=repr)
+def test_coded_pages_are_attended_to_as_what_their_codes_stand_for(codec, monkeypatch):
+    """In passes of several and of one, in spans of two pages; raw keys are turned when they are read."""
+    monkeypatch.setattr(paged, "SPAN", 8)
+    rounded = lambda x: jnp.moveaxis(codec.keys.decode(codec.keys.encode(jnp.moveaxis(x, 1, 2))), 1, 2)
+    given = list(passes([21, 1, 1, 12], padding=5))
+    decoded = [(q, rounded(k), rounded(v), info) for q, k, v, info in given]
+    found = {}
+    for name, cache, those in (
+        ("coded", PagedCache(page=PAGE, codec=codec, keys="raw"), given),
+        ("decoded", DenseCache(keys="raw"), decoded),
+    ):
+        run(cache, those, length=50, each=lambda *a, name=name: found.setdefault(name, []).append(a[5:7]))
+    for ours, wanted in zip(found["coded"], found["decoded"], strict=True):
+        for a, b in zip(ours, wanted, strict=True):
+            np.testing.assert_allclose(a, b, atol=3e-6)
+
+
+def test_codecs_that_code_tokens_together_are_for_other_caches():
+    for codec in (IntGroups(), KIVI()):
+        with pytest.raises(
+            SpecError, match=r"codec = .*expected one that codes each token by itself: Plain\(\), Int8\(\) or Fp8"
+        ):
+            PagedCache(codec=codec)
 
 
 def test_pages_are_taken_as_rows_grow_and_given_back():

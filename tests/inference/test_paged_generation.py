@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from lcx.attention.mask import Window
+from lcx.cache.codecs.scaled import Int8
 from lcx.cache.dense import DenseCache
 from lcx.cache.paged import PagedCache
 from lcx.cache.pages import PagedState
@@ -49,6 +50,17 @@ def same(ids, logprobs, rows):
 def test_pages_answer_as_a_dense_cache():
     found = generate(model(PagedCache(page=16, pages=16)), PROMPTS, max_new=NEW, chunk=16)
     same([row.ids for row in found], [row.logprobs for row in found], wanted())
+
+
+def test_coded_pages_answer_alone_as_beside_others():
+    """Int8 in pages: requests that wait for them find what each finds alone; the pool is bytes."""
+    cache = PagedCache(page=16, pages=6, codec=Int8())
+    engine, pieces = Engine(model(cache), window=128, rows=3, chunk=16, burst=4), {}
+    for piece in engine.run([Ask(prompt=prompt, max_new=NEW) for prompt in PROMPTS[:3]]):
+        pieces.setdefault(piece.number, []).extend(piece.ids)
+    alone = [generate(model(cache), [prompt], max_new=NEW, chunk=16)[0].ids for prompt in PROMPTS[:3]]
+    assert [pieces[n] for n in range(3)] == alone
+    assert {x.dtype.name for x in jax.tree.leaves(engine._read.state["layers"][0].k)} == {"int8", "float32"}
 
 
 @pytest.mark.parametrize("unroll", [1, pytest.param("all", marks=pytest.mark.slow)], ids=["stacked", "apart"])
