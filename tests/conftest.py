@@ -6,6 +6,7 @@ programs that tests start read it. Tracing makes many objects that live long, so
 """
 
 import atexit
+import contextlib
 import gc
 import os
 import shutil
@@ -37,6 +38,19 @@ _shapes_checked = install_import_hook(["lcx", "pallas_kernels"], "beartype.beart
 _shapes_checked.__enter__()
 gc.freeze()
 gc.set_threshold(100_000, 20, 20)
+
+
+MAPPED = 20_000  # regions of memory; a process may have 65,530, and dies beyond
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_is_let_go():
+    """What a file compiled is forgotten where much is held: every executable maps some regions of memory."""
+    yield
+    with contextlib.suppress(OSError), open("/proc/self/maps") as maps:
+        if sum(1 for _ in maps) > MAPPED:
+            jax.clear_caches()
+            gc.collect()
 
 
 def pytest_addoption(parser):

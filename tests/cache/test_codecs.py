@@ -167,7 +167,9 @@ def test_tables_of_another_model_are_refused(tmp_path):
         codec.tables(0, 4, 8, 8)
     with pytest.raises(SpecError, match=r"outliers = 0\.05: expected one that"):
         KVQuant(calibration=str(tmp_path / "t.npz"), codebook="uniform", outliers=0.05).tables(0, 3, 8, 8)
-    with pytest.raises(SpecError, match=r"expected a file of experiments\.calibrate, a model.s folder with kvquant.npz, or a shipped model"):
+    with pytest.raises(
+        SpecError, match=r"expected a file of experiments\.calibrate, a model.s folder with kvquant.npz, or a shipped model"
+    ):
         KVQuant(calibration="nowhere").tables(0, 3, 8, 8)
     with pytest.raises(SpecError, match="beside a learned codebook"):
         KVQuant()
