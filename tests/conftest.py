@@ -40,7 +40,7 @@ gc.freeze()
 gc.set_threshold(100_000, 20, 20)
 
 
-MAPPED = 20_000  # regions of memory; a process may have 65,530, and dies beyond
+MAPPED = 32_000  # regions of memory; a process may have 65,530, and dies beyond
 
 
 @pytest.fixture(autouse=True, scope="module")

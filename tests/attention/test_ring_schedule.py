@@ -38,13 +38,9 @@ def schedule(chip):
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def chips():
-    for chip in SLICES:
-        yield pytest.param(chip, marks=() if chip == "v5p" else pytest.mark.slow)
-
-
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the TPU compiler")
-@pytest.mark.parametrize("chip", list(chips()))
+@pytest.mark.parametrize("chip", list(SLICES))
 def test_what_travels_hides_behind_the_kernels(chip):
     loops = schedule(chip)
     assert sorted(sorted(size for size, _ in loop) for loop in loops) == [FORWARD, BACKWARD]

@@ -56,7 +56,7 @@ def test_finds_what_the_authors_find(budget):
     np.testing.assert_allclose(out[0, 0], held[f"out/{budget}"], atol=2e-6)
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=() if kind == "kivi" else pytest.mark.slow) for kind in KINDS])
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=() if kind == "plain" else pytest.mark.slow) for kind in KINDS])
 def test_a_budget_for_all_is_all(kind):
     found = []
     for cache in (KINDS[kind], with_quest(KINDS[kind], page=32, budget=96)):

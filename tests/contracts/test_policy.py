@@ -63,7 +63,11 @@ def kept(policy, beyond=0.0) -> tuple[Scored, int, Kept]:
     return now, slots, jax.tree.map(np.asarray, jax.jit(lambda: policy.compress(now, slots))())
 
 
-EXAMPLES = [pytest.param(policy, id=f"{cls.__name__}-{n}") for cls in parts(Policy) for n, policy in enumerate(cls.examples())]
+EXAMPLES = [
+    pytest.param(policy, id=f"{cls.__name__}-{n}", marks=() if n == 0 else pytest.mark.slow)
+    for cls in parts(Policy)
+    for n, policy in enumerate(cls.examples())
+]
 
 
 @pytest.mark.parametrize("policy", EXAMPLES)

@@ -52,6 +52,7 @@ def test_pages_answer_as_a_dense_cache():
     same([row.ids for row in found], [row.logprobs for row in found], wanted())
 
 
+@pytest.mark.slow
 def test_coded_pages_answer_alone_as_beside_others():
     """Int8 in pages: requests that wait for them find what each finds alone; the pool is bytes."""
     cache = PagedCache(page=16, pages=6, codec=Int8())

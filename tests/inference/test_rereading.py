@@ -158,6 +158,7 @@ def test_whole_prompts_answer_as_a_dense_cache():
     assert [row.ids for row in found] == [row.ids for row in wanted]
 
 
+@pytest.mark.slow
 def test_a_row_is_alone_with_its_cache():
     together = [row.ids for row in generate(model(), PROMPTS, max_new=10, chunk=64)]
     assert [row.ids for row in generate(model(), PROMPTS[3:], max_new=10, chunk=64)] == together[3:]

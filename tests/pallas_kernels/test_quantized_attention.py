@@ -35,8 +35,14 @@ def test_slopes_soft_cap_and_counts():
     close((more, later), (out, lse + np.log(2.0)), 1e-6)
 
 
-@pytest.mark.parametrize("pairing", ["half", "interleaved"])
-@pytest.mark.parametrize("rotary", [64, 128])
+@pytest.mark.parametrize(
+    "rotary, pairing",
+    [
+        (64, "half"),
+        (128, "interleaved"),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in ((64, "interleaved"), (128, "half"))),
+    ],
+)
 def test_raw_keys_are_turned(pairing, rotary):
     """As the rope turns them, and as partners of the queries' channels do."""
     case = Case(CODECS["kvquant 3"], S=96, T=2, rotary=rotary, pairing=pairing, tables=True)
