@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lcx.batch import PADDING, TokenInfo
 from lcx.cache.layered import Layered
 from lcx.record import record, replaced, static
+from pallas_kernels.token_gather.op import plainly
 
 TILE = 128  # slots
 
@@ -106,10 +107,9 @@ def whole_tiles(slots: int, multiple: int) -> int:
     return rounded_up(slots, multiple if slots < 8 * whole else whole)
 
 
-def taken(tree: Any, place: Int[Array, "*n C"], axis: int = 1) -> Any:
-    """The tokens at some places of arrays [*n, T, ...], T on `axis`."""
-    take = lambda x: jnp.take_along_axis(x, place.reshape(*place.shape, *(1,) * (x.ndim - axis - 1)), axis=axis)
-    return jax.tree.map(take, tree)
+def taken(tree: Any, place: Int[Array, "*n C"]) -> Any:
+    """The tokens at some places of arrays [*n, T, ...]."""
+    return plainly(tree, place)
 
 
 def taken_first(tree: Any, there: Bool[Array, "B T"]) -> Any:

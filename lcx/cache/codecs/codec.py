@@ -3,7 +3,8 @@
 A codec names two quantizers. A quantizer turns tokens [B, K, N, D] into codes, a pytree whose leaves are [B, K, n, ...] with n
 in proportion to N, and back. `block` tokens are coded together; those that do not fill a block wait in full precision. Between
 tokens and codes are loose codes, [B, K, N, ...] each, of which a cache may take any tokens out: what one block shares is
-dissolved, what a token has of its own stays as it is.
+dissolved, what a token has of its own stays as it is. How tokens are coded is said once, as a `Coding`, of which come both
+loose codes and those that a kernel makes in one pass (`pallas_kernels.quantized_attention.coding`).
 """
 
 import abc

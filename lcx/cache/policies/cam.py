@@ -54,8 +54,8 @@ class CaM(Evict):
         by_all = lambda x: jnp.broadcast_to(x, (B, K, *x.shape[2:]))
         rows, heads = jnp.arange(B)[:, None, None], jnp.arange(G)[:, None]
         stays = jnp.zeros((B, G, N), bool).at[rows, heads, jnp.where(kept.there, kept.index, N)].set(True, mode="drop")
-        values, marks = taken((now.v, now.marks), by_all(kept.index), axis=2)
-        place, segments = jnp.arange(C), taken(now.info.segments, kept.index, axis=2)[:, :, None]
+        values, marks = taken((now.v, now.marks), by_all(kept.index))
+        place, segments = jnp.arange(C), taken(now.info.segments, kept.index)[:, :, None]
 
         def behind(start, own):
             """Which of those that stay tokens may join [B, K, n, C]."""

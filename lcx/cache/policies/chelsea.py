@@ -84,7 +84,7 @@ class Chelsea(Policy):
         _, merged = jax.lax.while_loop(more, lambda state: (state[0] + 1, self._round(state[1], budget)), (0, begin))
         beyond, place = jnp.maximum(merged.count - budget, 0)[..., None], jnp.arange(slots)
         place = jnp.where(place < jnp.minimum(self.sinks, budget - 1)[..., None], place, place + beyond)
-        cut = functools.partial(taken, place=jnp.minimum(place, N - 1), axis=2)
+        cut = functools.partial(taken, place=jnp.minimum(place, N - 1))
         there = jnp.arange(slots) < jnp.minimum(merged.count, budget)[..., None]
         return Kept(index=cut(merged.origin), there=there, k=cut(merged.k), v=cut(merged.v), counts=cut(merged.counts))
 

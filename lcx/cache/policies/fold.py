@@ -28,11 +28,11 @@ class Fold(Evict):
         B, K, N, _ = now.v.shape
         by_all = lambda x: jnp.broadcast_to(x, (B, K, *x.shape[2:]))
         index, there = by_all(kept.index), by_all(kept.there)
-        keys, values = (taken(x, index, axis=2) for x in (unit(now.k), now.v))
+        keys, values = (taken(x, index) for x in (unit(now.k), now.v))
         rows, heads = jnp.arange(B)[:, None, None], jnp.arange(K)[:, None]
         stays = jnp.zeros((B, K, N), bool).at[rows, heads, jnp.where(there, index, N)].set(True, mode="drop")
         segments = by_all(now.info.segments)
-        kept_segments = taken(segments, index, axis=2)[:, :, None]
+        kept_segments = taken(segments, index)[:, :, None]
 
         def likest(k, segments):
             alike = jnp.einsum("bknd,bkcd->bknc", k, keys, precision="highest")

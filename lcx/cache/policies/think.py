@@ -45,7 +45,7 @@ class ThinK(Evict):
         B, K, _, D = now.k.shape
         by_all = lambda x: jnp.broadcast_to(x, (B, K, *x.shape[2:]))
         index, there = by_all(kept.index), by_all(kept.there)[..., None]
-        keys = taken(now.raw, index, axis=2)
+        keys = taken(now.raw, index)
         real = (now.newest_info.segments[:, -self.window :] != PADDING)[..., None, None]
         asked = jnp.where(real, jnp.square(now.newest[:, -self.window :].astype(jnp.float32)), 0).sum(axis=1)
         asked = asked.reshape(B, K, -1, D).mean(axis=2) / jnp.maximum(real.sum(axis=1), 1)
